@@ -1,0 +1,111 @@
+"""Loads the compiled library `cellops._C` once; where it cannot be loaded, keeps the reason and raises it at first use.
+
+The library knows no torch: the helpers here turn tensors into what it takes (addresses, dtype codes, layout flags).
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import sys
+import warnings
+from pathlib import Path
+from types import ModuleType
+
+import torch  # before _C: both name libgomp.so.1, and one OpenMP runtime (torch's) must serve both
+from torch import Tensor
+
+from cellops import _source_tree
+
+DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+"""The library's code of each storage dtype that it has kernels for."""
+
+
+def _load() -> ModuleType:
+    try:
+        return importlib.import_module("cellops._C")
+    except ModuleNotFoundError as missing:
+        if missing.name != "cellops._C":
+            raise
+    library = _source_tree.installed_library() if _source_tree.is_source_tree() else None
+    if library is None:
+        where = "source tree" if _source_tree.is_source_tree() else "installation"
+        remedy = "`pip install .` (or `pip install -e .`)" if where == "source tree" else "`pip install --force-reinstall cellops`"
+        raise ImportError(
+            f"the compiled library cellops._C was not found: the {where} at {_source_tree.PACKAGE} has none for "
+            f"{sys.implementation.cache_tag}, and no installed cellops has one. {remedy} builds it"
+        )
+    spec = importlib.util.spec_from_file_location("cellops._C", library)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.modules["cellops._C"] = module
+    return module
+
+
+def _warn_if_other_version(module: ModuleType) -> None:
+    from cellops import __version__
+
+    built = module.build_info()["version"]
+    if built != __version__:
+        warnings.warn(
+            f"cellops {__version__} at {_source_tree.PACKAGE} uses the compiled library of version {built} at "
+            f"{module.__file__}. Rebuild it: `pip install .`",
+            stacklevel=2,
+        )
+
+
+_C: ModuleType | None = None
+error: ImportError | None = None
+"""Why the library could not be loaded; None where it was."""
+
+try:
+    _C = _load()
+except ImportError as reason:
+    if "CELLOPS_ISA" in os.environ and "CELLOPS_ISA" in str(reason):
+        raise  # asked for explicitly: never answered by the reference
+    error = reason
+else:
+    _warn_if_other_version(_C)
+
+
+def library() -> ModuleType:
+    """The compiled module `cellops._C`.
+
+    Raises:
+        ImportError: with the recorded reason, where it could not be loaded.
+    """
+    if _C is None:
+        raise ImportError(f"cellops runs without its compiled library: {error}") from error
+    return _C
+
+
+def library_path() -> Path | None:
+    """The file that `_C` was loaded from, or None."""
+    return None if _C is None or _C.__file__ is None else Path(_C.__file__)
+
+
+def pointer(tensor: Tensor | None) -> int:
+    """The address of the tensor's first element; 0 stands for an absent tensor."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def is_channels_last(tensor: Tensor) -> bool:
+    """Whether a 4-D tensor is dense in channels_last order and not, as with one channel or one pixel, in both orders."""
+    return tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
+
+
+def memory_format(tensor: Tensor) -> torch.memory_format:
+    """The format that an output keeps from this 4-D tensor."""
+    return torch.channels_last if is_channels_last(tensor) else torch.contiguous_format
+
+
+def dense(tensor: Tensor) -> Tensor:
+    """The 4-D tensor itself if it is dense in one of the two layouts the library reads, else an NCHW copy."""
+    return tensor if tensor.is_contiguous(memory_format=torch.channels_last) else tensor.contiguous()
+
+
+def threads() -> int:
+    """How many threads a kernel may use, as the user set it for torch."""
+    return torch.get_num_threads()
