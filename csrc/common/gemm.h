@@ -1,0 +1,112 @@
+// The register-blocked matrix product that the convolutions share.
+//
+// One micro-kernel, C[r][n] += sum_k A[r][k] * B[k][n]: A is broadcast, B is read in vectors, C stays in registers.
+// It works in units: a unit is one number (float, double), or a pair of neighbouring bfloat16 along k where the
+// instruction set multiplies such pairs (AVX512-BF16), which it treats as one 32-bit element.
+#pragma once
+#include "simd.h"
+
+namespace cellops::CELLOPS_ISA {
+
+// Rows of C a micro-kernel call produces, and its panel's width in vectors; sized for 32 or 16 registers.
+#if defined(__AVX512F__) || defined(__aarch64__)
+inline constexpr int kRows = 12, kOuterRows = 8;
+#else
+inline constexpr int kRows = 6, kOuterRows = 4;
+#endif
+inline constexpr int kPanelVectors = 2;
+
+template <class S>
+struct Multiply {  // plain numbers
+  using Unit = S;
+  using Sum = S;
+  static constexpr int depth = 1;  // numbers along k in a unit
+  static CELLOPS_INLINE void add(Vec<S>& sum, Vec<Unit> a, Vec<Unit> b) { sum += a * b; }
+};
+
+#if defined(__AVX512BF16__)
+struct MultiplyPairs {  // pairs of bfloat16, summed in float32
+  using Unit = float;   // as bits
+  using Sum = float;
+  static constexpr int depth = 2;
+  static CELLOPS_INLINE void add(Vec<float>& sum, Vec<float> a, Vec<float> b) {
+    sum = bit_cast<Vec<float>>(_mm512_dpbf16_ps(bit_cast<__m512>(sum), bit_cast<__m512bh>(a), bit_cast<__m512bh>(b)));
+  }
+};
+#endif
+
+// The rows of A lie a_row units apart and its columns a_step: a_step == 1 reads rows (A as it lies), a_row == 1
+// reads columns (A transposed). A compile-time RowStride spares the address arithmetic.
+template <class M, int Rows, int Vectors, bool Accumulate, int64_t RowStride>
+inline void micro_kernel(int64_t depth, const typename M::Unit* a, int64_t a_step, const typename M::Unit* b,
+                         int64_t b_step, typename M::Sum* c, int64_t c_row) {
+  using S = typename M::Sum;
+  constexpr int lanes = kLanes<S>;
+  Vec<S> sum[Rows][Vectors];
+#pragma GCC unroll 16
+  for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < Vectors; ++v) sum[r][v] = Accumulate ? load(c + r * c_row + v * lanes) : Vec<S>{};
+  }
+  for (int64_t k = 0; k < depth; ++k) {
+    Vec<S> row[Vectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < Vectors; ++v) row[v] = load(b + v * lanes);
+#pragma GCC unroll 16
+    for (int r = 0; r < Rows; ++r) {
+      const Vec<S> x = broadcast(a[r * RowStride]);
+#pragma GCC unroll 4
+      for (int v = 0; v < Vectors; ++v) M::add(sum[r][v], x, row[v]);
+    }
+    a += a_step;
+    b += b_step;
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < Vectors; ++v) store(c + r * c_row + v * lanes, sum[r][v]);
+  }
+}
+
+template <class S>
+inline constexpr int kPanel = kPanelVectors * kLanes<S>;
+
+// C[rows][columns] (+)= A[rows][depth] * B, with B packed in panels of kPanel columns: panel after panel, each
+// [depth][kPanel]. Whole micro-kernels run: C and A have room for round_up(rows, kRows) rows, C for
+// round_up(columns, lanes) columns, and B is zero past its last column.
+template <class M, bool Accumulate, int64_t RowStride>
+inline void multiply_packed(int64_t rows, int64_t columns, int64_t depth, const typename M::Unit* a,
+                            const typename M::Unit* b, int64_t panel_stride, typename M::Sum* c, int64_t c_row) {
+  constexpr int lanes = kLanes<typename M::Sum>, panel = kPanelVectors * lanes;
+  for (int64_t n = 0; n < columns; n += panel, b += panel_stride) {
+    for (int64_t r = 0; r < rows; r += kRows) {
+      if (columns - n > lanes) {
+        micro_kernel<M, kRows, kPanelVectors, Accumulate, RowStride>(depth, a + r * RowStride, 1, b, panel,
+                                                                     c + r * c_row + n, c_row);
+      } else {
+        micro_kernel<M, kRows, 1, Accumulate, RowStride>(depth, a + r * RowStride, 1, b, panel, c + r * c_row + n,
+                                                         c_row);
+      }
+    }
+  }
+}
+
+// C[rows][columns] += A^T B over `depth` units, A[depth][a_step] and B[depth][b_step] row by row as they lie.
+// C has room for round_up(rows, kOuterRows) rows and round_up(columns, lanes) columns; so have A's and B's rows.
+template <class M>
+inline void multiply_outer(int64_t rows, int64_t columns, int64_t depth, const typename M::Unit* a, int64_t a_step,
+                           const typename M::Unit* b, int64_t b_step, typename M::Sum* c, int64_t c_row) {
+  constexpr int lanes = kLanes<typename M::Sum>, panel = kPanelVectors * lanes;
+  for (int64_t n = 0; n < columns; n += panel) {
+    for (int64_t r = 0; r < rows; r += kOuterRows) {
+      if (columns - n > lanes) {
+        micro_kernel<M, kOuterRows, kPanelVectors, true, 1>(depth, a + r, a_step, b + n, b_step, c + r * c_row + n,
+                                                            c_row);
+      } else {
+        micro_kernel<M, kOuterRows, 1, true, 1>(depth, a + r, a_step, b + n, b_step, c + r * c_row + n, c_row);
+      }
+    }
+  }
+}
+
+}  // namespace cellops::CELLOPS_ISA

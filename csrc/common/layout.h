@@ -1,0 +1,70 @@
+// Between the two memory formats, a few rows of pixels at a time.
+#pragma once
+#include "simd.h"
+
+namespace cellops::CELLOPS_ISA {
+
+// to[j][i] = from[i][j] for i < rows, j < columns, with conversion; strides count elements.
+template <class To, class From>
+inline void transpose(int64_t rows, int64_t columns, const From* from, int64_t from_stride, To* to, int64_t to_stride) {
+  int64_t i = 0;
+  if constexpr (sizeof(From) == 4 && sizeof(To) == 4) {
+    using Unaligned = VectorOf<float, 16>::unaligned;
+    for (; i + 4 <= rows; i += 4) {
+      const float* source = from + i * from_stride;
+      float* target = to + i;
+      int64_t j = 0;
+      for (; j + 4 <= columns; j += 4) {
+        Quad<float> a = *(const Unaligned*)(source + j), b = *(const Unaligned*)(source + from_stride + j),
+                    c = *(const Unaligned*)(source + 2 * from_stride + j),
+                    d = *(const Unaligned*)(source + 3 * from_stride + j);
+        transpose4(a, b, c, d);
+        *(Unaligned*)(target + j * to_stride) = a;
+        *(Unaligned*)(target + (j + 1) * to_stride) = b;
+        *(Unaligned*)(target + (j + 2) * to_stride) = c;
+        *(Unaligned*)(target + (j + 3) * to_stride) = d;
+      }
+      for (; j < columns; ++j) {
+        for (int k = 0; k < 4; ++k) target[j * to_stride + k] = source[k * from_stride + j];
+      }
+    }
+  }
+  for (; i < rows; ++i) {
+    for (int64_t j = 0; j < columns; ++j) {
+      if constexpr (sizeof(From) == sizeof(To) && sizeof(To) == 2) {
+        to[j * to_stride + i] = from[i * from_stride + j];
+      } else {
+        from_compute(to + j * to_stride + i, to_compute(from[i * from_stride + j]));
+      }
+    }
+  }
+}
+
+// One row of numbers to another type.
+template <class To, class From>
+inline void convert_row(int64_t count, const From* from, To* to) {
+  constexpr int lanes = kLanes<Compute<From>>;
+  int64_t i = 0;
+  for (; i + lanes <= count; i += lanes) store(to + i, load(from + i));
+  for (; i < count; ++i) from_compute(to + i, to_compute(from[i]));
+}
+
+// One image plane-wise [channels][pixels] to rows [pixels][stride], or back; in blocks that stay in the first cache.
+template <class To, class From>
+inline void planes_to_rows(int64_t channels, int64_t first, int64_t last, const From* planes, int64_t pixels, To* rows,
+                           int64_t stride) {
+  constexpr int64_t block = 16;
+  for (int64_t p = first; p < last; p += block) {
+    transpose(channels, min_of(block, last - p), planes + p, pixels, rows + p * stride, stride);
+  }
+}
+template <class To, class From>
+inline void rows_to_planes(int64_t channels, int64_t count, const From* rows, int64_t stride, To* planes,
+                           int64_t pixels) {
+  constexpr int64_t block = 16;
+  for (int64_t c = 0; c < channels; c += block) {
+    transpose(count, min_of(block, channels - c), rows + c, stride, planes + c * pixels, pixels);
+  }
+}
+
+}  // namespace cellops::CELLOPS_ISA

@@ -1,0 +1,216 @@
+// Vectors of one width per instruction set, on the compiler's vector extensions.
+// Included by the files that are compiled once per instruction set, so everything sits in a namespace of that
+// variant and nothing here instantiates a std:: template: the linker must never merge code across variants.
+#pragma once
+#include <cstdint>
+#if defined(__F16C__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+#ifndef CELLOPS_ISA
+#error "compile with -DCELLOPS_ISA=<variant>"
+#endif
+#define CELLOPS_INLINE inline __attribute__((always_inline))
+
+namespace cellops::CELLOPS_ISA {
+
+#if defined(__AVX512F__)
+inline constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+inline constexpr int kVectorBytes = 32;
+#else
+inline constexpr int kVectorBytes = 16;
+#endif
+
+struct bfloat16 {
+  uint16_t bits;
+};
+struct float16 {
+  uint16_t bits;
+};
+
+// The type that values of a storage type are computed in, and its vectors.
+template <class T>
+struct ComputeOf {
+  using type = float;
+};
+template <>
+struct ComputeOf<double> {
+  using type = double;
+};
+template <class T>
+using Compute = typename ComputeOf<T>::type;
+
+template <class S, int Bytes>
+struct VectorOf {
+  typedef S type __attribute__((vector_size(Bytes)));
+  typedef S unaligned __attribute__((vector_size(Bytes), aligned(alignof(S)), may_alias));
+};
+template <class S>
+using Vec = typename VectorOf<S, kVectorBytes>::type;
+template <class S>
+inline constexpr int kLanes = kVectorBytes / int(sizeof(S));
+
+template <class S>
+struct IntOf;
+template <>
+struct IntOf<float> {
+  using type = int32_t;
+};
+template <>
+struct IntOf<double> {
+  using type = int64_t;
+};
+template <class S>
+using VecInt = Vec<typename IntOf<S>::type>;
+using Half = VectorOf<uint16_t, kVectorBytes / 2>;  // as many 16-bit values as a vector has floats
+
+CELLOPS_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+CELLOPS_INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
+CELLOPS_INLINE int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+CELLOPS_INLINE int64_t round_up(int64_t a, int64_t b) { return div_up(a, b) * b; }
+
+template <class S>
+CELLOPS_INLINE Vec<S> broadcast(S value) {
+  return value - Vec<S>{};
+}
+
+template <class To, class From>
+CELLOPS_INLINE To bit_cast(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  __builtin_memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+// Scalars ------------------------------------------------------------------------------------------------------
+
+CELLOPS_INLINE float to_compute(float value) { return value; }
+CELLOPS_INLINE double to_compute(double value) { return value; }
+CELLOPS_INLINE float to_compute(bfloat16 value) { return bit_cast<float>(uint32_t(value.bits) << 16); }
+CELLOPS_INLINE float to_compute(float16 value) {
+#if defined(__F16C__)
+  return _cvtsh_ss(value.bits);
+#elif defined(__aarch64__)
+  return float(bit_cast<__fp16>(value.bits));
+#else
+  const uint32_t sign = uint32_t(value.bits & 0x8000u) << 16, magnitude = value.bits & 0x7fffu;
+  if (magnitude >= 0x7c00u) return bit_cast<float>(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
+  // Scaling by 2^112 rebiases the exponent and makes subnormals exact.
+  return bit_cast<float>(sign | bit_cast<uint32_t>(bit_cast<float>(magnitude << 13) * 0x1p112f));
+#endif
+}
+
+CELLOPS_INLINE void from_compute(float* to, float value) { *to = value; }
+CELLOPS_INLINE void from_compute(double* to, double value) { *to = value; }
+CELLOPS_INLINE void from_compute(bfloat16* to, float value) {
+  const uint32_t bits = bit_cast<uint32_t>(value);
+  to->bits = value == value ? uint16_t((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16) : uint16_t(bits >> 16 | 0x40u);
+}
+CELLOPS_INLINE void from_compute(float16* to, float value) {
+#if defined(__F16C__)
+  to->bits = uint16_t(_cvtss_sh(value, 0));
+#elif defined(__aarch64__)
+  to->bits = bit_cast<uint16_t>(__fp16(value));
+#else
+  const uint32_t bits = bit_cast<uint32_t>(value), sign = bits >> 16 & 0x8000u;
+  uint32_t magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) {
+    magnitude = 0x7e00u;
+  } else if (magnitude >= 0x47800000u) {  // 2^16 and more
+    magnitude = 0x7c00u;
+  } else if (magnitude < 0x38800000u) {  // below the normal range: let the float adder round at 2^-24
+    magnitude = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
+  } else {
+    magnitude = (magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
+  }
+  to->bits = uint16_t(sign | magnitude);
+#endif
+}
+
+// Vectors ------------------------------------------------------------------------------------------------------
+
+CELLOPS_INLINE Vec<float> load(const float* from) { return *(const VectorOf<float, kVectorBytes>::unaligned*)from; }
+CELLOPS_INLINE Vec<double> load(const double* from) { return *(const VectorOf<double, kVectorBytes>::unaligned*)from; }
+CELLOPS_INLINE Vec<float> load(const bfloat16* from) {
+  const Half::type half = *(const Half::unaligned*)from;
+  return bit_cast<Vec<float>>(__builtin_convertvector(half, Vec<uint32_t>) << 16);
+}
+CELLOPS_INLINE Vec<float> load(const float16* from) {
+#if defined(__AVX512F__)
+  return bit_cast<Vec<float>>(_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from)));
+#elif defined(__F16C__)
+  return bit_cast<Vec<float>>(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from)));
+#else
+  Vec<float> value;
+  for (int i = 0; i < kLanes<float>; ++i) value[i] = to_compute(from[i]);
+  return value;
+#endif
+}
+
+CELLOPS_INLINE void store(float* to, Vec<float> value) { *(VectorOf<float, kVectorBytes>::unaligned*)to = value; }
+CELLOPS_INLINE void store(double* to, Vec<double> value) { *(VectorOf<double, kVectorBytes>::unaligned*)to = value; }
+CELLOPS_INLINE void store(bfloat16* to, Vec<float> value) {
+  const Vec<uint32_t> bits = bit_cast<Vec<uint32_t>>(value);
+  const Vec<uint32_t> rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16, quiet = bits >> 16 | 0x40u;
+  *(Half::unaligned*)to = __builtin_convertvector(value == value ? rounded : quiet, Half::type);
+}
+CELLOPS_INLINE void store(float16* to, Vec<float> value) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256((__m256i*)to, _mm512_cvtps_ph(bit_cast<__m512>(value), 0));
+#elif defined(__F16C__)
+  _mm_storeu_si128((__m128i*)to, _mm256_cvtps_ph(bit_cast<__m256>(value), 0));
+#else
+  for (int i = 0; i < kLanes<float>; ++i) from_compute(to + i, value[i]);
+#endif
+}
+
+// Sixteen-byte quarters, for the shuffles that every instruction set has.
+template <class S>
+using Quad = typename VectorOf<S, 16>::type;
+
+#if defined(__clang__) || __GNUC__ >= 12
+#define CELLOPS_SHUFFLE4(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
+#else
+#define CELLOPS_SHUFFLE4(a, b, i, j, k, l) __builtin_shuffle(a, b, (VectorOf<int32_t, 16>::type){i, j, k, l})
+#endif
+
+CELLOPS_INLINE void transpose4(Quad<float>& a, Quad<float>& b, Quad<float>& c, Quad<float>& d) {
+  const Quad<float> ab_low = CELLOPS_SHUFFLE4(a, b, 0, 4, 1, 5), ab_high = CELLOPS_SHUFFLE4(a, b, 2, 6, 3, 7);
+  const Quad<float> cd_low = CELLOPS_SHUFFLE4(c, d, 0, 4, 1, 5), cd_high = CELLOPS_SHUFFLE4(c, d, 2, 6, 3, 7);
+  a = CELLOPS_SHUFFLE4(ab_low, cd_low, 0, 1, 4, 5);
+  b = CELLOPS_SHUFFLE4(ab_low, cd_low, 2, 3, 6, 7);
+  c = CELLOPS_SHUFFLE4(ab_high, cd_high, 0, 1, 4, 5);
+  d = CELLOPS_SHUFFLE4(ab_high, cd_high, 2, 3, 6, 7);
+}
+
+// Adds the 16-byte parts of a vector.
+template <class S>
+CELLOPS_INLINE Quad<S> fold(Vec<S> value) {
+#if defined(__AVX512F__)
+  const __m512i bits = bit_cast<__m512i>(value);
+  const auto half = bit_cast<typename VectorOf<S, 32>::type>(_mm512_castsi512_si256(bits)) +
+                    bit_cast<typename VectorOf<S, 32>::type>(_mm512_extracti64x4_epi64(bits, 1));
+#else
+  const auto half = value;
+#endif
+#if defined(__AVX2__)
+  return bit_cast<Quad<S>>(_mm256_castsi256_si128(bit_cast<__m256i>(half))) +
+         bit_cast<Quad<S>>(_mm256_extracti128_si256(bit_cast<__m256i>(half), 1));
+#else
+  return half;
+#endif
+}
+
+// sums[i] = the sum of the lanes of the i-th vector.
+CELLOPS_INLINE void sums_of(Vec<float> a, Vec<float> b, Vec<float> c, Vec<float> d, float* sums) {
+  Quad<float> qa = fold<float>(a), qb = fold<float>(b), qc = fold<float>(c), qd = fold<float>(d);
+  transpose4(qa, qb, qc, qd);
+  *(VectorOf<float, 16>::unaligned*)sums = (qa + qb) + (qc + qd);
+}
+CELLOPS_INLINE void sums_of(Vec<double> a, Vec<double> b, Vec<double> c, Vec<double> d, double* sums) {
+  const Quad<double> qa = fold<double>(a), qb = fold<double>(b), qc = fold<double>(c), qd = fold<double>(d);
+  sums[0] = qa[0] + qa[1], sums[1] = qb[0] + qb[1], sums[2] = qc[0] + qc[1], sums[3] = qd[0] + qd[1];
+}
+
+}  // namespace cellops::CELLOPS_ISA

@@ -1,0 +1,120 @@
+// How deformable convolution's taps and channels are cut into products of a bounded size.
+#pragma once
+#include "../cellops.h"
+#include "../common/gemm.h"
+#include "../common/parallel.h"
+
+namespace cellops::CELLOPS_ISA {
+
+// Units of the left operand's columns in a tile, and its row stride (not a power of two: cache sets).
+template <class M>
+inline constexpr int64_t kDepth = 1024 / int64_t(sizeof(typename M::Unit));
+template <class M>
+inline constexpr int64_t kRowStride = kDepth<M> + 64 / int64_t(sizeof(typename M::Unit));
+
+// A run of channels at one tap, and the product that its columns take part in.
+struct Segment {
+  int64_t tap, channel, channels, column;
+};
+// Neighbouring columns of one group, multiplied at once with a block of packed weights.
+struct Product {
+  int64_t group, column, columns, packed, first_segment, last_segment;
+};
+
+// How the taps x channels of a convolution are cut into tiles of columns. One group: the columns run on over the
+// taps. Several: one tap at a time, each group (or part of a large one) for itself.
+template <class M>
+class Plan {
+ public:
+  Plan(const DeformConv2dParams& p)
+      : group_channels(p.in_channels / p.groups),
+        group_outputs(p.out_channels / p.groups),
+        panels(div_up(group_outputs, kPanel<typename M::Sum>)),
+        room_(p.kernel_height * p.kernel_width * (p.groups * div_up(group_channels, kLimit) + 1) + 2),
+        segments(room_),
+        products(room_) {
+    if (failed()) return;
+    const int64_t taps = p.kernel_height * p.kernel_width;
+    if (p.groups == 1) {
+      const int64_t total = taps * p.in_channels, count = div_up(total, kLimit);
+      const int64_t step = min_of(kLimit, round_up(div_up(total, count), 16));
+      for (int64_t k = 0; k < total;) {
+        open(0, 0);
+        for (const int64_t end = min_of(total, k + step); k < end;) {
+          const int64_t channel = k % p.in_channels, run = min_of(end - k, p.in_channels - channel);
+          add(k / p.in_channels, channel, run);
+          k += run;
+        }
+        close();
+      }
+    } else {
+      const int64_t parts = div_up(group_channels, kLimit);
+      const int64_t step = round_up(div_up(group_channels, parts), M::depth);
+      for (int64_t tap = 0; tap < taps; ++tap) {
+        int64_t column = 0;
+        for (int64_t group = 0; group < p.groups; ++group) {
+          for (int64_t c = 0; c < group_channels; c += step) {
+            const int64_t run = min_of(step, group_channels - c);
+            if (column + run > kLimit) column = 0;
+            open(group, column);
+            add(tap, group * group_channels + c, run);
+            close();
+            column += round_up(run, M::depth);
+          }
+        }
+      }
+    }
+  }
+  bool failed() const { return segments.failed() || products.failed(); }
+
+  const int64_t group_channels, group_outputs, panels;
+
+ private:
+  static constexpr int64_t kLimit = kDepth<M> * M::depth;
+  const int64_t room_;
+
+  void open(int64_t group, int64_t column) {
+    products.get()[product_count] = {group, column, 0, packed_size, segment_count, segment_count};
+  }
+  void add(int64_t tap, int64_t channel, int64_t channels) {
+    Product& product = products.get()[product_count];
+    segments.get()[segment_count++] = {tap, channel, channels, product.column + product.columns};
+    product.columns += channels;
+    product.last_segment = segment_count;
+  }
+  void close() {
+    packed_size += panels * div_up(products.get()[product_count++].columns, M::depth) * kPanel<typename M::Sum>;
+  }
+
+ public:
+  Scratch<Segment> segments;
+  Scratch<Product> products;
+  int64_t segment_count = 0, product_count = 0, packed_size = 0;
+};
+
+// Packs the weights of one product's panel: [depth][kPanel] units, zero past the last output channel and column.
+// weight[o][c][t] lies at o * out_stride + c * channel_stride + t * tap_stride.
+template <class M, class E, class T>
+inline void pack_weight(const Plan<M>& plan, const Product& product, int64_t panel, const T* weight, int64_t out_stride,
+                        int64_t channel_stride, int64_t tap_stride, E* packed) {
+  constexpr int64_t width = kPanel<typename M::Sum>;
+  const int64_t depth = div_up(product.columns, M::depth), first = panel * width;
+  const int64_t outputs = min_of(width, plan.group_outputs - first);
+  E* to = packed + (product.packed + panel * depth * width) * M::depth;
+  if (outputs < width || depth * M::depth != product.columns) {
+    __builtin_memset(to, 0, size_t(depth * width * M::depth) * sizeof(E));
+  }
+  weight += (product.group * plan.group_outputs + first) * out_stride;
+  for (int64_t i = product.first_segment; i < product.last_segment; ++i) {
+    const Segment& segment = plan.segments.get()[i];
+    const T* from = weight + (segment.channel - product.group * plan.group_channels) * channel_stride +
+                    segment.tap * tap_stride;
+    for (int64_t c = 0; c < segment.channels; ++c, from += channel_stride) {
+      const int64_t k = segment.column - product.column + c;
+      E* row = to + (k / M::depth) * width * M::depth + k % M::depth;
+      for (int64_t o = 0; o < outputs; ++o) from_compute(row + o * M::depth, to_compute(from[o * out_stride]));
+    }
+  }
+}
+
+}  // namespace cellops::CELLOPS_ISA
