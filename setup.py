@@ -1,0 +1,80 @@
+"""Builds the extension `cellops._C` from csrc/ with CMake; the metadata is in pyproject.toml.
+
+Environment:
+    CELLOPS_CUDA: AUTO (default: build the CUDA kernels if nvcc works), ON (fail without it) or OFF.
+    CMAKE_ARGS: further arguments for CMake's configuration.
+"""
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).resolve().parent
+
+
+def tool(name: str) -> str:
+    """The path of cmake or ninja, in an environment that may not be activated."""
+    path = os.pathsep.join([os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")])
+    found = shutil.which(name, path=path)
+    if found is None:
+        raise SystemExit(f"cellops needs {name} to compile csrc/: pip install {name}")
+    return found
+
+
+class CMakeBuild(build_ext):
+    def build_extension(self, ext: Extension) -> None:
+        import pybind11
+
+        cuda = os.environ.get("CELLOPS_CUDA", "AUTO").upper()
+        if cuda not in ("AUTO", "ON", "OFF"):
+            raise SystemExit(f"CELLOPS_CUDA must be AUTO, ON or OFF, got {cuda!r}")
+        output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        build = Path(self.build_temp).resolve() / ext.name
+        cmake = tool("cmake")
+        configure = [
+            cmake,
+            # Paths cached by an earlier build point into pip's deleted environment; the objects stay.
+            "--fresh",
+            f"-S{ROOT / 'csrc'}",
+            f"-B{build}",
+            "-GNinja",
+            f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}",
+            "-DCMAKE_BUILD_TYPE=Release",
+            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={output}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DCELLOPS_CUDA={cuda}",
+            f"-DCELLOPS_VERSION={self.distribution.get_version()}",
+            *shlex.split(os.environ.get("CMAKE_ARGS", "")),
+        ]
+        subprocess.run(configure, check=True)
+        subprocess.run([cmake, "--build", str(build), "--target", "_C"], check=True)
+
+
+class CleanBuildPy(build_py):
+    def run(self) -> None:
+        # A module deleted since the last build would live on in build/lib and enter the wheel.
+        if not self.editable_mode:
+            shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
+
+
+setup(
+    packages=[
+        *find_packages(include=["cellops", "cellops.*"]),
+        "cellops.models",
+        *(f"cellops.models.{name}" for name in find_packages("models")),
+    ],
+    package_dir={"cellops": "cellops", "cellops.models": "models"},
+    package_data={"cellops": ["py.typed"], "cellops.models": ["py.typed", "**/*.yaml"]},
+    ext_modules=[Extension("cellops._C", sources=[])],
+    cmdclass={"build_ext": CMakeBuild, "build_py": CleanBuildPy},
+)
