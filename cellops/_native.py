@@ -17,6 +17,7 @@ import torch  # before _C: both name libgomp.so.1, and one OpenMP runtime (torch
 from torch import Tensor
 
 from cellops import _source_tree
+from cellops._version import __version__
 
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 """The library's code of each storage dtype that it has kernels for."""
@@ -30,12 +31,7 @@ def _load() -> ModuleType:
             raise
     library = _source_tree.installed_library() if _source_tree.is_source_tree() else None
     if library is None:
-        where = "source tree" if _source_tree.is_source_tree() else "installation"
-        remedy = "`pip install .` (or `pip install -e .`)" if where == "source tree" else "`pip install --force-reinstall cellops`"
-        raise ImportError(
-            f"the compiled library cellops._C was not found: the {where} at {_source_tree.PACKAGE} has none for "
-            f"{sys.implementation.cache_tag}, and no installed cellops has one. {remedy} builds it"
-        )
+        raise ImportError(_not_found())
     spec = importlib.util.spec_from_file_location("cellops._C", library)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -44,9 +40,18 @@ def _load() -> ModuleType:
     return module
 
 
-def _warn_if_other_version(module: ModuleType) -> None:
-    from cellops import __version__
+def _not_found() -> str:
+    if _source_tree.is_source_tree():
+        where, remedy = "source tree", "`pip install .` or `pip install -e .` builds it"
+    else:
+        where, remedy = "installed package", "`pip install --force-reinstall cellops` builds it"
+    return (
+        f"the compiled library cellops._C for {sys.implementation.cache_tag} is not in the {where} {_source_tree.PACKAGE}"
+        f"{' and no installed cellops has one' if where == 'source tree' else ''}; {remedy}"
+    )
 
+
+def _warn_if_other_version(module: ModuleType) -> None:
     built = module.build_info()["version"]
     if built != __version__:
         warnings.warn(

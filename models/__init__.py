@@ -1,0 +1,1 @@
+"""Models, training and tools on top of the ops of `cellops`."""
