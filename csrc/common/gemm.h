@@ -36,10 +36,10 @@ struct MultiplyPairs {  // pairs of bfloat16, summed in float32
 #endif
 
 // The rows of A lie a_row units apart and its columns a_step: a_step == 1 reads rows (A as it lies), a_row == 1
-// reads columns (A transposed). A compile-time RowStride spares the address arithmetic.
-template <class M, int Rows, int Vectors, bool Accumulate, int64_t RowStride>
-inline void micro_kernel(int64_t depth, const typename M::Unit* a, int64_t a_step, const typename M::Unit* b,
-                         int64_t b_step, typename M::Sum* c, int64_t c_row) {
+// reads columns (A transposed). Three rows share a pointer: more would not fit an x86 address.
+template <class M, int Rows, int Vectors, bool Accumulate>
+inline void micro_kernel(int64_t depth, const typename M::Unit* a, int64_t a_row, int64_t a_step,
+                         const typename M::Unit* b, int64_t b_step, typename M::Sum* c, int64_t c_row) {
   using S = typename M::Sum;
   constexpr int lanes = kLanes<S>;
   Vec<S> sum[Rows][Vectors];
@@ -48,17 +48,20 @@ inline void micro_kernel(int64_t depth, const typename M::Unit* a, int64_t a_ste
 #pragma GCC unroll 4
     for (int v = 0; v < Vectors; ++v) sum[r][v] = Accumulate ? load(c + r * c_row + v * lanes) : Vec<S>{};
   }
+  constexpr int pointers = (Rows + 2) / 3;
+  const typename M::Unit* rows[pointers];
+  for (int i = 0; i < pointers; ++i) rows[i] = a + 3 * i * a_row;
   for (int64_t k = 0; k < depth; ++k) {
     Vec<S> row[Vectors];
 #pragma GCC unroll 4
     for (int v = 0; v < Vectors; ++v) row[v] = load(b + v * lanes);
 #pragma GCC unroll 16
     for (int r = 0; r < Rows; ++r) {
-      const Vec<S> x = broadcast(a[r * RowStride]);
+      const Vec<S> x = broadcast(rows[r / 3][r % 3 * a_row]);
 #pragma GCC unroll 4
       for (int v = 0; v < Vectors; ++v) M::add(sum[r][v], x, row[v]);
     }
-    a += a_step;
+    for (int i = 0; i < pointers; ++i) rows[i] += a_step;
     b += b_step;
   }
 #pragma GCC unroll 16
@@ -74,18 +77,17 @@ inline constexpr int kPanel = kPanelVectors * kLanes<S>;
 // C[rows][columns] (+)= A[rows][depth] * B, with B packed in panels of kPanel columns: panel after panel, each
 // [depth][kPanel]. Whole micro-kernels run: C and A have room for round_up(rows, kRows) rows, C for
 // round_up(columns, lanes) columns, and B is zero past its last column.
-template <class M, bool Accumulate, int64_t RowStride>
-inline void multiply_packed(int64_t rows, int64_t columns, int64_t depth, const typename M::Unit* a,
+template <class M, bool Accumulate>
+inline void multiply_packed(int64_t rows, int64_t columns, int64_t depth, const typename M::Unit* a, int64_t a_row,
                             const typename M::Unit* b, int64_t panel_stride, typename M::Sum* c, int64_t c_row) {
   constexpr int lanes = kLanes<typename M::Sum>, panel = kPanelVectors * lanes;
   for (int64_t n = 0; n < columns; n += panel, b += panel_stride) {
     for (int64_t r = 0; r < rows; r += kRows) {
       if (columns - n > lanes) {
-        micro_kernel<M, kRows, kPanelVectors, Accumulate, RowStride>(depth, a + r * RowStride, 1, b, panel,
-                                                                     c + r * c_row + n, c_row);
+        micro_kernel<M, kRows, kPanelVectors, Accumulate>(depth, a + r * a_row, a_row, 1, b, panel,
+                                                          c + r * c_row + n, c_row);
       } else {
-        micro_kernel<M, kRows, 1, Accumulate, RowStride>(depth, a + r * RowStride, 1, b, panel, c + r * c_row + n,
-                                                         c_row);
+        micro_kernel<M, kRows, 1, Accumulate>(depth, a + r * a_row, a_row, 1, b, panel, c + r * c_row + n, c_row);
       }
     }
   }
@@ -100,10 +102,10 @@ inline void multiply_outer(int64_t rows, int64_t columns, int64_t depth, const t
   for (int64_t n = 0; n < columns; n += panel) {
     for (int64_t r = 0; r < rows; r += kOuterRows) {
       if (columns - n > lanes) {
-        micro_kernel<M, kOuterRows, kPanelVectors, true, 1>(depth, a + r, a_step, b + n, b_step, c + r * c_row + n,
-                                                            c_row);
+        micro_kernel<M, kOuterRows, kPanelVectors, true>(depth, a + r, 1, a_step, b + n, b_step, c + r * c_row + n,
+                                                         c_row);
       } else {
-        micro_kernel<M, kOuterRows, 1, true, 1>(depth, a + r, a_step, b + n, b_step, c + r * c_row + n, c_row);
+        micro_kernel<M, kOuterRows, 1, true>(depth, a + r, 1, a_step, b + n, b_step, c + r * c_row + n, c_row);
       }
     }
   }

@@ -39,25 +39,31 @@ inline void parallel(int threads, const Body& body) {
   body(Team{0, 1});
 }
 
-// Scratch memory of one call: aligned to a cache line, freed at the end of the scope.
-// `failed` stays true where memory could not be had; callers check it before any thread starts.
+// Scratch memory of one call: aligned to a cache line, freed at the end of the scope. Where memory cannot be had,
+// failed() says so and nothing may be touched.
 template <class T>
-class Scratch {
+class Buffer {
  public:
-  explicit Scratch(int64_t count) : count_(count) {
-    const size_t bytes = (size_t(count > 0 ? count : 1) * sizeof(T) + 63) / 64 * 64;
-    data_ = static_cast<T*>(aligned_alloc(64, bytes));
+  Buffer() = default;
+  explicit Buffer(int64_t count) { allocate(count); }
+  ~Buffer() { free(data_); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+
+  void allocate(int64_t count) {
+    count_ = count;
+    if (count > 0) data_ = static_cast<T*>(aligned_alloc(64, (size_t(count) * sizeof(T) + 63) / 64 * 64));
   }
-  ~Scratch() { free(data_); }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
   T* get() const { return data_; }
-  bool failed() const { return data_ == nullptr; }
-  void zero() const { __builtin_memset(data_, 0, size_t(count_) * sizeof(T)); }
+  int64_t count() const { return count_; }
+  bool failed() const { return count_ > 0 && !data_; }
+  void zero() const {
+    if (count_ > 0) __builtin_memset(static_cast<void*>(data_), 0, size_t(count_) * sizeof(T));
+  }
 
  private:
-  T* data_;
-  int64_t count_;
+  T* data_ = nullptr;
+  int64_t count_ = 0;
 };
 
 }  // namespace cellops::CELLOPS_ISA

@@ -20,34 +20,6 @@
 namespace cellops::CELLOPS_ISA {
 namespace {
 
-// What the left operand of a product is made of: plain sums, or bfloat16 where it multiplies pairs.
-template <class M>
-struct ElementOf {
-  using type = typename M::Sum;
-};
-#if defined(__AVX512BF16__)
-template <>
-struct ElementOf<MultiplyPairs> {
-  using type = bfloat16;
-};
-#endif
-template <class M>
-using Element = typename ElementOf<M>::type;
-
-template <class T>
-struct Input {
-  const T* rows;       // [image][pixel][row], from the channel that column 0 stands for
-  int64_t row;         // elements from one pixel to the next
-  const T* zero;       // a row of zeros: what corners outside the image read
-};
-
-template <class T, class S>
-CELLOPS_INLINE const T* corner_row(const Input<T>& input, const Tile<S>& tile, const Corners<S>& corners, int corner,
-                                   int64_t i, int64_t channel) {
-  const int32_t index = corners.index[corner][i];
-  return index < 0 ? input.zero : input.rows + (tile.image_row[i] + index) * input.row + channel;
-}
-
 // columns[i][c] = the masked sample of channel + c at the tile's i-th pixel.
 template <class T, class E>
 void sample_columns(const Input<T>& input, const Tile<Compute<T>>& tile, const Corners<Compute<T>>& corners,
@@ -68,28 +40,6 @@ void sample_columns(const Input<T>& input, const Tile<Compute<T>>& tile, const C
                    wa * to_compute(a[k]) + wb * to_compute(b[k]) + wc * to_compute(c[k]) + wd * to_compute(d[k]));
     }
   }
-}
-
-// The weight's element strides: output channel, channel, tap.
-struct WeightStrides {
-  int64_t out, channel, tap;
-  explicit WeightStrides(const DeformConv2dParams& p) {
-    const int64_t channels = p.in_channels / p.groups, taps = p.kernel_height * p.kernel_width;
-    out = channels * taps;
-    channel = p.weight_channels_last ? 1 : taps;
-    tap = p.weight_channels_last ? channels : 1;
-  }
-};
-
-bool is_depthwise(const DeformConv2dParams& p) { return p.groups == p.in_channels && p.out_channels == p.in_channels; }
-
-// Threads that are worth waking: one for every 2^17 multiplications.
-int team_size(const DeformConv2dParams& p, int threads) {
-  const double products = double(p.batch) * double(p.out_height * p.out_width) *
-                          double(p.kernel_height * p.kernel_width) * double(p.in_channels) *
-                          double(p.out_channels / p.groups + 4);
-  const double most = products / double(1 << 17);
-  return most < 1 ? 1 : most < threads ? int(most) : threads;
 }
 
 template <class T, class M>
@@ -128,10 +78,10 @@ class Forward {
     parallel(threads_, [&](Team team) {
       // A wide sum takes a shorter tile, so that a thread's scratch stays within the second cache.
       const int64_t tile = max_of(kRows, min_of(kTile, (int64_t(1) << 17) / (sum_row_ + kRowStride<M>) / kRows * kRows));
-      Scratch<E> columns(tile * kRowStride<M> * M::depth);
-      Scratch<S> sums(tile * sum_row_ + kPanel<S>);
-      Scratch<Tile<S>> points(1);
-      Scratch<Corners<S>> corners(1);
+      Buffer<E> columns(tile * kRowStride<M> * M::depth);
+      Buffer<S> sums(tile * sum_row_ + kPanel<S>);
+      Buffer<Tile<S>> points(1);
+      Buffer<Corners<S>> corners(1);
       const bool ready = !columns.failed() && !sums.failed() && !points.failed() && !corners.failed();
       if (!ready) failed = true;
       if (ready) {
@@ -159,18 +109,13 @@ class Forward {
   }
 
   void pack(const Team& team) {
-    const WeightStrides strides(p_);
     const T* weight = static_cast<const T*>(io_.weight);
-    int64_t begin, end;
     if (depthwise_) {
-      team.share(taps_, &begin, &end);
-      for (int64_t tap = begin; tap < end; ++tap) {
-        for (int64_t c = 0; c < p_.in_channels; ++c) {
-          from_compute(packed_.get() + tap * p_.in_channels + c, to_compute(weight[c * strides.out + tap * strides.tap]));
-        }
-      }
+      if (team.index == 0) pack_depthwise(p_, weight, packed_.get());
       return;
     }
+    const WeightStrides strides(p_);
+    int64_t begin, end;
     team.share(plan_.product_count * plan_.panels, &begin, &end);
     for (int64_t i = begin; i < end; ++i) {
       pack_weight<M>(plan_, plan_.products.get()[i / plan_.panels], i % plan_.panels, weight, strides.out,
@@ -237,8 +182,8 @@ class Forward {
       }
       const int64_t depth = div_up(product.columns, M::depth);
       using Unit = typename M::Unit;
-      multiply_packed<M, true, kRowStride<M>>(
-          tile.count, plan_.group_outputs, depth, reinterpret_cast<const Unit*>(columns + product.column),
+      multiply_packed<M, true>(
+          tile.count, plan_.group_outputs, depth, reinterpret_cast<const Unit*>(columns + product.column), kRowStride<M>,
           reinterpret_cast<const Unit*>(packed_.get()) + product.packed, depth * kPanel<S>,
           sums + product.group * group_room_, sum_row_);
     }
@@ -299,22 +244,11 @@ class Forward {
   const bool depthwise_;
   const Plan<M> plan_;
   const int64_t pixels_, in_pixels_, group_room_, sum_row_, chunk_, taps_;
-  const Scratch<E> packed_;
-  const Scratch<S> bias_;
-  const Scratch<T> zero_;
-  const Scratch<T> rows_;
+  const Buffer<E> packed_;
+  const Buffer<S> bias_;
+  const Buffer<T> zero_;
+  const Buffer<T> rows_;
 };
-
-template <class T>
-struct Pick {
-  using type = Multiply<Compute<T>>;
-};
-#if defined(__AVX512BF16__)
-template <>
-struct Pick<bfloat16> {
-  using type = MultiplyPairs;
-};
-#endif
 
 template <class T>
 bool forward(const DeformConv2dParams& p, const DeformConv2dForward& io, int threads) {
@@ -337,7 +271,5 @@ bool deform_conv2d_forward(const DeformConv2dParams& p, const DeformConv2dForwar
   }
   return false;
 }
-
-bool deform_conv2d_backward(const DeformConv2dParams&, const DeformConv2dBackward&, int) { return false; }
 
 }  // namespace cellops::CELLOPS_ISA

@@ -6,6 +6,64 @@
 
 namespace cellops::CELLOPS_ISA {
 
+// What the left operand of a product is made of: plain sums, or bfloat16 where it multiplies pairs.
+template <class M>
+struct ElementOf {
+  using type = typename M::Sum;
+};
+#if defined(__AVX512BF16__)
+template <>
+struct ElementOf<MultiplyPairs> {
+  using type = bfloat16;
+};
+#endif
+template <class M>
+using Element = typename ElementOf<M>::type;
+
+template <class T>
+struct Pick {
+  using type = Multiply<Compute<T>>;
+};
+#if defined(__AVX512BF16__)
+template <>
+struct Pick<bfloat16> {
+  using type = MultiplyPairs;
+};
+#endif
+
+// The weight's element strides: output channel, channel, tap.
+struct WeightStrides {
+  int64_t out, channel, tap;
+  explicit WeightStrides(const DeformConv2dParams& p) {
+    const int64_t channels = p.in_channels / p.groups, taps = p.kernel_height * p.kernel_width;
+    out = channels * taps;
+    channel = p.weight_channels_last ? 1 : taps;
+    tap = p.weight_channels_last ? channels : 1;
+  }
+};
+
+inline bool is_depthwise(const DeformConv2dParams& p) { return p.groups == p.in_channels && p.out_channels == p.in_channels; }
+
+// packed[tap][channel] of a depthwise convolution.
+template <class T, class E>
+inline void pack_depthwise(const DeformConv2dParams& p, const T* weight, E* packed) {
+  const WeightStrides strides(p);
+  for (int64_t tap = 0; tap < p.kernel_height * p.kernel_width; ++tap) {
+    for (int64_t c = 0; c < p.in_channels; ++c) {
+      from_compute(packed + tap * p.in_channels + c, to_compute(weight[c * strides.out + tap * strides.tap]));
+    }
+  }
+}
+
+// Threads that are worth waking: one for every 2^17 multiplications.
+inline int team_size(const DeformConv2dParams& p, int threads) {
+  const double products = double(p.batch) * double(p.out_height * p.out_width) *
+                          double(p.kernel_height * p.kernel_width) * double(p.in_channels) *
+                          double(p.out_channels / p.groups + 4);
+  const double most = products / double(1 << 17);
+  return most < 1 ? 1 : most < threads ? int(most) : threads;
+}
+
 // Units of the left operand's columns in a tile, and its row stride (not a power of two: cache sets).
 template <class M>
 inline constexpr int64_t kDepth = 1024 / int64_t(sizeof(typename M::Unit));
@@ -87,8 +145,8 @@ class Plan {
   }
 
  public:
-  Scratch<Segment> segments;
-  Scratch<Product> products;
+  Buffer<Segment> segments;
+  Buffer<Product> products;
   int64_t segment_count = 0, product_count = 0, packed_size = 0;
 };
 

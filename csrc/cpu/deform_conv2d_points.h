@@ -34,6 +34,15 @@ inline void gather(int64_t count, const From* from, int64_t stride, To* to) {
   }
 }
 
+template <class To, class From>
+inline void spread(int64_t count, const From* from, To* to, int64_t stride) {
+  if (stride == 1) {
+    convert_row(count, from, to);
+  } else {
+    for (int64_t i = 0; i < count; ++i) from_compute(to + i * stride, from[i]);
+  }
+}
+
 // Output pixels first, first + 1, ... of the whole batch, in the order of memory.
 template <class S>
 struct Tile {
@@ -50,6 +59,20 @@ struct Corners {
   S bottom[kTileRoom], right[kTileRoom], mask[kTileRoom], nan[kTileRoom];
   S offset_y[kTileRoom], offset_x[kTileRoom];
 };
+
+template <class T>
+struct Input {
+  const T* rows;       // [image][pixel][row], from the channel that column 0 stands for
+  int64_t row;         // elements from one pixel to the next
+  const T* zero;       // a row of zeros: what corners outside the image read
+};
+
+template <class T, class S>
+CELLOPS_INLINE const T* corner_row(const Input<T>& input, const Tile<S>& tile, const Corners<S>& corners, int corner,
+                                   int64_t i, int64_t channel) {
+  const int32_t index = corners.index[corner][i];
+  return index < 0 ? input.zero : input.rows + (tile.image_row[i] + index) * input.row + channel;
+}
 
 template <class T>
 class Points {
