@@ -1,0 +1,38 @@
+"""Settings that every test runs under, and the devices there are."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is imported, so before cellops
+
+import cellops
+from cellops import _native
+
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
+def pytest_report_header() -> list[str]:
+    """Which cellops is tested."""
+    library = f"isa {_native.library().isa()}, {_native.library_path()}" if _native.error is None else str(_native.error)
+    return [f"cellops {cellops.__version__} from {os.path.dirname(cellops.__file__)}", f"library: {library}"]
+
+
+@pytest.fixture(autouse=True)
+def settings() -> Iterator[None]:
+    """Fresh memory of torch holds NaN, so that an element no kernel wrote shows; the thread count is put back."""
+    threads = torch.get_num_threads()
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Every kind of device that this machine has."""
+    return torch.device(request.param)
