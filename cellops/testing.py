@@ -36,8 +36,8 @@ class Case:
         terms: products summed per element of the "output" and of the gradient to each tensor argument.
         flops: multiplications and additions of one forward call.
         elements: elements of all tensors that a forward call must read or write once.
-        tags: "small" (every dtype, layout and second order), "edge" (every dtype and layout), "real" (a real layer's size,
-            float32 only), "bench" (timed), "memory" (its scratch is measured).
+        tags: "small" (every dtype and layout, second order), "edge" (every dtype and layout), "real" (a real layer's
+            size, float32 only), "bench" (timed), "memory" (its scratch is measured).
     """
 
     op: str
@@ -98,7 +98,7 @@ def deform_conv2d_case(
     spread: float = 2.0,
     tags: str = "small",
 ) -> Case:
-    """A case of `deform_conv2d`; `spread` is the offsets' standard deviation in pixels, tags are separated by spaces."""
+    """A case of `deform_conv2d`; `spread` is the offsets' standard deviation in pixels, spaces separate tags."""
     sizes = {key: value for key, value in locals().items() if key not in ("name", "why", "tags")}
     out_height, out_width = (
         (size + 2 * pad - dilate * (kernel - 1) - 1) // step + 1
@@ -177,44 +177,100 @@ CASES: list[Case] = [
     ),
     deform_conv2d_case("rectangular", "taps row-major, h and w not swapped", kernel_size=(2, 3), padding=(0, 2)),
     deform_conv2d_case("stride2", "the usual downsampling layer, an odd map", stride=(2, 2), height=9),
-    deform_conv2d_case("stride_uneven", "stride, padding and dilation differ between h and w", stride=(2, 1), padding=(2, 0)),
+    deform_conv2d_case(
+        "stride_uneven", "stride, padding and dilation differ between h and w", stride=(2, 1), padding=(2, 0)
+    ),
     deform_conv2d_case("dilated", "dilation differs between h and w", dilation=(2, 3), padding=(2, 3)),
     deform_conv2d_case("no_padding", "the output is smaller than the input", padding=(0, 0)),
     deform_conv2d_case("wide_padding", "taps that start far outside the image", padding=(3, 4), spread=1.0),
     deform_conv2d_case("groups2", "two groups, odd output channels per group", groups=2, out_channels=6),
     deform_conv2d_case("groups4", "a group of one output channel", groups=4, in_channels=8, out_channels=4),
-    deform_conv2d_case("depthwise", "groups = in_channels takes its own kernel", groups=5, in_channels=5, out_channels=5),
+    deform_conv2d_case(
+        "depthwise", "groups = in_channels takes its own kernel", groups=5, in_channels=5, out_channels=5
+    ),
     deform_conv2d_case(
         "depthwise_multiplier", "three outputs per channel", groups=3, in_channels=3, out_channels=9, mask=False
     ),
     deform_conv2d_case("offset_groups2", "two offset groups under one conv group", offset_groups=2),
     deform_conv2d_case("offset_groups4", "one channel per offset group", offset_groups=4, mask=False),
-    deform_conv2d_case("crossed_groups", "offset groups cut across conv groups", in_channels=12, groups=2, offset_groups=3, out_channels=4),
-    deform_conv2d_case("finer_groups", "several conv groups share one offset group", in_channels=8, groups=4, offset_groups=2, out_channels=8),
+    deform_conv2d_case(
+        "crossed_groups",
+        "offset groups cut across conv groups",
+        in_channels=12,
+        groups=2,
+        offset_groups=3,
+        out_channels=4,
+    ),
+    deform_conv2d_case(
+        "finer_groups",
+        "several conv groups share one offset group",
+        in_channels=8,
+        groups=4,
+        offset_groups=2,
+        out_channels=8,
+    ),
     deform_conv2d_case("single_pixel", "a 1x1 map, where both layouts coincide", height=1, width=1),
     deform_conv2d_case("single_channel", "one channel, where both layouts coincide", in_channels=1, out_channels=1),
     deform_conv2d_case("far", "half of the points lie outside", spread=20.0),
     deform_conv2d_case("empty", "an empty batch", batch=0, tags="edge"),
-    deform_conv2d_case("batch33", "more images than threads, not a multiple of them", batch=33, height=3, width=3, tags="edge"),
-    deform_conv2d_case("channels17", "one channel beyond a 16-lane vector", in_channels=17, out_channels=33, tags="edge"),
-    deform_conv2d_case("channels3", "an RGB stem at stride 2", in_channels=3, out_channels=16, height=15, width=17, stride=(2, 2), tags="edge"),
-    deform_conv2d_case("channels48", "three full vectors, out_channels no multiple of 16", in_channels=48, out_channels=40, tags="edge"),
-    deform_conv2d_case("channels65", "one channel beyond four vectors", in_channels=65, out_channels=5, height=5, width=5, tags="edge"),
-    deform_conv2d_case("depthwise64", "depthwise over full vectors", in_channels=64, out_channels=64, groups=64, tags="edge"),
-    deform_conv2d_case("groups8", "ResNeXt-like groups of 16 channels", in_channels=128, out_channels=128, groups=8, offset_groups=2, tags="edge"),
-    deform_conv2d_case("map63", "an odd map of many tiles, with a remainder", batch=1, in_channels=16, out_channels=16, height=63, width=63, tags="edge"),
-    deform_conv2d_case("row", "a map of one long row", height=1, width=63, in_channels=16, out_channels=16, tags="edge"),
+    deform_conv2d_case(
+        "batch33", "more images than threads, not a multiple of them", batch=33, height=3, width=3, tags="edge"
+    ),
+    deform_conv2d_case(
+        "channels17", "one channel beyond a 16-lane vector", in_channels=17, out_channels=33, tags="edge"
+    ),
+    deform_conv2d_case(
+        "channels3",
+        "an RGB stem at stride 2",
+        in_channels=3,
+        out_channels=16,
+        height=15,
+        width=17,
+        stride=(2, 2),
+        tags="edge",
+    ),
+    deform_conv2d_case(
+        "channels48", "three full vectors, out_channels no multiple of 16", in_channels=48, out_channels=40, tags="edge"
+    ),
+    deform_conv2d_case(
+        "channels65", "one channel beyond four vectors", in_channels=65, out_channels=5, height=5, width=5, tags="edge"
+    ),
+    deform_conv2d_case(
+        "depthwise64", "depthwise over full vectors", in_channels=64, out_channels=64, groups=64, tags="edge"
+    ),
+    deform_conv2d_case(
+        "groups8",
+        "ResNeXt-like groups of 16 channels",
+        in_channels=128,
+        out_channels=128,
+        groups=8,
+        offset_groups=2,
+        tags="edge",
+    ),
+    deform_conv2d_case(
+        "map63",
+        "an odd map of many tiles, with a remainder",
+        batch=1,
+        in_channels=16,
+        out_channels=16,
+        height=63,
+        width=63,
+        tags="edge",
+    ),
+    deform_conv2d_case(
+        "row", "a map of one long row", height=1, width=63, in_channels=16, out_channels=16, tags="edge"
+    ),
     _layer(1, 64, 56, "ResNet conv2, one image: latency of a single view", "real bench"),
     _layer(8, 64, 28, "many images of few pixels", "real bench"),
     _layer(1, 256, 28, "one image, the weight exceeds the L2 cache", "real bench"),
     _layer(8, 128, 28, "ResNet conv3 at a small batch", "bench"),
     _layer(16, 256, 14, "ResNet conv4 at a training batch", "bench"),
     _layer(32, 64, 56, "its im2col buffer takes 231 MB in float32: scratch is measured against that", "memory"),
-]  # fmt: skip
+]
 """Every case of every op. `small` cases stay off the integer grid, so that finite differences hold."""
 
 TOLERANCES: dict[torch.dtype, tuple[float, float]] = {torch.float32: (1e-4, 1e-5), torch.float64: (1e-9, 1e-10)}
-"""Per dtype: rtol, and atol of a sum of one term; atol grows with sqrt(terms). Half types are held to eager's own error."""
+"""Per dtype: rtol, and atol of a sum of one term; atol grows with sqrt(terms). Half types are held to eager's error."""
 
 HALF_ERROR_RATIO = 2.0
 """A half type's largest error may be this many times that of the eager reference at the same dtype."""
@@ -229,9 +285,9 @@ def assert_close_to_reference(
         actual: what a backend returned, float32, float64 or a half type.
         expected: the float64 reference on the same values.
         terms: products summed per element (`Case.terms`).
-        eager: for half types, what the eager reference returns at that dtype; its largest error is the measure. To twice
-            that comes half a unit in the last place of the largest expected value: a correctly rounded result always
-            passes, also where eager is exact by luck, as it may be on a few elements.
+        eager: for half types, what the eager reference returns at that dtype; its largest error is the measure. To
+            twice that comes half a unit in the last place of the largest expected value: a correctly rounded result
+            always passes, also where eager is exact by luck, as it may be on a few elements.
         what: the tensor's name in the message.
 
     Raises:

@@ -1,15 +1,16 @@
-"""Deformable convolution v1/v2 (Dai et al. 2017, Zhu et al. 2019) in eager PyTorch; sampling as `torchvision.ops.deform_conv2d`.
+"""Deformable convolution v1/v2 (Dai et al. 2017, Zhu et al. 2019) in eager PyTorch, sampling as torchvision does.
 
     output[n, o, p] = bias[o] + sum over c, k of  weight[o, c, k] * mask[n, g, k, p] * sample(input[n, c], y, x)
     y[n, g, k, p] = oy * stride - padding + i * dilation + dy[n, g, k, p]         x likewise, g = offset group of c
 
-with p = (oy, ox) an output pixel and k = (i, j) a tap. `sample` is bilinear. A point with y < -1, y >= H, x < -1 or x >= W, so
-also an infinite or huge one, samples 0; a corner outside the image counts as 0. Derivatives to y and x are right derivatives
-(floor convention), at the borders too. A NaN coordinate makes the sample NaN and gives no gradient to input and offset.
+with p = (oy, ox) an output pixel and k = (i, j) a tap. `sample` is bilinear. A point with y < -1, y >= H, x < -1 or
+x >= W, so also an infinite or huge one, samples 0; a corner outside the image counts as 0. Derivatives to y and x are
+right derivatives (floor convention), at the borders too. A NaN coordinate makes the sample NaN and gives no gradient to
+input and offset.
 
 Shapes: N batch, C in_channels, O out_channels, G groups, D offset groups, K taps, P output pixels.
-Forward and backward are made of differentiable PyTorch ops: higher orders, forward mode, vmap and tracing work through them.
-Coordinates and samples are float32 for half types; columns are rounded to the storage type before they are multiplied.
+Forward and backward are made of differentiable PyTorch ops: higher orders, forward mode, vmap and tracing work through
+them. Coordinates and samples are float32 for half types; columns are rounded to the storage type before the product.
 """
 
 from __future__ import annotations

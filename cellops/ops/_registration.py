@@ -1,0 +1,69 @@
+"""What every op's registration shares: the library handle, and questions about the state of autograd and autocast."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+library = torch.library.Library("cellops", "FRAGMENT")
+"""Holds every registration; they last as long as this module."""
+
+AUTOCAST_DEVICES = {"AutocastCPU": "cpu", "AutocastCUDA": "cuda", "AutocastXPU": "xpu", "AutocastMPS": "mps"}
+"""Dispatch keys of autocast and the device types they stand for."""
+
+_AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
+for _key in AUTOCAST_DEVICES:
+    _AUTOCAST_KEYS = _AUTOCAST_KEYS.add(getattr(torch._C.DispatchKey, _key))
+
+
+def define(schema: str, kernels: dict[str, Callable]) -> torch._ops.OpOverload:
+    """Define `cellops::<schema>` with one kernel per dispatch key, and return the op.
+
+    Args:
+        schema: without the namespace.
+        kernels: dispatch key, or "Fake", and its kernel. "CompositeExplicitAutograd" serves devices without their own.
+    """
+    name = schema.partition("(")[0]
+    library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    for key, kernel in kernels.items():
+        if key == "Fake":
+            torch.library.register_fake(f"cellops::{name}", kernel, lib=library)
+        else:
+            library.impl(name, kernel, key)
+    return getattr(torch.ops.cellops, name).default
+
+
+def autocast_disabled() -> torch._C._ExcludeDispatchKeyGuard:
+    """A context in which no op casts: an implementation multiplies in the type that it was given."""
+    return torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS)
+
+
+def autocast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """The tensor as autocast hands it to a matmul: floating-point types but float64 become `dtype`."""
+    if tensor is None or not tensor.is_floating_point() or tensor.dtype == torch.float64:
+        return tensor
+    return tensor.to(dtype)
+
+
+def has_tangent(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether forward-mode AD follows one of the tensors."""
+    if forward_ad._current_level < 0:
+        return False
+    return any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+
+
+def needs_dispatch() -> bool:
+    """Whether a call must enter the dispatcher at the top: under a compiler, functorch, forward-mode AD or autocast.
+
+    Elsewhere a public function may apply its Function itself, or go below autograd where no argument requires a
+    gradient, and so cross from Python to the dispatcher once instead of twice (3 of 13 µs on 2 cores of a Xeon).
+    """
+    return (
+        forward_ad._current_level >= 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._is_any_autocast_enabled()
+        or torch.compiler.is_compiling()
+    )
