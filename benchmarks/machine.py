@@ -1,0 +1,88 @@
+"""What a result depends on: the machine, the versions, the commit and the environment of the process."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import subprocess
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("torch", "torchvision", "onnxruntime", "openvino", "onnx", "numpy", "pytest-benchmark")
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def default_threads() -> int:
+    """Threads of a run whose results are kept: the targets are set for two."""
+    return min(2, cores())
+
+
+def steady_environment(threads: int) -> dict[str, str]:
+    """Variables the process must start with: malloc keeps freed pages (fresh ones make a copy five times dearer)."""
+    return {
+        "MALLOC_MMAP_MAX_": "0",
+        "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
+        "OMP_NUM_THREADS": str(threads),
+    }
+
+
+def slug() -> str:
+    """The machine's name as a file name, like "amd-epyc-9354-2-cores"."""
+    from cellops.models.doctor import cpu_model
+
+    words = re.sub(r"\((R|TM)\)|CPU|Processor|@.*|\d+-Core", " ", cpu_model())
+    return re.sub(r"[^a-z0-9]+", "-", f"{words} {cores()} cores".lower()).strip("-")
+
+
+def describe(threads: int) -> dict[str, Any]:
+    """The head of a results file."""
+    from cellops import __version__, _native
+    from cellops.models.doctor import cpu_model
+
+    versions = {"python": platform.python_version(), "cellops": __version__}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    library = _native.library()
+    return {
+        "machine": {
+            "name": slug(),
+            "cpu": cpu_model(),
+            "cores": cores(),
+            "architecture": platform.machine(),
+            "system": platform.system(),
+            "libc": " ".join(platform.libc_ver()),
+            "instruction_set": library.isa(),
+            "compiler": library.build_info()["compiler"],
+        },
+        "versions": versions,
+        "commit": commit(),
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "threads": threads,
+        "environment": {name: os.environ.get(name, "") for name in steady_environment(threads)},
+    }
+
+
+def commit() -> dict[str, Any]:
+    """Hash of the checked out commit, and whether anything but results differs from it; "unknown" outside git."""
+    try:
+        sha = _git("rev-parse", "HEAD")
+        changed = _git("status", "--porcelain", "--", ".", ":!benchmarks/results", ":!README.md")
+    except (OSError, subprocess.CalledProcessError):
+        return {"hash": "unknown", "dirty": True}
+    return {"hash": sha, "dirty": bool(changed)}
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+    return done.stdout.strip()

@@ -1,0 +1,92 @@
+"""A run's records as tables for the terminal. Times are medians; a ratio below 1 is a loss and is printed alike."""
+
+from __future__ import annotations
+
+from itertools import groupby
+
+from targets import Record, Results, judge_all, median_ratio
+
+LABELS = ("op", "direction", "dtype")
+
+
+def lines(results: Results) -> list[str]:
+    """The whole report, line by line."""
+    timed = [record for record in results if record["kind"] == "time"]
+    text: list[str] = []
+    for labels, group in groupby(sorted(timed, key=_labels), key=_labels):
+        text += ["", f"{' '.join(labels)}: milliseconds (times ours)", *_time_table(list(group))]
+    text += _skipped(results) + _overhead(results) + _memory(results) + _targets(results)
+    return text
+
+
+def table(rows: list[list[str]]) -> list[str]:
+    """Rows as aligned columns; the first column is text, the others are figures."""
+    first, *widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join([row[0].ljust(first), *(cell.rjust(width) for cell, width in zip(row[1:], widths, strict=True))])
+        for row in rows
+    ]
+
+
+def _labels(record: Record) -> tuple[str, ...]:
+    return tuple(record[label] for label in LABELS)
+
+
+def _time_table(records: Results) -> list[str]:
+    peers = [name for name in _union(records, "variants") if name != "cellops"]
+    rows = [["shape", "layout", "cellops", *peers, "GFLOP/s", "of matmul", "of the bound"]]
+    for record in records:
+        ours = record["variants"]["cellops"]["median"]
+        row = [record["case"], record["layout"], f"{1e3 * ours:.2f}"]
+        for peer in peers:
+            timing = record["variants"].get(peer)
+            row.append(f"{1e3 * timing['median']:.2f} ({timing['median'] / ours:.2f}x)" if timing else "-")
+        percent = 100 * record["gflops"] / record["matmul_gflops"]
+        rows.append([*row, f"{record['gflops']:.0f}", f"{percent:.0f} %", f"{record['percent_of_bound']:.0f} %"])
+    for layout in sorted({record["layout"] for record in records}):
+        same = {"dtype": records[0]["dtype"], "direction": records[0]["direction"], "layout": layout}
+        means = [median_ratio(records, peer, "cellops", **same) for peer in peers]
+        cells = ["-" if mean is None else f"({mean:.2f}x)" for mean in means]
+        rows.append(["geometric mean", layout, "", *cells, "", "", ""])
+    return table(rows)
+
+
+def _skipped(results: Results) -> list[str]:
+    reasons: dict[tuple[str, str, str], int] = {}
+    for record in results:
+        for name, reason in record.get("skipped", {}).items():
+            key = (name, record.get("dtype", record["kind"]), reason)
+            reasons[key] = reasons.get(key, 0) + 1
+    text = [f"  {name}, {where} ({count}x): {reason}" for (name, where, reason), count in reasons.items()]
+    return ["", "not measured", *text] if text else []
+
+
+def _overhead(results: Results) -> list[str]:
+    text = []
+    for record in (record for record in results if record["kind"] == "overhead"):
+        rows = [[name, f"{1e6 * timing['median']:.1f}"] for name, timing in record["variants"].items()]
+        title = f"{record['op']} call overhead, 512 elements, {record['case']} kernel: microseconds a call"
+        text += ["", title, *table(rows)]
+    return text
+
+
+def _memory(results: Results) -> list[str]:
+    rows = [
+        [f"{record['direction']}, {name}", f"{used['bytes'] / 2**20:.1f} MiB", f"{used['percent_of_im2col']:.1f} %"]
+        for record in results
+        if record["kind"] == "memory"
+        for name, used in record["variants"].items()
+    ]
+    return ["", "peak memory above inputs and outputs, and as part of the im2col buffer", *table(rows)] if rows else []
+
+
+def _targets(results: Results) -> list[str]:
+    words = {True: "reached", False: "NOT REACHED", None: "not measured"}
+    rows = [["target (geometric means over the shapes)", "limit", "measured", ""]]
+    for row in judge_all(results):
+        rows.append([f"{row['op']} {row['target']}", row["limit"], row["value"] or "-", words[row["reached"]]])
+    return ["", *table(rows)]
+
+
+def _union(records: Results, field: str) -> list[str]:
+    return list(dict.fromkeys(name for record in records for name in record[field]))

@@ -1,0 +1,164 @@
+"""Writes the README's speed tables from benchmarks/results/*.json, between its two markers.
+
+python benchmarks/table.py             # update README.md
+python benchmarks/table.py --check     # fail where README.md is not what the results say
+python benchmarks/table.py --print     # to the terminal
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from targets import Record, Results, geometric_mean, median_ratio, select
+
+RESULTS = Path(__file__).resolve().parent / "results"
+README = RESULTS.parent.parent / "README.md"
+BEGIN, END = "<!-- speed: begin (written by benchmarks/table.py) -->", "<!-- speed: end -->"
+PEERS = ("torchvision", "ONNX Runtime", "OpenVINO")
+DTYPES, LAYOUTS, DIRECTIONS = ("float32", "bfloat16"), ("NCHW", "channels_last"), ("forward", "forward+backward")
+
+
+def markdown(folder: Path = RESULTS) -> str:
+    """The tables of every machine in the folder."""
+    machines = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    if not machines:
+        return "No results have been recorded yet: `pytest benchmarks --benchmark-only` records them.\n"
+    return "\n".join(_machine(results) for results in machines)
+
+
+def updated(readme: str, tables: str) -> str:
+    """The README with the text between the markers replaced.
+
+    Raises:
+        ValueError: a marker is missing.
+    """
+    before, _, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not end:
+        raise ValueError(f"the README has no lines {BEGIN!r} and {END!r}")
+    return f"{before}{BEGIN}\n\n{tables}\n{END}{after}"
+
+
+def _machine(results: dict[str, Any]) -> str:
+    records: Results = results["records"]
+    parts = [_head(results), *_targets(results["targets"])]
+    for op in dict.fromkeys(record["op"] for record in records):
+        own = [record for record in records if record["op"] == op]
+        parts += [_summary(op, own), _shapes(op, own), _details(own)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _head(results: dict[str, Any]) -> str:
+    computer, versions, commit = results["machine"], results["versions"], results["commit"]
+    listed = ", ".join(f"{name} {versions[name]}" for name in ("torch", "torchvision", "onnxruntime", "openvino"))
+    state = " with uncommitted changes" if commit["dirty"] else ""
+    threads = f"{results['threads']} threads"
+    return (
+        f"**{computer['cpu']}, {computer['cores']} cores, {computer['instruction_set']}, {threads}** "
+        f"({listed}; commit {commit['hash'][:10]}{state}, {results['date'][:10]})"
+    )
+
+
+def _targets(rows: Results) -> list[str]:
+    words = {True: "reached", False: "**not reached**", None: "not measured"}
+    cells = [["target (geometric mean over the shapes)", "limit", "measured", ""]]
+    for row in rows:
+        cells.append([f"{row['op']} {row['target']}", row["limit"], row["value"] or "–", words[row["reached"]]])
+    return [_table(cells)]
+
+
+def _summary(op: str, records: Results) -> str:
+    """One line per backend, dtype, layout and direction: how many times faster than each peer."""
+    cells = [["op", "backend", "dtype", "layout", "direction", *PEERS, "dense conv", "of the bound"]]
+    for dtype in DTYPES:
+        for layout in LAYOUTS:
+            for direction in DIRECTIONS:
+                labels = {"dtype": dtype, "layout": layout, "direction": direction}
+                chosen = select(records, kind="time", **labels)
+                ratios = [median_ratio(chosen, peer, "cellops", **labels) for peer in (*PEERS, f"dense {layout}")]
+                bound = geometric_mean([record["percent_of_bound"] for record in chosen])
+                figures = ["–" if ratio is None else f"{ratio:.2f}x" for ratio in ratios]
+                percent = "–" if bound is None else f"{bound:.0f} %"
+                cells.append([f"`{op}`", "cpu", dtype, layout, direction, *figures, percent])
+    return (
+        "Speed over the peers (times faster than each; below 1 is slower). The dense convolution has the same size and "
+        "layout and samples nothing; the bound is its faster layout.\n\n" + _table(cells)
+    )
+
+
+def _shapes(op: str, records: Results) -> str:
+    """Median milliseconds of each shape in float32."""
+    columns = [(name, layout) for name in ("cellops", "dense conv") for layout in LAYOUTS]
+    head = [f"{name}, {layout}" for name, layout in columns]
+    cells = [["shape (N x C x H x W)", "direction", *head, *PEERS]]
+    for direction in DIRECTIONS:
+        labels = {"dtype": "float32", "direction": direction}
+        by_layout = {
+            layout: {
+                record["case"]: record["variants"] for record in select(records, kind="time", layout=layout, **labels)
+            }
+            for layout in LAYOUTS
+        }
+        for case, variants in by_layout["NCHW"].items():
+            row = [case, direction]
+            for name, layout in columns:
+                key = name if name == "cellops" else f"dense {layout}"
+                row.append(_milliseconds(by_layout[layout].get(case, {}).get(key)))
+            cells.append([*row, *(_milliseconds(variants.get(peer)) for peer in PEERS)])
+    return (
+        f"`{op}`, float32, 3x3, padding 1, as many output as input channels, mask and bias: median milliseconds "
+        "(peers with NCHW input).\n\n" + _table(cells)
+    )
+
+
+def _details(records: Results) -> str:
+    """Call overhead and extra memory in one line each."""
+    lines = []
+    for record in select(records, kind="overhead"):
+        figures = ", ".join(f"{name} {1e6 * timing['median']:.1f}" for name, timing in record["variants"].items())
+        lines.append(f"Microseconds a call on 512 elements, {record['case']} kernel: {figures}.")
+    for record in select(records, kind="memory"):
+        used = ", ".join(
+            f"{name} {figure['bytes'] / 2**20:.1f} MiB ({figure['percent_of_im2col']:.1f} %)"
+            for name, figure in record["variants"].items()
+        )
+        what = f"at {record['case']}, {record['direction']}"
+        lines.append(f"Peak memory above inputs and outputs {what}, and as part of the im2col buffer: {used}.")
+    return "\n\n".join(lines)
+
+
+def _milliseconds(timing: Record | None) -> str:
+    return "–" if timing is None else f"{1e3 * timing['median']:.2f}"
+
+
+def _table(cells: list[list[str]]) -> str:
+    head, *rows = [f"| {' | '.join(row)} |" for row in cells]
+    return "\n".join([head, "|" + "---|" * len(cells[0]), *rows])
+
+
+def main() -> int:
+    """Returns 1 where --check finds an old README."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--check", action="store_true", help="change nothing")
+    mode.add_argument("--print", action="store_true", help="print the tables")
+    options = parser.parse_args()
+    tables = markdown()
+    if options.print:
+        print(tables)
+        return 0
+    old = README.read_text()
+    new = updated(old, tables)
+    if options.check:
+        print("README.md agrees with the results" if old == new else "README.md is old: run python benchmarks/table.py")
+        return int(old != new)
+    README.write_text(new)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

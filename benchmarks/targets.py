@@ -1,0 +1,120 @@
+"""What each op should reach, and what the records of a run say about it. Only printed: no test fails on a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+Record = dict[str, Any]
+Results = list[Record]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A limit for a figure of the records; `value` returns None where it was not measured."""
+
+    op: str
+    text: str
+    limit: float
+    at_least: bool
+    value: Callable[[Results], float | None]
+    unit: str = "x"
+
+    def judge(self, results: Results) -> Record:
+        """Text, limit, value and whether it was reached, ready for a report."""
+        value = self.value([record for record in results if record["op"] == self.op])
+        reached = None if value is None else value >= self.limit if self.at_least else value <= self.limit
+        sign = "≥" if self.at_least else "≤"
+        return {
+            "op": self.op,
+            "target": self.text,
+            "limit": f"{sign} {_figure(self.limit, self.unit)}",
+            "value": None if value is None else _figure(value, self.unit),
+            "reached": reached,
+        }
+
+
+def judge_all(results: Results) -> list[Record]:
+    """Every target beside what the records say."""
+    return [target.judge(results) for target in TARGETS]
+
+
+def geometric_mean(values: list[float]) -> float | None:
+    """None of no values."""
+    return math.exp(sum(map(math.log, values)) / len(values)) if values else None
+
+
+def select(results: Results, **labels: str) -> Results:
+    """The records of the default run with these labels."""
+    return [
+        record
+        for record in results
+        if not record.get("full") and all(record.get(key) == value for key, value in labels.items())
+    ]
+
+
+def median_ratio(results: Results, above: str, below: str, **labels: str) -> float | None:
+    """Geometric mean over shapes of the median of `above` over that of `below`; None unless every shape has both."""
+    chosen = select(results, kind="time", **labels)
+    if not all(name in record["variants"] for record in chosen for name in (above, below)):
+        return None
+    timings = [record["variants"] for record in chosen]
+    return geometric_mean([timing[above]["median"] / timing[below]["median"] for timing in timings])
+
+
+def _ratio(above: str, below: str, dtype: str, layout: str, direction: str) -> Callable[[Results], float | None]:
+    return lambda results: median_ratio(results, above, below, dtype=dtype, layout=layout, direction=direction)
+
+
+def _microseconds(case: str, variant: str) -> Callable[[Results], float | None]:
+    def value(results: Results) -> float | None:
+        chosen = select(results, kind="overhead", case=case)
+        return 1e6 * chosen[0]["variants"][variant]["median"] if chosen else None
+
+    return value
+
+
+def _percent_of_im2col(direction: str) -> Callable[[Results], float | None]:
+    def value(results: Results) -> float | None:
+        chosen = select(results, kind="memory", direction=direction)
+        return chosen[0]["variants"].get("cellops", {}).get("percent_of_im2col") if chosen else None
+
+    return value
+
+
+def _deform_conv2d() -> list[Target]:
+    op, targets = "deform_conv2d", []
+    limits = {  # direction: dense of the layout, then how many times faster than each peer
+        "forward": ({"NCHW": 1.3, "channels_last": 1.5}, {"ONNX Runtime": 2.0, "OpenVINO": 1.4, "torchvision": 14.0}),
+        "forward+backward": ({"NCHW": 2.0, "channels_last": 2.0}, {"torchvision": 25.0}),
+    }
+    for direction, (dense, peers) in limits.items():
+        for layout, limit in dense.items():
+            value = _ratio("cellops", f"dense {layout}", "float32", layout, direction)
+            targets.append(Target(op, f"{direction}, {layout}: time over the dense convolution's", limit, False, value))
+        for peer, limit in peers.items():
+            for layout in dense:
+                value = _ratio(peer, "cellops", "float32", layout, direction)
+                targets.append(Target(op, f"{direction}, {layout}: speed over {peer}", limit, True, value))
+    for direction in limits:
+        for layout in ("NCHW", "channels_last"):
+            value = _ratio("cellops float32", "cellops", "bfloat16", layout, direction)
+            targets.append(Target(op, f"{direction}, {layout}: speed of bfloat16 over float32", 1.0, True, value))
+    for direction in limits:
+        value = _percent_of_im2col(direction)
+        text = f"{direction}: extra memory, of the im2col buffer"
+        targets.append(Target(op, text, 5.0, False, value, unit="%"))
+    for mode, limit in (("inference", 9.0), ("training forward", 14.0)):
+        value = _microseconds("1x1", f"cellops, {mode}")
+        targets.append(Target(op, f"call overhead on 512 elements, {mode}", limit, False, value, unit="µs"))
+    return targets
+
+
+def _figure(value: float, unit: str) -> str:
+    digits = 2 if value < 10 else 1 if value < 100 else 0
+    return f"{value:.{digits}f}{'' if unit == 'x' else ' '}{unit}"
+
+
+TARGETS = _deform_conv2d()

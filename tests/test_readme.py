@@ -1,0 +1,39 @@
+"""Every python block of the README runs, and its speed tables are what the results say."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+
+
+def python_blocks() -> list[tuple[int, str]]:
+    """First line and text of each block."""
+    text = README.read_text()
+    found = re.finditer(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return [(text.count("\n", 0, match.start(1)) + 1, match[1]) for match in found]
+
+
+@pytest.mark.parametrize(("line", "block"), [pytest.param(*block, id=f"line{block[0]}") for block in python_blocks()])
+def test_block_runs(line: int, block: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code = compile("\n" * (line - 1) + block, str(README), "exec")  # tracebacks show the README's line numbers
+    exec(code, {"__name__": "__main__"})
+
+
+def test_speed_tables_come_from_the_results() -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "table.py"), "--check"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    "path", sorted(set(re.findall(r"`((?:csrc|cellops|benchmarks|tests)/[\w/.]*)`", README.read_text())))
+)
+def test_named_file_exists(path: str) -> None:
+    assert (ROOT / path).exists()
