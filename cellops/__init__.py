@@ -1,9 +1,10 @@
 """Operators of lightweight convolutional networks, with native kernels."""
 
-from cellops import _source_tree
+from cellops import _source_tree, testing
 from cellops._explain import explain
 from cellops._version import __version__
+from cellops.ops.deform_conv2d import deform_conv2d
 
-__all__ = ["__version__", "explain"]
+__all__ = ["__version__", "deform_conv2d", "explain", "testing"]
 
 _source_tree.map_models()
