@@ -37,7 +37,7 @@ class Case:
         flops: multiplications and additions of one forward call.
         elements: elements of all tensors that a forward call must read or write once.
         tags: "small" (every dtype and layout, second order), "edge" (every dtype and layout), "real" (a real layer's
-            size, float32 only), "bench" (timed), "memory" (its scratch is measured).
+            size, float32 only), "bench" (timed), "full" (timed by `--full` only), "memory" (its scratch is measured).
     """
 
     op: str
@@ -159,11 +159,9 @@ def deform_conv2d_case(
     )
 
 
-def _layer(batch: int, channels: int, size: int, why: str, tags: str) -> Case:
-    name = f"{batch}x{channels}x{size}x{size}"
-    return deform_conv2d_case(
-        name, why, batch=batch, in_channels=channels, height=size, width=size, out_channels=channels, tags=tags
-    )
+def _layer(batch: int, channels: int, size: int, why: str, tags: str, suffix: str = "", **changes: Any) -> Case:
+    sizes = {"in_channels": channels, "height": size, "width": size, "out_channels": channels, **changes}
+    return deform_conv2d_case(f"{batch}x{channels}x{size}x{size}{suffix}", why, batch=batch, tags=tags, **sizes)
 
 
 CASES: list[Case] = [
@@ -265,6 +263,15 @@ CASES: list[Case] = [
     _layer(1, 256, 28, "one image, the weight exceeds the L2 cache", "real bench"),
     _layer(8, 128, 28, "ResNet conv3 at a small batch", "bench"),
     _layer(16, 256, 14, "ResNet conv4 at a training batch", "bench"),
+    _layer(1, 512, 14, "a deep layer at batch 1", "full"),
+    _layer(1, 96, 63, "channels that are no power of two, an odd map", "full"),
+    _layer(8, 256, 14, "sampling outweighs the product", "full", "_k1", kernel_size=(1, 1), padding=(0, 0)),
+    _layer(8, 64, 28, "25 taps", "full", "_k5", kernel_size=(5, 5), padding=(2, 2)),
+    _layer(8, 128, 56, "the downsampling layer of ResNet conv3", "full", "_s2", stride=(2, 2)),
+    _layer(8, 128, 28, "ResNeXt-like groups of 16 channels", "full", "_g8", groups=8),
+    _layer(8, 128, 28, "a sampling grid for each quarter of the channels", "full", "_og4", offset_groups=4),
+    _layer(8, 256, 28, "depthwise: no product to hide the sampling behind", "full", "_dw", groups=256),
+    _layer(8, 128, 28, "the first version: no mask and no bias", "full", "_v1", mask=False, bias=False),
     _layer(32, 64, 56, "its im2col buffer takes 231 MB in float32: scratch is measured against that", "memory"),
 ]
 """Every case of every op. `small` cases stay off the integer grid, so that finite differences hold."""
