@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import warnings
-from functools import lru_cache
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -32,7 +32,7 @@ class Choice(NamedTuple):
     reasons: dict[str, str]
 
 
-@lru_cache(maxsize=None)
+@cache
 def choose(
     op: str, device_type: str, dtype: torch.dtype, backend: str | None = None, refused: str | None = None
 ) -> Choice:
@@ -107,7 +107,7 @@ _WRONG_DEVICE = {
 }
 
 
-@lru_cache(maxsize=None)
+@cache
 def _warn_library_missing() -> None:
     warnings.warn(
         f"cellops runs the slow reference on the CPU, because the compiled library is missing: {_native.error}",

@@ -32,8 +32,8 @@ class Explanation:
 
     Attributes:
         versions: of python, cellops, torch, triton and numpy; "not installed" where one is missing.
-        library: of the compiled library: "file", "version", "compiler", "cuda", "isa" (the instruction-set variant in use),
-            or "missing" with the reason.
+        library: "file", "version", "compiler", "cuda" and "isa" (the instruction-set variant in use) of the compiled
+            library, or "missing" with the reason.
         isa_variants: each compiled variant, and whether this CPU can run it; empty without the library.
         gpu: the name of the first CUDA device, or why there is none.
         rows: the backends.
@@ -70,7 +70,7 @@ class Explanation:
 
 
 def explain() -> Explanation:
-    """Say what was compiled, in which versions, and which backend each op takes on each device and why not the others."""
+    """Say what was compiled, the versions, and which backend each op takes on each device and why not the others."""
     rows = tuple(row for op in _backend.OPS for device in DEVICES for row in _rows(op, device))
     if _native.error is None:
         module = _native.library()

@@ -42,13 +42,12 @@ def _load() -> ModuleType:
 
 def _not_found() -> str:
     if _source_tree.is_source_tree():
-        where, remedy = "source tree", "`pip install .` or `pip install -e .` builds it"
+        where = f"in the source tree {_source_tree.PACKAGE}, nor in an installed cellops"
+        remedy = "`pip install .` or `pip install -e .` builds it"
     else:
-        where, remedy = "installed package", "`pip install --force-reinstall cellops` builds it"
-    return (
-        f"the compiled library cellops._C for {sys.implementation.cache_tag} is not in the {where} {_source_tree.PACKAGE}"
-        f"{' and no installed cellops has one' if where == 'source tree' else ''}; {remedy}"
-    )
+        where = f"in the installed package {_source_tree.PACKAGE}"
+        remedy = "`pip install --force-reinstall cellops` builds it"
+    return f"the compiled library cellops._C for {sys.implementation.cache_tag} is not {where}; {remedy}"
 
 
 def _warn_if_other_version(module: ModuleType) -> None:
@@ -97,7 +96,7 @@ def pointer(tensor: Tensor | None) -> int:
 
 
 def is_channels_last(tensor: Tensor) -> bool:
-    """Whether a 4-D tensor is dense in channels_last order and not, as with one channel or one pixel, in both orders."""
+    """Whether a 4-D tensor is dense in channels_last order, and not in both orders as with one channel or one pixel."""
     return tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
 
 

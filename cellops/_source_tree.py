@@ -1,7 +1,7 @@
-"""A clone's own `cellops/` (first on the path when Python starts in the repository root) borrows what only an install has.
+"""Makes a clone's own `cellops/`, which shadows the installed one when Python starts in the repository root, complete.
 
-The compiled `_C` comes from the installed distribution; `cellops.models` is the clone's own `models/` folder, so that all
-Python files come from one tree.
+The compiled `_C` comes from the installed distribution; `cellops.models` is the clone's own `models/` folder, so that
+all Python files come from one tree.
 """
 
 from __future__ import annotations

@@ -24,12 +24,13 @@ def cpu_model() -> str:
 
 def facts() -> dict[str, str]:
     """Where this process runs and with how many threads."""
-    omp = {name: value for name, value in os.environ.items() if name.startswith(("OMP_", "GOMP_", "KMP_", "CELLOPS_"))}
+    prefixes = ("OMP_", "GOMP_", "KMP_", "CELLOPS_")
+    settings = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith(prefixes)]
     return {
         "package": f"{_source_tree.PACKAGE} ({'source tree' if _source_tree.is_source_tree() else 'installed'})",
         "cpu": f"{cpu_model()}, {os.cpu_count()} cores",
         "threads": f"{torch.get_num_threads()}, set by torch.set_num_threads",
-        "environment": ", ".join(f"{name}={value}" for name, value in sorted(omp.items())) or "no OMP_* or CELLOPS_* set",
+        "environment": ", ".join(settings) or "no OMP_* or CELLOPS_* set",
     }
 
 

@@ -17,7 +17,7 @@ DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
 def pytest_report_header() -> list[str]:
     """Which cellops is tested."""
-    library = f"isa {_native.library().isa()}, {_native.library_path()}" if _native.error is None else str(_native.error)
+    library = str(_native.error or f"isa {_native.library().isa()}, {_native.library_path()}")
     return [f"cellops {cellops.__version__} from {os.path.dirname(cellops.__file__)}", f"library: {library}"]
 
 

@@ -4,9 +4,10 @@ import subprocess
 import sys
 import warnings
 
-import cellops
 import pytest
 import torch
+
+import cellops
 from cellops import _backend, _native
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

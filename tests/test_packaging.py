@@ -1,4 +1,4 @@
-"""The traps of packaging: a binary free of torch, variants that do not leak, trees that shadow each other, missing parts."""
+"""The traps of packaging: a binary free of torch, variants that do not leak, trees that shadow another, missing parts."""
 
 import os
 import re
@@ -10,8 +10,9 @@ import zipfile
 from collections import defaultdict
 from pathlib import Path
 
-import cellops
 import pytest
+
+import cellops
 from cellops import _native
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,6 +23,8 @@ import warnings, torch, cellops
 x, offset, weight = torch.randn(1, 2, 5, 5), torch.randn(1, 18, 5, 5), torch.randn(3, 2, 3, 3)
 print(cellops.deform_conv2d(x, offset, weight, padding=1).shape)
 """
+
+PIP_WHEEL = (sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w")
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +37,7 @@ def library() -> Path:
 def run(*command: str | Path, cwd: Path, expect: int | None = 0, **environment: str) -> str:
     """Run a command in a folder with its own path of imports; returns what it printed, errors too."""
     kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "CELLOPS_ISA")}
+    kept["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), kept.get("PATH", os.defpath)])
     done = subprocess.run(
         [str(part) for part in command],
         cwd=cwd,
@@ -136,7 +140,7 @@ def test_variants_do_not_leak(library):
 
 def test_isa_is_forced(tmp_path, clone, site):
     variants = _native.library().isa_variants()
-    assert list(variants)[0] in ("baseline", "neon")
+    assert next(iter(variants)) in ("baseline", "neon")
     assert _native.library().isa() in variants
     for name, supported in variants.items():
         code = "import cellops; from cellops import _native; print('isa', _native.library().isa())"
@@ -170,13 +174,8 @@ def test_imports_torch_and_numpy_only(tmp_path, site):
     """Neither triton nor the packages of the extras; and no GPU is touched."""
     blocked = ("triton", "timm", "torchvision", "onnx", "onnxruntime", "pytest", "hypothesis", "scipy")
     code = f"""
-import sys, importlib.metadata
-class Block:
-    @staticmethod
-    def find_spec(name, path=None, target=None):
-        if name.partition(".")[0] in {blocked!r}:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
-sys.meta_path.insert(0, Block)
+import sys
+sys.modules.update(dict.fromkeys({blocked!r}))
 {USE}
 import cellops.nn, cellops.testing, cellops.models.cli
 assert not torch.cuda.is_initialized()
@@ -253,7 +252,7 @@ def repository(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def wheel(repository, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
-    run(sys.executable, "-m", "pip", "wheel", "--no-deps", "-w", folder, ".", cwd=repository)
+    run(*PIP_WHEEL, folder, ".", cwd=repository)
     return next(folder.glob("*.whl"))
 
 
@@ -286,7 +285,7 @@ def test_wheel_contains_everything(wheel):
 def test_wheel_leaves_out_what_was_deleted(repository, wheel, tmp_path):
     stale = next((repository / "build").glob("lib*")) / "cellops" / "deleted.py"
     stale.write_text("")
-    run(sys.executable, "-m", "pip", "wheel", "--no-deps", "-w", tmp_path, ".", cwd=repository)
+    run(*PIP_WHEEL, tmp_path, ".", cwd=repository)
     assert "cellops/deleted.py" not in zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
 
 
@@ -303,7 +302,7 @@ def test_sdist_builds(repository, tmp_path):
     assert {"models/cli.py", "tests/test_packaging.py", "LICENSE", "CHANGELOG.md", "README.md"} <= names
     assert not any(name.endswith(".so") for name in names)
     folder = next(path for path in tmp_path.iterdir() if path.is_dir())
-    run(sys.executable, "-m", "pip", "wheel", "--no-deps", "-w", tmp_path, folder, cwd=tmp_path)
+    run(*PIP_WHEEL, tmp_path, folder, cwd=tmp_path)
 
 
 @pytest.mark.slow
@@ -322,7 +321,7 @@ def test_installed_wheel_serves_the_clone(repository, wheel, tmp_path):
 def test_editable_install(tmp_path):
     repository = copy_repository(tmp_path / "clone")
     found = environment(tmp_path / "venv")
-    run(found, "-m", "pip", "install", "--no-deps", "-e", repository, cwd=tmp_path)
+    run(found, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "-e", repository, cwd=tmp_path)
     for folder in (tmp_path, repository):
         text = run(found, "-c", EXPLAIN, cwd=folder)
         assert str(repository / "cellops" / "_C") in text
@@ -335,7 +334,7 @@ def test_editable_install(tmp_path):
 
 @pytest.mark.slow
 def test_cuda_switch(repository, tmp_path):
-    command = (sys.executable, "-m", "pip", "wheel", "--no-deps", "-w", tmp_path, ".")
+    command = (*PIP_WHEEL, tmp_path, ".")
     assert "must be AUTO, ON or OFF" in run(*command, cwd=repository, expect=1, CELLOPS_CUDA="maybe")
     if shutil.which("nvcc") is None:
         assert "CELLOPS_CUDA=ON" in run(*command, cwd=repository, expect=1, CELLOPS_CUDA="ON")
