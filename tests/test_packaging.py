@@ -1,4 +1,4 @@
-"""The traps of packaging: a binary free of torch, variants that do not leak, trees that shadow another, missing parts."""
+"""The traps of packaging: torch in the binary, variants that leak, trees that shadow another, parts that are missing."""
 
 import os
 import re
