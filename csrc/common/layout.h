@@ -50,17 +50,21 @@ inline void convert_row(int64_t count, const From* from, To* to) {
 }
 
 #if defined(__AVX512BF16__)
+// Two vectors of floats to bfloat16, woven: even[0], odd[0], even[1], odd[1], ...
+CELLOPS_INLINE __m512i weave(Vec<float> even, Vec<float> odd) {
+  alignas(64) static const uint16_t kOrder[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                  8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const __m512i both = bit_cast<__m512i>(_mm512_cvtne2ps_pbh(bit_cast<__m512>(odd), bit_cast<__m512>(even)));
+  return _mm512_permutexvar_epi16(_mm512_load_si512(kOrder), both);
+}
+
 // Rows in pairs: pairs[i][c] holds bfloat16 of rows 2i and 2i + 1 at column c, zero past the last row.
 inline void pair_rows(int64_t rows, int64_t columns, const float* from, int64_t from_stride, float* pairs,
                       int64_t to_stride) {
-  alignas(64) static const uint16_t kInterleave[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                                                       8,  24, 9,  25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-  const __m512i order = _mm512_load_si512(kInterleave);
   for (int64_t i = 0; i < rows; i += 2, from += 2 * from_stride, pairs += to_stride) {
     for (int64_t c = 0; c < columns; c += kLanes<float>) {
       const Vec<float> even = load(from + c), odd = i + 1 < rows ? load(from + from_stride + c) : Vec<float>{};
-      const __m512i both = bit_cast<__m512i>(_mm512_cvtne2ps_pbh(bit_cast<__m512>(odd), bit_cast<__m512>(even)));
-      store(pairs + c, bit_cast<Vec<float>>(_mm512_permutexvar_epi16(order, both)));
+      store(pairs + c, bit_cast<Vec<float>>(weave(even, odd)));
     }
   }
 }

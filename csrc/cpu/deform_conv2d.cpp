@@ -32,6 +32,19 @@ void sample_columns(const Input<T>& input, const Tile<Compute<T>>& tile, const C
     const S wa = corners.weight[0][i], wb = corners.weight[1][i], wc = corners.weight[2][i], wd = corners.weight[3][i];
     const Vec<S> va = broadcast(wa), vb = broadcast(wb), vc = broadcast(wc), vd = broadcast(wd);
     int64_t k = 0;
+#if defined(__AVX512BF16__)
+    if constexpr (sizeof(T) == 2 && sizeof(E) == 2) {  // even and odd channels apart: half the conversions
+      const auto even = [](const T* from) { return bit_cast<Vec<S>>(_mm512_slli_epi32(_mm512_loadu_si512(from), 16)); };
+      const auto odd = [](const T* from) {
+        return bit_cast<Vec<S>>(_mm512_and_si512(_mm512_loadu_si512(from), _mm512_set1_epi32(int(0xffff0000u))));
+      };
+      for (; k + 2 * lanes <= channels; k += 2 * lanes) {
+        _mm512_storeu_si512(columns + k,
+                            weave(va * even(a + k) + vb * even(b + k) + vc * even(c + k) + vd * even(d + k),
+                                  va * odd(a + k) + vb * odd(b + k) + vc * odd(c + k) + vd * odd(d + k)));
+      }
+    }
+#endif
     for (; k + lanes <= channels; k += lanes) {
       store(columns + k, va * load(a + k) + vb * load(b + k) + vc * load(c + k) + vd * load(d + k));
     }
