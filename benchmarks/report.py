@@ -82,7 +82,7 @@ def _memory(results: Results) -> list[str]:
 
 def _targets(results: Results) -> list[str]:
     words = {True: "reached", False: "NOT REACHED", None: "not measured"}
-    rows = [["target (geometric means over the shapes)", "limit", "measured", ""]]
+    rows = [["target (geometric means over the shapes that were run)", "limit", "measured", ""]]
     for row in judge_all(results):
         rows.append([f"{row['op']} {row['target']}", row["limit"], row["value"] or "-", words[row["reached"]]])
     return ["", *table(rows)]

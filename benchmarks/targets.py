@@ -30,7 +30,7 @@ class Target:
         return {
             "op": self.op,
             "target": self.text,
-            "limit": f"{sign} {_figure(self.limit, self.unit)}",
+            "limit": f"{sign} {self.limit:g}{_space(self.unit)}{self.unit}",
             "value": None if value is None else _figure(value, self.unit),
             "reached": reached,
         }
@@ -114,7 +114,11 @@ def _deform_conv2d() -> list[Target]:
 
 def _figure(value: float, unit: str) -> str:
     digits = 2 if value < 10 else 1 if value < 100 else 0
-    return f"{value:.{digits}f}{'' if unit == 'x' else ' '}{unit}"
+    return f"{value:.{digits}f}{_space(unit)}{unit}"
+
+
+def _space(unit: str) -> str:
+    return "" if unit == "x" else " "
 
 
 TARGETS = _deform_conv2d()
