@@ -3,8 +3,9 @@
 from cellops import _source_tree, testing
 from cellops._explain import explain
 from cellops._version import __version__
+from cellops.nn import DeformConv2d, DeformConv2dPack
 from cellops.ops.deform_conv2d import deform_conv2d
 
-__all__ = ["__version__", "deform_conv2d", "explain", "testing"]
+__all__ = ["DeformConv2d", "DeformConv2dPack", "__version__", "deform_conv2d", "explain", "testing"]
 
 _source_tree.map_models()

@@ -96,8 +96,13 @@ def pointer(tensor: Tensor | None) -> int:
 
 
 def is_channels_last(tensor: Tensor) -> bool:
-    """Whether a 4-D tensor is dense in channels_last order, and not in both orders as with one channel or one pixel."""
-    return tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
+    """Whether a 4-D tensor has its channels innermost, as slices of channels_last do too; not if both orders agree."""
+    return (
+        not tensor.is_contiguous()
+        and tensor.stride(1) == 1
+        and tensor.shape[1] > 1
+        and (tensor.shape[2] > 1 or tensor.shape[3] > 1)
+    )
 
 
 def memory_format(tensor: Tensor) -> torch.memory_format:
@@ -106,8 +111,8 @@ def memory_format(tensor: Tensor) -> torch.memory_format:
 
 
 def dense(tensor: Tensor) -> Tensor:
-    """The 4-D tensor itself if it is dense in one of the two layouts the library reads, else an NCHW copy."""
-    return tensor if tensor.is_contiguous(memory_format=torch.channels_last) else tensor.contiguous()
+    """The 4-D tensor itself if it is dense in one of the two layouts the library reads, else a copy that is."""
+    return tensor.contiguous(memory_format=memory_format(tensor))
 
 
 def threads() -> int:
