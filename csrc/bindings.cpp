@@ -4,6 +4,7 @@
 
 #include <map>
 #include <string>
+#include <utility>
 
 #include "cellops.h"
 
@@ -12,9 +13,22 @@ using namespace cellops;
 
 namespace {
 
-template <class T = const void*>
-T pointer(uintptr_t address) {
-  return reinterpret_cast<T>(address);
+// A tensor's address, 0 for an absent one.
+struct Address {
+  uintptr_t value;
+  operator void*() const { return reinterpret_cast<void*>(value); }
+};
+template <size_t>
+using AddressOf = uintptr_t;
+
+// Binds an entry point as f(params, threads, *addresses), the addresses in the order of the fields of Tensors.
+template <class Params, class Tensors, size_t... I>
+void bind(py::module_& m, const char* name, void (*kernel)(const Params&, const Tensors&, int),
+          std::index_sequence<I...>) {
+  m.def(name, [kernel](const Params& params, int threads, AddressOf<I>... addresses) {
+    py::gil_scoped_release release;
+    kernel(params, Tensors{Address{addresses}...}, threads);
+  });
 }
 
 DeformConv2dParams make_deform_conv2d_params(int64_t batch, int64_t in_channels, int64_t in_height, int64_t in_width,
@@ -31,26 +45,6 @@ DeformConv2dParams make_deform_conv2d_params(int64_t batch, int64_t in_channels,
           stride_width,   pad_height,          pad_width,            dilation_height,    dilation_width,
           groups,         offset_groups,       Dtype(dtype),         Dtype(offset_dtype), input_channels_last,
           offset_channels_last, mask_channels_last, weight_channels_last, output_channels_last};
-}
-
-void deform_conv2d_forward(const DeformConv2dParams& params, int threads, uintptr_t input, uintptr_t offset,
-                           uintptr_t mask, uintptr_t weight, uintptr_t bias, uintptr_t output) {
-  py::gil_scoped_release release;
-  deform_conv2d_forward_cpu(
-      params, {pointer(input), pointer(offset), pointer(mask), pointer(weight), pointer(bias), pointer<void*>(output)},
-      threads);
-}
-
-void deform_conv2d_backward(const DeformConv2dParams& params, int threads, uintptr_t grad_output, uintptr_t input,
-                            uintptr_t offset, uintptr_t mask, uintptr_t weight, uintptr_t grad_input,
-                            uintptr_t grad_offset, uintptr_t grad_mask, uintptr_t grad_weight, uintptr_t grad_bias) {
-  py::gil_scoped_release release;
-  deform_conv2d_backward_cpu(
-      params,
-      {pointer(grad_output), pointer(input), pointer(offset), pointer(mask), pointer(weight),
-       pointer<void*>(grad_input), pointer<void*>(grad_offset), pointer<void*>(grad_mask), pointer<void*>(grad_weight),
-       pointer<void*>(grad_bias)},
-      threads);
 }
 
 py::dict isa_variants() {
@@ -81,6 +75,23 @@ PYBIND11_MODULE(_C, m) {
            py::arg("dilation_width"), py::arg("groups"), py::arg("offset_groups"), py::arg("dtype"),
            py::arg("offset_dtype"), py::arg("input_channels_last"), py::arg("offset_channels_last"),
            py::arg("mask_channels_last"), py::arg("weight_channels_last"), py::arg("output_channels_last"));
-  m.def("deform_conv2d_forward_cpu", &deform_conv2d_forward);
-  m.def("deform_conv2d_backward_cpu", &deform_conv2d_backward);
+  py::class_<SqueezeExciteParams>(m, "SqueezeExciteParams")
+      .def(py::init([](int64_t batch, int64_t channels, int64_t pixels, int64_t hidden, int activation, int gate,
+                       int dtype, bool channels_last) {
+             return SqueezeExciteParams{
+                 batch, channels, pixels, hidden, Activation(activation), Gate(gate), Dtype(dtype), channels_last};
+           }),
+           py::kw_only(), py::arg("batch"), py::arg("channels"), py::arg("pixels"), py::arg("hidden"),
+           py::arg("activation"), py::arg("gate"), py::arg("dtype"), py::arg("channels_last"));
+  py::class_<EcaParams>(m, "EcaParams")
+      .def(py::init([](int64_t batch, int64_t channels, int64_t pixels, int64_t taps, int dtype, bool channels_last) {
+             return EcaParams{batch, channels, pixels, taps, Dtype(dtype), channels_last};
+           }),
+           py::kw_only(), py::arg("batch"), py::arg("channels"), py::arg("pixels"), py::arg("taps"), py::arg("dtype"),
+           py::arg("channels_last"));
+
+#define X(name, Params, Tensors) \
+  bind<Params, Tensors>(m, #name "_cpu", &name##_cpu, std::make_index_sequence<sizeof(Tensors) / sizeof(void*)>{});
+#include "cpu/ops.inc"
+#undef X
 }

@@ -45,8 +45,67 @@ struct DeformConv2dBackward {
   void* grad_bias;
 };
 
-void deform_conv2d_forward_cpu(const DeformConv2dParams&, const DeformConv2dForward&, int threads);
-void deform_conv2d_backward_cpu(const DeformConv2dParams&, const DeformConv2dBackward&, int threads);
+// Squeeze-and-excitation: output = input * gate(fc2(act(fc1(mean over pixels)))).
+enum class Activation : int { none = 0, relu = 1, relu6 = 2, gelu = 3, silu = 4, hardswish = 5 };
+enum class Gate : int { sigmoid = 0, hard_sigmoid = 1 };
+
+struct SqueezeExciteParams {
+  int64_t batch, channels, pixels, hidden;
+  Activation activation;  // relu or silu
+  Gate gate;
+  Dtype dtype;
+  bool channels_last;  // input, output and their gradients
+};
+
+struct SqueezeExciteForward {
+  const void* input;    // [N, C, pixels]
+  const void* weight1;  // [hidden, C]
+  const void* bias1;    // [hidden], or null
+  const void* weight2;  // [C, hidden]
+  const void* bias2;    // [C], or null
+  void* output;         // [N, C, pixels]
+};
+
+struct SqueezeExciteBackward {
+  const void* grad_output;
+  const void* input;
+  const void* weight1;
+  const void* bias1;
+  const void* weight2;
+  const void* bias2;
+  // Each may be null when not wanted.
+  void* grad_input;
+  void* grad_weight1;
+  void* grad_bias1;
+  void* grad_weight2;
+  void* grad_bias2;
+};
+
+// Efficient channel attention: output = input * sigmoid(conv1d over channels(mean over pixels)), zero padding.
+struct EcaParams {
+  int64_t batch, channels, pixels, taps;
+  Dtype dtype;
+  bool channels_last;
+};
+
+struct EcaForward {
+  const void* input;   // [N, C, pixels]
+  const void* weight;  // [taps]
+  void* output;
+};
+
+struct EcaBackward {
+  const void* grad_output;
+  const void* input;
+  const void* weight;
+  void* grad_input;   // or null
+  void* grad_weight;  // or null
+};
+
+// <op>_cpu(params, tensors, threads) for every line of ops.inc. Throws std::bad_alloc where scratch memory is lacking.
+#define X(name, Params, Tensors) void name##_cpu(const Params&, const Tensors&, int threads);
+#include "cpu/ops.inc"
+#undef X
 
 // Instruction-set variants of the CPU kernels, best last; `isa_name` is the one in use.
 // It is chosen at load: the best that the CPU has, or the one that CELLOPS_ISA names.

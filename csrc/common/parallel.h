@@ -18,6 +18,20 @@ struct Team {
     }
 #endif
   }
+  // Whether `ok` holds for every member; meets at a barrier. `failed` is the team's, false at first.
+  bool all(bool ok, bool* failed) const {
+    if (!ok) __atomic_store_n(failed, true, __ATOMIC_RELAXED);
+    barrier();
+    return !__atomic_load_n(failed, __ATOMIC_RELAXED);
+  }
+  // Runs body on one member after the other, in their order.
+  template <class Body>
+  void in_order(const Body& body) const {
+    for (int i = 0; i < size; ++i) {
+      if (i == index) body();
+      barrier();
+    }
+  }
   // The share [begin, end) of `count` items that falls to this member, in whole steps.
   void share(int64_t count, int64_t* begin, int64_t* end) const {
     *begin = count * index / size;

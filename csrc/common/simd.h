@@ -65,6 +65,22 @@ template <class S>
 using VecInt = Vec<typename IntOf<S>::type>;
 using Half = VectorOf<uint16_t, kVectorBytes / 2>;  // as many 16-bit values as a vector has floats
 
+// Defines the entry point `name`: the template `kernel` at the storage type that the params name.
+#define CELLOPS_DISPATCH(name, kernel, Params, Tensors)                  \
+  bool name(const Params& params, const Tensors& tensors, int threads) { \
+    switch (params.dtype) {                                              \
+      case Dtype::float32:                                               \
+        return kernel<float>(params, tensors, threads);                  \
+      case Dtype::float64:                                               \
+        return kernel<double>(params, tensors, threads);                 \
+      case Dtype::bfloat16:                                              \
+        return kernel<bfloat16>(params, tensors, threads);               \
+      case Dtype::float16:                                               \
+        return kernel<float16>(params, tensors, threads);                \
+    }                                                                    \
+    return false;                                                        \
+  }
+
 CELLOPS_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 CELLOPS_INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
 CELLOPS_INLINE int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -200,6 +216,14 @@ CELLOPS_INLINE Quad<S> fold(Vec<S> value) {
 #else
   return half;
 #endif
+}
+
+template <class S>
+CELLOPS_INLINE S sum_of(Vec<S> value) {
+  const Quad<S> quarter = fold<S>(value);
+  S total = quarter[0];
+  for (int i = 1; i < 16 / int(sizeof(S)); ++i) total += quarter[i];
+  return total;
 }
 
 // sums[i] = the sum of the lanes of the i-th vector.

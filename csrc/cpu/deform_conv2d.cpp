@@ -271,18 +271,6 @@ bool forward(const DeformConv2dParams& p, const DeformConv2dForward& io, int thr
 
 }  // namespace
 
-bool deform_conv2d_forward(const DeformConv2dParams& p, const DeformConv2dForward& io, int threads) {
-  switch (p.dtype) {
-    case Dtype::float32:
-      return forward<float>(p, io, threads);
-    case Dtype::float64:
-      return forward<double>(p, io, threads);
-    case Dtype::bfloat16:
-      return forward<bfloat16>(p, io, threads);
-    case Dtype::float16:
-      return forward<float16>(p, io, threads);
-  }
-  return false;
-}
+CELLOPS_DISPATCH(deform_conv2d_forward, forward, DeformConv2dParams, DeformConv2dForward)
 
 }  // namespace cellops::CELLOPS_ISA

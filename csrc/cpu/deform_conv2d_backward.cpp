@@ -145,22 +145,14 @@ class Backward {
         if (shared.failed()) failed = true;
       }
       team.barrier();
-      if (failed) return;
+      if (shared.failed()) return;
       const int group = team.index / shared.grid.blocks, block = team.index % shared.grid.blocks;
       const bool working = group < shared.grid.groups;
       const int64_t first = boundary(block, shared), last = boundary(block + 1, shared);
       Thread own(*this, working ? last - first : 1);
-      if (own.failed()) {
-#pragma omp atomic write
-        failed = true;
-      }
       clear(team, shared);
       pack(team, shared);
-      team.barrier();
-      bool stop;
-#pragma omp atomic read
-      stop = failed;
-      if (stop) return;
+      if (!team.all(!own.failed(), &failed)) return;
       for (int64_t image = group; image - group < p_.batch; image += shared.grid.groups) {
         if (working && image < p_.batch) image_backward(image, group, block, shared, own);
         if (needs_offset_ && shared.grid.blocks > 1) {
@@ -589,18 +581,6 @@ bool backward(const DeformConv2dParams& p, const DeformConv2dBackward& io, int t
 
 }  // namespace
 
-bool deform_conv2d_backward(const DeformConv2dParams& p, const DeformConv2dBackward& io, int threads) {
-  switch (p.dtype) {
-    case Dtype::float32:
-      return backward<float>(p, io, threads);
-    case Dtype::float64:
-      return backward<double>(p, io, threads);
-    case Dtype::bfloat16:
-      return backward<bfloat16>(p, io, threads);
-    case Dtype::float16:
-      return backward<float16>(p, io, threads);
-  }
-  return false;
-}
+CELLOPS_DISPATCH(deform_conv2d_backward, backward, DeformConv2dParams, DeformConv2dBackward)
 
 }  // namespace cellops::CELLOPS_ISA

@@ -1,0 +1,183 @@
+// What squeeze-excitation and ECA share: output[n, c, p] = input[n, c, p] * scale[n, c], where the scales of an image
+// follow from its channel means. Forward reads an image twice and writes it once; backward reads input and gradient,
+// then the gradient again: the second reading finds the image still in the cache.
+//
+// An op hands in its rule, one object per thread:
+//   void forward(const S* mean, S* scale)                        scales of one image, from its means
+//   void backward(const S* mean, const S* grad_scale, S* scale, S* grad_mean, bool add)
+//                                                                the same and its derivatives; where `add` is set it
+//                                                                adds the parameters' gradients to the thread's sums
+#pragma once
+#include "../cellops.h"
+#include "../common/parallel.h"
+#include "../common/simd.h"
+
+namespace cellops::CELLOPS_ISA {
+
+// Threads that are worth waking: one for every 2^14 elements.
+inline int team_size(int64_t elements, int threads) {
+  const int64_t most = elements / 16384;
+  return most < 1 ? 1 : int(min_of(most, threads));
+}
+
+// Images of a batch to the members of a team: whole images each, as long as there are enough; the rest, and single
+// images, are worked on together, split by channels.
+template <class Body>
+inline void for_images(const Team& team, int64_t images, const Body& body) {
+  const int64_t alone = images / team.size;
+  for (int64_t i = team.index * alone; i < (team.index + 1) * alone; ++i) body(i, Team{0, 1});
+  for (int64_t i = team.size * alone; i < images; ++i) body(i, team);
+}
+
+// Per channel in [begin, end): the sum of a over the pixels and, where b is given, of a * b.
+template <bool Product, class T, class S>
+inline void sum_pixels(const T* a, const T* b, int64_t channels, int64_t pixels, bool channels_last, int64_t begin,
+                       int64_t end, S* sums, S* products) {
+  constexpr int lanes = kLanes<S>;
+  if (!channels_last) {
+    for (int64_t c = begin; c < end; ++c) {
+      const T *x = a + c * pixels, *y = Product ? b + c * pixels : nullptr;
+      Vec<S> sum[2] = {}, product[2] = {};
+      int64_t p = 0;
+      for (; p + 2 * lanes <= pixels; p += 2 * lanes) {
+        for (int k = 0; k < 2; ++k) {
+          const Vec<S> value = load(x + p + k * lanes);
+          sum[k] += value;
+          if constexpr (Product) product[k] += value * load(y + p + k * lanes);
+        }
+      }
+      S total = sum_of<S>(sum[0] + sum[1]), total_product = sum_of<S>(product[0] + product[1]);
+      for (; p < pixels; ++p) {
+        const S value = to_compute(x[p]);
+        total += value;
+        if constexpr (Product) total_product += value * to_compute(y[p]);
+      }
+      sums[c] = total;
+      if constexpr (Product) products[c] = total_product;
+    }
+    return;
+  }
+  for (int64_t c = begin; c < end; ++c) sums[c] = 0;
+  if constexpr (Product) {
+    for (int64_t c = begin; c < end; ++c) products[c] = 0;
+  }
+  // Four pixels at a time, so that the running sums are read and written once for four rows.
+  for (int64_t p = 0; p < pixels; p += 4) {
+    const int64_t rows = min_of(4, pixels - p);
+    const T *x = a + p * channels, *y = Product ? b + p * channels : nullptr;
+    int64_t c = begin;
+    for (; c + lanes <= end; c += lanes) {
+      Vec<S> sum = load(sums + c), product = Product ? load(products + c) : Vec<S>{};
+      for (int64_t k = 0; k < rows; ++k) {
+        const Vec<S> value = load(x + k * channels + c);
+        sum += value;
+        if constexpr (Product) product += value * load(y + k * channels + c);
+      }
+      store(sums + c, sum);
+      if constexpr (Product) store(products + c, product);
+    }
+    for (; c < end; ++c) {
+      for (int64_t k = 0; k < rows; ++k) {
+        const S value = to_compute(x[k * channels + c]);
+        sums[c] += value;
+        if constexpr (Product) products[c] += value * to_compute(y[k * channels + c]);
+      }
+    }
+  }
+}
+
+// output = input * scale + shift for channels [begin, end); shift may be null.
+template <bool Shift, class T, class S>
+inline void scale_pixels(const T* input, const S* scale, const S* shift, int64_t channels, int64_t pixels,
+                         bool channels_last, int64_t begin, int64_t end, T* output) {
+  constexpr int lanes = kLanes<S>;
+  if (!channels_last) {
+    for (int64_t c = begin; c < end; ++c) {
+      const T* x = input + c * pixels;
+      T* y = output + c * pixels;
+      const Vec<S> factor = broadcast(scale[c]), summand = broadcast(Shift ? shift[c] : S(0));
+      int64_t p = 0;
+      for (; p + lanes <= pixels; p += lanes) {
+        const Vec<S> value = load(x + p) * factor;
+        store(y + p, Shift ? value + summand : value);
+      }
+      for (; p < pixels; ++p) {
+        const S value = to_compute(x[p]) * scale[c];
+        from_compute(y + p, Shift ? value + shift[c] : value);
+      }
+    }
+    return;
+  }
+  for (int64_t p = 0; p < pixels; ++p) {
+    const T* x = input + p * channels;
+    T* y = output + p * channels;
+    int64_t c = begin;
+    for (; c + lanes <= end; c += lanes) {
+      const Vec<S> value = load(x + c) * load(scale + c);
+      store(y + c, Shift ? value + load(shift + c) : value);
+    }
+    for (; c < end; ++c) {
+      const S value = to_compute(x[c]) * scale[c];
+      from_compute(y + c, Shift ? value + shift[c] : value);
+    }
+  }
+}
+
+// A member's share of the channels, in whole vectors.
+inline void share_channels(const Team& team, int64_t channels, int64_t* begin, int64_t* end) {
+  constexpr int64_t step = 16;
+  team.share(div_up(channels, step), begin, end);
+  *begin *= step, *end = min_of(*end * step, channels);
+}
+
+template <class T, class Params, class Rule>
+inline void attend_forward(const Team& team, const Params& p, const T* input, T* output, Compute<T>* means,
+                           Compute<T>* scale, const Rule& rule) {
+  using S = Compute<T>;
+  const int64_t size = p.channels * p.pixels;
+  for_images(team, p.batch, [&](int64_t image, const Team& members) {
+    int64_t begin, end;
+    share_channels(members, p.channels, &begin, &end);
+    S* mean = means + image * p.channels;
+    sum_pixels<false>(input + image * size, static_cast<const T*>(nullptr), p.channels, p.pixels, p.channels_last, begin,
+                      end, mean, mean);
+    for (int64_t c = begin; c < end; ++c) mean[c] /= S(p.pixels);
+    members.barrier();
+    rule.forward(mean, scale);
+    scale_pixels<false>(input + image * size, scale, scale, p.channels, p.pixels, p.channels_last, begin, end,
+                        output + image * size);
+  });
+}
+
+// Scratch of a thread in backward: sums and their gradients.
+template <class S>
+struct AttendScratch {
+  explicit AttendScratch(int64_t channels) : scale(channels), grad_mean(channels) {}
+  bool failed() const { return scale.failed() || grad_mean.failed(); }
+  const Buffer<S> scale, grad_mean;
+};
+
+// means and grad_scales: [N, C], shared. The member that has an image's parameter sums is its team's first.
+template <class T, class Params, class Rule>
+inline void attend_backward(const Team& team, const Params& p, const T* grad_output, const T* input, T* grad_input,
+                            Compute<T>* means, Compute<T>* grad_scales, const AttendScratch<Compute<T>>& own,
+                            const Rule& rule) {
+  using S = Compute<T>;
+  const int64_t size = p.channels * p.pixels;
+  for_images(team, p.batch, [&](int64_t image, const Team& members) {
+    int64_t begin, end;
+    share_channels(members, p.channels, &begin, &end);
+    S *mean = means + image * p.channels, *grad_scale = grad_scales + image * p.channels;
+    const T *x = input + image * size, *grad = grad_output + image * size;
+    sum_pixels<true>(x, grad, p.channels, p.pixels, p.channels_last, begin, end, mean, grad_scale);
+    for (int64_t c = begin; c < end; ++c) mean[c] /= S(p.pixels);
+    members.barrier();
+    rule.backward(mean, grad_scale, own.scale.get(), own.grad_mean.get(), members.index == 0);
+    if (!grad_input) return;
+    for (int64_t c = begin; c < end; ++c) own.grad_mean.get()[c] /= S(p.pixels);
+    scale_pixels<true>(grad, own.scale.get(), own.grad_mean.get(), p.channels, p.pixels, p.channels_last, begin, end,
+                       grad_input + image * size);
+  });
+}
+
+}  // namespace cellops::CELLOPS_ISA
