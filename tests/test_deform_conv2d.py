@@ -1,4 +1,4 @@
-"""Deformable convolution: known values, kinks, offsets that are no numbers, errors; other libraries as second oracles."""
+"""Deformable convolution: known values, kinks, offsets that are no numbers, errors; other libraries as oracles."""
 
 from __future__ import annotations
 
