@@ -39,10 +39,10 @@ class CMakeBuild(build_ext):
         output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         build = Path(self.build_temp).resolve() / ext.name
         cmake = tool("cmake")
+        # Paths cached by an earlier build point into pip's deleted environment; the objects stay.
+        (build / "CMakeCache.txt").unlink(missing_ok=True)
         configure = [
             cmake,
-            # Paths cached by an earlier build point into pip's deleted environment; the objects stay.
-            "--fresh",
             f"-S{ROOT / 'csrc'}",
             f"-B{build}",
             "-GNinja",

@@ -88,7 +88,7 @@ def record(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., None
 
 def pytest_sessionstart(session: pytest.Session) -> None:
     if session.config.getoption("benchmark_only", False):
-        session.config.stash[HEAD] = {"commit": machine.commit()}  # as it is when the measuring starts
+        session.config.stash[HEAD] = {"commit": machine.commit(), "load_at_start": machine.load()}
 
 
 @pytest.hookimpl(trylast=True)
@@ -107,9 +107,15 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 def _head_lines(head: dict[str, Any]) -> list[str]:
     computer = head["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in head["versions"].items())
+    busy = head.get("load_at_start", 0.0) > 0.5 * computer["cores"]
     return [
         f"{computer['cpu']}, {computer['cores']} cores, {computer['instruction_set']}, {head['threads']} threads",
         versions,
+        *(
+            [f"the machine was busy at the start (load {head['load_at_start']:.1f}): do not trust these"]
+            if busy
+            else []
+        ),
     ]
 
 

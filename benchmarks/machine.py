@@ -20,6 +20,11 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def load() -> float:
+    """Processes that wanted a core over the last minute, on average; 0 where the system does not tell."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+
+
 def default_threads() -> int:
     """Threads of a run whose results are kept: the targets are set for two."""
     return min(2, cores())

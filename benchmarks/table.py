@@ -48,7 +48,7 @@ def _machine(results: dict[str, Any]) -> str:
     parts = [_head(results), *_targets(results["targets"])]
     for op in dict.fromkeys(record["op"] for record in records):
         own = [record for record in records if record["op"] == op]
-        parts += [_summary(op, own), _shapes(op, own), _details(own)]
+        parts += [_summary(op, own), _shapes(op, own), _overhead(own), _memory(own)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -115,20 +115,32 @@ def _shapes(op: str, records: Results) -> str:
     )
 
 
-def _details(records: Results) -> str:
-    """Call overhead and extra memory in one line each."""
-    lines = []
-    for record in select(records, kind="overhead"):
-        figures = ", ".join(f"{name} {1e6 * timing['median']:.1f}" for name, timing in record["variants"].items())
-        lines.append(f"Microseconds a call on 512 elements, {record['case']} kernel: {figures}.")
-    for record in select(records, kind="memory"):
-        used = ", ".join(
-            f"{name} {figure['bytes'] / 2**20:.1f} MiB ({figure['percent_of_im2col']:.1f} %)"
-            for name, figure in record["variants"].items()
-        )
-        what = f"at {record['case']}, {record['direction']}"
-        lines.append(f"Peak memory above inputs and outputs {what}, and as part of the im2col buffer: {used}.")
-    return "\n\n".join(lines)
+def _overhead(records: Results) -> str:
+    """What a call costs that has next to nothing to compute."""
+    chosen = select(records, kind="overhead")
+    if not chosen:
+        return ""
+    cells = [["a call on 512 elements, µs", *(f"{record['case']} kernel" for record in chosen)]]
+    for name in chosen[0]["variants"]:
+        figures = [record["variants"].get(name) for record in chosen]
+        cells.append([name, *("–" if figure is None else f"{1e6 * figure['median']:.1f}" for figure in figures)])
+    return _table(cells)
+
+
+def _memory(records: Results) -> str:
+    """Peak memory above inputs and outputs."""
+    chosen = select(records, kind="memory")
+    if not chosen:
+        return ""
+    cells = [[f"extra memory at {chosen[0]['case']}, and of the im2col buffer", *(r["direction"] for r in chosen)]]
+    for name in chosen[0]["variants"]:
+        figures = [record["variants"].get(name) for record in chosen]
+        cells.append([name, *map(_extra, figures)])
+    return _table(cells)
+
+
+def _extra(used: Record | None) -> str:
+    return "–" if used is None else f"{used['bytes'] / 2**20:.1f} MiB, {used['percent_of_im2col']:.1f} %"
 
 
 def _milliseconds(timing: Record | None) -> str:

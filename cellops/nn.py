@@ -34,6 +34,8 @@ class DeformConv2d(nn.Module):
         ValueError: `groups` does not divide both channel counts.
     """
 
+    bias: nn.Parameter | None
+
     def __init__(
         self,
         in_channels: int,
@@ -138,7 +140,7 @@ class DeformConv2dPack(DeformConv2d):
             self.dilation,
         )
         nn.init.zeros_(self.conv_offset.weight)
-        nn.init.zeros_(self.conv_offset.bias)
+        nn.init.zeros_(self.conv_offset.bias)  # type: ignore[arg-type]
         _rename_old_keys_in_parents()
 
     def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]

@@ -21,7 +21,7 @@ from cellops.reference import deform_conv2d as _deform_conv2d_reference
 Arguments = dict[str, Any]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Case:
     """One call of an op: its arguments, what is right, and what it costs.
 

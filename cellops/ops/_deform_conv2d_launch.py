@@ -304,7 +304,7 @@ def _check_fake(
     tensors = (input, offset, weight, bias, mask)
     check_dtypes(*(None if tensor is None else tensor.dtype for tensor in tensors))
     shapes = (None if tensor is None else tensor.shape for tensor in tensors)
-    return check_shapes(*shapes, config + DEFAULTS[len(config) :])
+    return check_shapes(*shapes, config + DEFAULTS[len(config) :])  # type: ignore[call-arg]
 
 
 # Backward: `config` is the six integers, the flags `wanted` for (input, offset, weight, bias, mask), and the backend.

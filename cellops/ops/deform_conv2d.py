@@ -88,7 +88,7 @@ def _pair(name: str, value: Any) -> tuple[int, int]:
     if isinstance(value, (list, tuple)) and len(value) == 2:
         return value[0], value[1]
     if isinstance(value, (int, torch.SymInt)):
-        return value, value
+        return value, value  # type: ignore[return-value]  # a SymInt stands for an int
     raise ValueError(f"{name} must be an integer or a pair (vertical, horizontal), got {value!r}")
 
 

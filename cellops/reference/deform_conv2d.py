@@ -24,7 +24,7 @@ from torch import Tensor
 
 class _Corner(NamedTuple):
     valid: Tensor  # [N, D, K, P] the point is inside and this corner lies in the image
-    index: Tensor  # [N, D, K, P] flat pixel, 0 where not valid
+    pixel: Tensor  # [N, D, K, P] flat index, 0 where not valid
     weight: Tensor  # [N, D, K, P] wy * wx
     weight_dy: Tensor  # derivative of the weight to y
     weight_dx: Tensor
@@ -42,8 +42,8 @@ def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def _points(
     offset: Tensor,
-    image: tuple[int, int],
-    kernel: tuple[int, int],
+    image: Sequence[int],
+    kernel: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
@@ -86,8 +86,8 @@ def _points(
 def _gather(planes: Tensor, corner: _Corner) -> Tensor:
     """Pixel of every channel at a corner, exactly 0 outside the image: [N, D, C/D, H*W] -> [N, D, C/D, K, P]."""
     batch, groups, channels, _ = planes.shape
-    taps, pixels = corner.index.shape[-2:]
-    index = corner.index.reshape(batch, groups, 1, taps * pixels).expand(-1, -1, channels, -1)
+    taps, pixels = corner.pixel.shape[-2:]
+    index = corner.pixel.reshape(batch, groups, 1, taps * pixels).expand(-1, -1, channels, -1)
     values = planes.gather(-1, index).reshape(batch, groups, channels, taps, pixels)
     return torch.where(corner.valid.unsqueeze(2), values, 0.0)
 
@@ -202,7 +202,7 @@ def deform_conv2d_backward(
     if modulation is not None:
         grad_sampled = grad_sampled * modulation
     if want_offset:
-        grad_y = grad_x = 0.0
+        grad_y = grad_x = grad_sampled.new_zeros(())
         for corner in points.corners:
             products = (grad_sampled * _gather(planes, corner)).sum(2)
             grad_y, grad_x = grad_y + products * corner.weight_dy, grad_x + products * corner.weight_dx
@@ -212,7 +212,7 @@ def deform_conv2d_backward(
         grad_planes = torch.zeros_like(planes)
         for corner in points.corners:
             values = torch.where(corner.valid.unsqueeze(2), grad_sampled * corner.weight.unsqueeze(2), 0.0).flatten(3)
-            index = corner.index.flatten(2).unsqueeze(2).expand_as(values)
+            index = corner.pixel.flatten(2).unsqueeze(2).expand_as(values)
             grad_planes = grad_planes.scatter_add(-1, index, values)
         grad_input = grad_planes.to(input.dtype).reshape(input.shape)
     return grad_input, grad_offset, grad_weight, grad_bias, grad_mask

@@ -1,0 +1,166 @@
+"""Every case of `cellops.testing.CASES` on every backend, dtype and memory format, against the float64 reference."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from torch import Tensor
+
+from cellops import _backend, _native
+from cellops.testing import (
+    Case,
+    assert_close_to_reference,
+    cases,
+    forward_and_gradients,
+    to_dtype,
+)
+
+FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _native.DTYPE_CODES}
+
+SECOND_ORDER = ("plain", "v1", "crossed_groups")
+"""Cases that check second derivatives on every backend; they come from the reference, which checks all of its own."""
+
+
+def rows(
+    *tags: str,
+    names: tuple[str, ...] = (),
+    dtypes: tuple[str, ...] = tuple(DTYPES),
+    formats: tuple[str, ...] = tuple(FORMATS),
+) -> list:
+    """Case x backend x dtype x memory format; a backend that cannot run here is skipped with its reason."""
+    found = []
+    for case in cases(None, *tags):
+        if names and case.name not in names:
+            continue
+        for backend in (*_backend.OPS[case.op], "reference"):
+            device = "cuda" if backend == "cuda" or (backend == "triton" and torch.cuda.is_available()) else "cpu"
+            for dtype in dtypes:
+                reason = _backend.why_not(backend, case.op, device, DTYPES[dtype])
+                marks = [pytest.mark.skip(reason=str(reason))] if reason else []
+                for layout in formats:
+                    name = f"{case}-{backend}-{dtype}-{layout}"
+                    found.append(pytest.param(case, backend, device, dtype, layout, marks=marks, id=name))
+    return found
+
+
+@functools.cache
+def expected(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Output and gradients of the float64 reference, for the values that the dtype can hold."""
+    return forward_and_gradients(case.reference, to_dtype(case.make(dtype), torch.float64))
+
+
+@functools.cache
+def eager(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
+    """What the eager reference makes of it at that dtype: the measure for half types."""
+    return forward_and_gradients(case.reference, case.make(dtype))
+
+
+def check(case: Case, backend: str, device: str, dtype: torch.dtype, memory_format: torch.memory_format) -> None:
+    arguments = case.make(dtype, device, memory_format)
+    found = forward_and_gradients(functools.partial(case.function, backend=backend), arguments)
+    for name, tensor in found.items():
+        measure = eager(case, dtype)[name] if dtype.itemsize == 2 else None
+        terms = case.terms[name]
+        assert_close_to_reference(tensor, expected(case, dtype)[name], terms=terms, eager=measure, what=name)
+        assert tensor.dtype == dtype, name
+        like = arguments["input" if name == "output" else name]
+        if like.dim() == 4:
+            assert tensor.is_contiguous(memory_format=_native.memory_format(like)), f"{name} has another memory format"
+
+
+@pytest.mark.parametrize(("case", "backend", "device", "dtype", "layout"), rows("small", "edge"))
+def test_forward_and_gradients(case: Case, backend: str, device: str, dtype: str, layout: str) -> None:
+    check(case, backend, device, DTYPES[dtype], FORMATS[layout])
+
+
+@pytest.mark.parametrize(("case", "backend", "device", "dtype", "layout"), rows("real", dtypes=("float32",)))
+def test_real_size(case: Case, backend: str, device: str, dtype: str, layout: str) -> None:
+    check(case, backend, device, DTYPES[dtype], FORMATS[layout])
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("case", "backend", "device", "dtype", "layout"), rows("small", dtypes=("float32",), formats=("nchw",))
+)
+def test_other_values(case: Case, backend: str, device: str, dtype: str, layout: str, seed: int) -> None:
+    arguments = case.make(DTYPES[dtype], device, FORMATS[layout], seed)
+    found = case.function(**arguments, backend=backend)
+    wanted = case.reference(**to_dtype(arguments, torch.float64))
+    assert_close_to_reference(found, wanted, terms=case.terms["output"])
+
+
+@pytest.mark.parametrize(
+    ("case", "backend", "device", "dtype", "layout"), rows("small", dtypes=("float64",), formats=("nchw",))
+)
+def test_first_and_second_derivatives(case: Case, backend: str, device: str, dtype: str, layout: str) -> None:
+    arguments = case.make(DTYPES[dtype], device)
+    names = [name for name, value in arguments.items() if isinstance(value, Tensor)]
+
+    def function(*tensors: Tensor) -> Tensor:
+        return case.function(**{**arguments, **dict(zip(names, tensors, strict=True))}, backend=backend)
+
+    tensors = [arguments[name].requires_grad_() for name in names]
+    assert torch.autograd.gradcheck(function, tensors, fast_mode=True)
+    if backend == "reference" or case.name in SECOND_ORDER:
+        assert torch.autograd.gradgradcheck(function, tensors, fast_mode=True)
+
+
+def non_contiguous(tensor: Tensor) -> Tensor:
+    """The same values in every second element of a larger tensor, with its dimensions in reverse order in memory."""
+    spread = torch.full([2 * size for size in reversed(tensor.shape)], torch.nan, dtype=tensor.dtype)
+    view = spread.permute(*reversed(range(tensor.dim())))[tuple(slice(None, None, 2) for _ in tensor.shape)]
+    return view.copy_(tensor)
+
+
+@pytest.mark.parametrize("name", ["input", "offset", "weight", "bias", "mask"])
+@pytest.mark.parametrize(
+    ("case", "backend", "device", "dtype", "layout"),
+    rows("small", names=("plain", "crossed_groups", "depthwise"), dtypes=("float32",), formats=("nchw",)),
+)
+def test_non_contiguous(case: Case, backend: str, device: str, dtype: str, layout: str, name: str) -> None:
+    arguments = case.make(DTYPES[dtype], device)
+    wanted = forward_and_gradients(functools.partial(case.function, backend=backend), arguments)
+    view = non_contiguous(arguments[name])
+    found = forward_and_gradients(functools.partial(case.function, backend=backend), {**arguments, name: view})
+    for key, tensor in found.items():
+        torch.testing.assert_close(tensor, wanted[key], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("bits", range(16))
+@pytest.mark.parametrize("case", [case for case in cases(None, "small") if case.name in ("plain", "groups2")], ids=str)
+def test_each_tensor_has_its_own_layout(case: Case, bits: int) -> None:
+    arguments = case.make()
+    four = [name for name, value in arguments.items() if isinstance(value, Tensor) and value.dim() == 4]
+    mixed = {
+        **arguments,
+        **{
+            name: arguments[name].contiguous(memory_format=torch.channels_last)
+            for bit, name in enumerate(four)
+            if bits >> bit & 1
+        },
+    }
+    found = forward_and_gradients(case.function, mixed)
+    for name, tensor in found.items():
+        assert_close_to_reference(tensor, expected(case, torch.float32)[name], terms=case.terms[name], what=name)
+        like = mixed["input" if name == "output" else name]
+        if like.dim() == 4:
+            assert tensor.is_contiguous(memory_format=_native.memory_format(like))
+
+
+@pytest.mark.parametrize("wanted", range(1, 32))
+def test_only_wanted_gradients_are_computed(wanted: int) -> None:
+    (case,) = (case for case in cases("deform_conv2d") if case.name == "plain")
+    arguments = case.make()
+    names = [name for name, value in arguments.items() if isinstance(value, Tensor)]
+    leaves = {name: arguments[name].requires_grad_(bool(wanted >> bit & 1)) for bit, name in enumerate(names)}
+    output = case.function(**{**arguments, **leaves})
+    generator = torch.Generator().manual_seed(1)
+    output.backward(torch.randn(output.shape, generator=generator, dtype=torch.float64).float())
+    for name, leaf in leaves.items():
+        if leaf.requires_grad:
+            assert_close_to_reference(leaf.grad, expected(case, torch.float32)[name], terms=case.terms[name], what=name)
+        else:
+            assert leaf.grad is None
