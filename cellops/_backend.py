@@ -18,6 +18,8 @@ from cellops import _native
 
 OPS: dict[str, tuple[str, ...]] = {
     "deform_conv2d": ("cpu",),
+    "squeeze_excite": ("cpu",),
+    "eca": ("cpu",),
 }
 """The kernels each op has, the preferred of a device first. Every op has the reference beside them."""
 
