@@ -3,11 +3,22 @@
 from cellops import _source_tree, testing
 from cellops._explain import explain
 from cellops._version import __version__
-from cellops.nn import DeformConv2d, DeformConv2dPack
+from cellops.nn import DeformConv2d, DeformConv2dPack, EfficientChannelAttention, SqueezeExcite
 from cellops.ops.deform_conv2d import deform_conv2d
 from cellops.ops.eca import eca
 from cellops.ops.squeeze_excite import squeeze_excite
 
-__all__ = ["DeformConv2d", "DeformConv2dPack", "__version__", "deform_conv2d", "eca", "explain", "squeeze_excite", "testing"]
+__all__ = [
+    "DeformConv2d",
+    "DeformConv2dPack",
+    "EfficientChannelAttention",
+    "SqueezeExcite",
+    "__version__",
+    "deform_conv2d",
+    "eca",
+    "explain",
+    "squeeze_excite",
+    "testing",
+]
 
 _source_tree.map_models()
