@@ -9,15 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from cellops.ops.deform_conv2d import deform_conv2d
+from cellops.ops.deform_conv2d import deform_conv2d, pair
 from cellops.ops.eca import eca
 from cellops.ops.squeeze_excite import squeeze_excite
 
 __all__ = ["DeformConv2d", "DeformConv2dPack", "EfficientChannelAttention", "SqueezeExcite"]
-
-
-def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else (value[0], value[1])
 
 
 class DeformConv2d(nn.Module):
@@ -33,7 +29,7 @@ class DeformConv2d(nn.Module):
         bias: whether to add a learned bias.
 
     Raises:
-        ValueError: `groups` does not divide both channel counts.
+        ValueError: `groups` does not divide both channel counts, or a size is neither an integer nor a pair.
     """
 
     bias: nn.Parameter | None
@@ -55,10 +51,10 @@ class DeformConv2d(nn.Module):
                 raise ValueError(f"{name} must be a multiple of groups = {groups}, got {channels}")
         self.in_channels = in_channels
         self.out_channels = out_channels
-        self.kernel_size = _pair(kernel_size)
-        self.stride = _pair(stride)
-        self.padding = _pair(padding)
-        self.dilation = _pair(dilation)
+        self.kernel_size = pair("kernel_size", kernel_size)
+        self.stride = pair("stride", stride)
+        self.padding = pair("padding", padding)
+        self.dilation = pair("dilation", dilation)
         self.groups = groups
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels // groups, *self.kernel_size))
         self.register_parameter("bias", nn.Parameter(torch.empty(out_channels)) if bias else None)

@@ -59,11 +59,11 @@ def needs_dispatch() -> bool:
     """Whether a call must enter the dispatcher at the top: under a compiler, functorch, forward-mode AD or autocast.
 
     Elsewhere a public function may apply its Function itself, or go below autograd where no argument requires a
-    gradient, and so cross from Python to the dispatcher once instead of twice (3 of 13 µs on 2 cores of a Xeon).
+    gradient, and so cross from Python to the dispatcher once instead of twice (3 of 15 µs on a 2.1 GHz Xeon).
     """
-    return (
-        forward_ad._current_level >= 0
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._is_any_autocast_enabled()
-        or torch.compiler.is_compiling()
-    )
+    return forward_ad._current_level >= 0 or _in_functorch() or _in_autocast() or _is_compiling()
+
+
+_in_functorch = torch._C._are_functorch_transforms_active
+_in_autocast = torch._C._is_any_autocast_enabled
+_is_compiling = torch.compiler.is_compiling
