@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from cellops.reference import deform_conv2d as _deform_conv2d_reference
+from cellops.reference import eca as _eca_reference
+from cellops.reference import squeeze_excite as _squeeze_excite_reference
 
 Arguments = dict[str, Any]
 
@@ -164,6 +166,111 @@ def _layer(batch: int, channels: int, size: int, why: str, tags: str, suffix: st
     return deform_conv2d_case(f"{batch}x{channels}x{size}x{size}{suffix}", why, batch=batch, tags=tags, **sizes)
 
 
+def _attention_case(
+    op: str,
+    reference: Callable[..., Tensor],
+    name: str,
+    why: str,
+    sizes: dict[str, int],
+    weights: dict[str, tuple[int, ...] | None],
+    settings: dict[str, Any],
+    flops_of_image: int,
+    tags: str,
+) -> Case:
+    """A case of an op that scales an image's channels by factors drawn from its means."""
+    batch, channels, height, width = (sizes[key] for key in ("batch", "channels", "height", "width"))
+    image, pixels = channels * height * width, height * width
+    shapes: dict[str, tuple[int, ...] | None] = {"input": (batch, channels, height, width), **weights}
+
+    def make(
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        memory_format: torch.memory_format = torch.contiguous_format,
+        seed: int = 0,
+    ) -> Arguments:
+        generator = torch.Generator().manual_seed(seed)
+        arguments: Arguments = dict(settings)
+        for key, shape in shapes.items():
+            if shape is None:
+                arguments[key] = None
+                continue
+            tensor = torch.randn(shape, generator=generator, dtype=torch.float64)
+            layout = memory_format if tensor.dim() == 4 else torch.contiguous_format
+            arguments[key] = tensor.to(device, dtype).contiguous(memory_format=layout)
+        return arguments
+
+    return Case(
+        op=op,
+        name=name,
+        why=why,
+        sizes=sizes,
+        make=make,
+        reference=reference,
+        terms={"output": pixels, "input": pixels, **dict.fromkeys(weights, batch * pixels)},
+        flops=batch * (2 * image + flops_of_image),
+        elements=2 * batch * image + sum(math.prod(shape) for shape in weights.values() if shape),
+        tags=frozenset(tags.split()),
+    )
+
+
+def squeeze_excite_case(
+    name: str,
+    why: str,
+    *,
+    batch: int = 2,
+    channels: int = 6,
+    height: int = 5,
+    width: int = 4,
+    hidden: int = 3,
+    bias: bool = True,
+    act: str = "relu",
+    gate: str = "sigmoid",
+    tags: str = "small",
+) -> Case:
+    """A case of `squeeze_excite`."""
+    return _attention_case(
+        "squeeze_excite",
+        _squeeze_excite_reference.squeeze_excite,
+        name,
+        why,
+        {"batch": batch, "channels": channels, "height": height, "width": width, "hidden": hidden},
+        {
+            "weight1": (hidden, channels, 1, 1),
+            "bias1": (hidden,) if bias else None,
+            "weight2": (channels, hidden, 1, 1),
+            "bias2": (channels,) if bias else None,
+        },
+        {"act": act, "gate": gate},
+        4 * channels * hidden,
+        tags,
+    )
+
+
+def eca_case(
+    name: str,
+    why: str,
+    *,
+    batch: int = 2,
+    channels: int = 6,
+    height: int = 5,
+    width: int = 4,
+    kernel: int = 3,
+    tags: str = "small",
+) -> Case:
+    """A case of `eca`."""
+    return _attention_case(
+        "eca",
+        _eca_reference.eca,
+        name,
+        why,
+        {"batch": batch, "channels": channels, "height": height, "width": width, "kernel": kernel},
+        {"weight": (1, 1, kernel)},
+        {},
+        2 * channels * kernel,
+        tags,
+    )
+
+
 CASES: list[Case] = [
     deform_conv2d_case("plain", "every argument present, sizes that differ from each other"),
     deform_conv2d_case("v1", "no mask and no bias: their pointers are absent", mask=False, bias=False),
@@ -273,6 +380,44 @@ CASES: list[Case] = [
     _layer(8, 256, 28, "depthwise: no product to hide the sampling behind", "full", "_dw", groups=256),
     _layer(8, 128, 28, "the first version: no mask and no bias", "full", "_v1", mask=False, bias=False),
     _layer(32, 64, 56, "its im2col buffer takes 231 MB in float32: scratch is measured against that", "memory"),
+    squeeze_excite_case("se_basic", "both biases, an odd number of hidden channels"),
+    squeeze_excite_case("se_no_bias", "absent biases", bias=False),
+    squeeze_excite_case("se_silu", "EfficientNet's activation", act="silu"),
+    squeeze_excite_case("se_hard", "MobileNetV3's gate", gate="hard_sigmoid"),
+    squeeze_excite_case("se_pixel", "a 1x1 map, where both layouts coincide", height=1, width=1),
+    squeeze_excite_case("se_channel", "one channel, one hidden", channels=1, hidden=1),
+    squeeze_excite_case("se_empty", "an empty batch", batch=0, tags="edge"),
+    squeeze_excite_case(
+        "se_batch33", "more images than threads, not a multiple of them", batch=33, channels=17, height=3, tags="edge"
+    ),
+    squeeze_excite_case("se_image", "one image for all threads", batch=1, channels=65, height=63, width=33, tags="edge"),
+    squeeze_excite_case(
+        "se_16x128x56x56",
+        "SE-ResNet conv3, the layer of the targets",
+        batch=16,
+        channels=128,
+        height=56,
+        width=56,
+        hidden=8,
+        tags="real",
+    ),
+    eca_case("eca_basic", "three taps"),
+    eca_case("eca_wide", "more taps than channels on either side", channels=2, kernel=7),
+    eca_case("eca_single", "one tap", kernel=1),
+    eca_case("eca_pixel", "a 1x1 map, where both layouts coincide", height=1, width=1),
+    eca_case("eca_empty", "an empty batch", batch=0, tags="edge"),
+    eca_case("eca_batch33", "more images than threads", batch=33, channels=17, height=3, tags="edge"),
+    eca_case("eca_image", "one image for all threads", batch=1, channels=65, height=63, width=33, kernel=5, tags="edge"),
+    eca_case(
+        "eca_16x128x56x56",
+        "ECA-ResNet conv3, the layer of the targets",
+        batch=16,
+        channels=128,
+        height=56,
+        width=56,
+        kernel=5,
+        tags="real",
+    ),
 ]
 """Every case of every op. `small` cases stay off the integer grid, so that finite differences hold."""
 
@@ -326,7 +471,10 @@ def assert_close_to_reference(
 
 
 def forward_and_gradients(
-    function: Callable[..., Tensor], arguments: Arguments, grad_output: Tensor | None = None
+    function: Callable[..., Tensor],
+    arguments: Arguments,
+    grad_output: Tensor | None = None,
+    grad_dtype: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
     """Run a call and its backward: "output" and, under its argument's name, the gradient to each floating-point tensor.
 
@@ -334,11 +482,13 @@ def forward_and_gradients(
         function: called with `arguments` as keywords.
         arguments: its tensors are detached and required to have a gradient.
         grad_output: gradient of the output, converted to its dtype and layout; None draws one from a fixed seed.
+        grad_dtype: what the drawn one is rounded to first, so that a wider oracle sees the same values.
     """
     leaves = {key: value.detach().requires_grad_() for key, value in arguments.items() if isinstance(value, Tensor)}
     output = function(**{**arguments, **leaves})
     if grad_output is None:
         grad_output = torch.randn(output.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        grad_output = grad_output.to(grad_dtype or output.dtype)
     gradients = torch.autograd.grad(output, list(leaves.values()), torch.empty_like(output).copy_(grad_output))
     return {"output": output.detach(), **dict(zip(leaves, gradients, strict=True))}
 

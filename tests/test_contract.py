@@ -49,7 +49,7 @@ def rows(
 @functools.cache
 def expected(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
     """Output and gradients of the float64 reference, for the values that the dtype can hold."""
-    return forward_and_gradients(case.reference, to_dtype(case.make(dtype), torch.float64))
+    return forward_and_gradients(case.reference, to_dtype(case.make(dtype), torch.float64), grad_dtype=dtype)
 
 
 @functools.cache
