@@ -15,7 +15,7 @@ def lines(results: Results) -> list[str]:
     text: list[str] = []
     for labels, group in groupby(sorted(timed, key=_labels), key=_labels):
         text += ["", f"{' '.join(labels)}: milliseconds (times ours)", *_time_table(list(group))]
-    text += _skipped(results) + _overhead(results) + _memory(results) + _targets(results)
+    text += _copies(results) + _skipped(results) + _overhead(results) + _memory(results) + _targets(results)
     return text
 
 
@@ -49,6 +49,19 @@ def _time_table(records: Results) -> list[str]:
         cells = ["-" if mean is None else f"({mean:.2f}x)" for mean in means]
         rows.append(["geometric mean", layout, "", *cells, "", "", ""])
     return table(rows)
+
+
+def _copies(results: Results) -> list[str]:
+    records = [record for record in results if record["kind"] == "copies"]
+    if not records:
+        return []
+    names = [name for name in _union(records, "variants") if name != "copy"]
+    rows = [["copies of the input", *names, "copy"]]
+    for record in records:
+        label = " ".join(record[key] for key in ("case", "dtype", "layout", "direction"))
+        times = [f"{record['copies'][name]:.2f}" for name in names]
+        rows.append([label, *times, f"{record['copy_gigabytes_per_second']:.1f} GB/s"])
+    return ["", *table(rows)]
 
 
 def _skipped(results: Results) -> list[str]:

@@ -48,7 +48,10 @@ def _machine(results: dict[str, Any]) -> str:
     parts = [_head(results), *_targets(results["targets"])]
     for op in dict.fromkeys(record["op"] for record in records):
         own = [record for record in records if record["op"] == op]
-        parts += [_summary(op, own), _shapes(op, own), _overhead(own), _memory(own)]
+        if select(own, kind="time"):
+            parts += [_summary(op, own), _shapes(op, own)]
+        parts += [_overhead(own), _memory(own)]
+    parts.append(_copies(records))
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -137,6 +140,23 @@ def _memory(records: Results) -> str:
         figures = [record["variants"].get(name) for record in chosen]
         cells.append([name, *map(_extra, figures)])
     return _table(cells)
+
+
+def _copies(records: Results) -> str:
+    """Ops that only move memory, in copies of their input."""
+    chosen = select(records, kind="copies")
+    if not chosen:
+        return ""
+    names = list(dict.fromkeys(name for record in chosen for name in record["copies"] if name != "copy"))
+    cells = [["in copies of the input", "dtype", "layout", "direction", *names]]
+    for record in chosen:
+        figures = [f"{record['copies'][name]:.2f}" if name in record["copies"] else "–" for name in names]
+        cells.append([f"`{record['op']}`", record["dtype"], record["layout"], record["direction"], *figures])
+    shape = ", ".join(dict.fromkeys(record["case"].split("_")[-1] for record in chosen))
+    return (
+        f"Time in copies (`x.clone()` of the input in the same turns) at {shape}; forward is evaluation.\n\n"
+        + _table(cells)
+    )
 
 
 def _extra(used: Record | None) -> str:

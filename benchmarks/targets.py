@@ -112,6 +112,23 @@ def _deform_conv2d() -> list[Target]:
     return targets
 
 
+def _copies(direction: str, layout: str) -> Callable[[Results], float | None]:
+    def value(results: Results) -> float | None:
+        chosen = select(results, kind="copies", dtype="float32", direction=direction, layout=layout)
+        return geometric_mean([record["copies"]["cellops"] for record in chosen])
+
+    return value
+
+
+def _attention(op: str) -> list[Target]:
+    limits = {"forward": 1.25, "forward+backward": 3.5}
+    return [
+        Target(op, f"{direction}, {layout}: copies of the input", limit, False, _copies(direction, layout), unit="copies")
+        for direction, limit in limits.items()
+        for layout in ("NCHW", "channels_last")
+    ]
+
+
 def _figure(value: float, unit: str) -> str:
     digits = 2 if value < 10 else 1 if value < 100 else 0
     return f"{value:.{digits}f}{_space(unit)}{unit}"
@@ -121,4 +138,4 @@ def _space(unit: str) -> str:
     return "" if unit == "x" else " "
 
 
-TARGETS = _deform_conv2d()
+TARGETS = [*_deform_conv2d(), *_attention("squeeze_excite"), *_attention("eca")]

@@ -399,7 +399,7 @@ CASES: list[Case] = [
         height=56,
         width=56,
         hidden=8,
-        tags="real",
+        tags="real bench",
     ),
     eca_case("eca_basic", "three taps"),
     eca_case("eca_wide", "more taps than channels on either side", channels=2, kernel=7),
@@ -416,7 +416,7 @@ CASES: list[Case] = [
         height=56,
         width=56,
         kernel=5,
-        tags="real",
+        tags="real bench",
     ),
 ]
 """Every case of every op. `small` cases stay off the integer grid, so that finite differences hold."""

@@ -1,0 +1,86 @@
+"""Times a module that only moves memory beside its peers, in copies: `x.clone()` of its input in the same turns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import measure
+import torch
+from torch import Tensor, nn
+
+from cellops import _backend, testing
+
+OURS, COPY = "cellops", "copy"
+FORMATS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
+LARGEST_ERROR = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
+"""A peer's largest difference from ours, relative to the largest value."""
+
+
+def compare(
+    case: testing.Case,
+    modules: dict[str, Callable[[], nn.Module]],
+    dtype: torch.dtype,
+    layout: str,
+    direction: str,
+    benchmark: Any,
+    record: Any,
+) -> None:
+    """Record one case.
+
+    Args:
+        case: gives the input and names the op.
+        modules: ours as "cellops" and one peer that loads its weights; the peer is timed in eager mode and compiled.
+        dtype, layout, direction: "forward" (evaluation, no gradients) or "forward+backward".
+        benchmark, record: the fixtures.
+    """
+    assert _backend.preferred(case.op, "cpu", dtype).name == "cpu", "the compiled library is what these figures are about"
+    torch.manual_seed(0)
+    backward = direction == "forward+backward"
+    built = {name: build().to(dtype).train(backward) for name, build in modules.items()}
+    weights = built[OURS].state_dict()
+    input = case.make(dtype, memory_format=FORMATS[layout])["input"]
+    grad_output = torch.randn_like(input)
+    variants: measure.Variants = {}
+    for name, module in built.items():
+        module.load_state_dict(weights)
+        variants[name] = _call(module, input, grad_output if backward else None)
+        if name != OURS:
+            compiled = torch.compile(module, dynamic=False)
+            variants[f"compiled {name}"] = _call(compiled, input, grad_output if backward else None)
+    ours = variants[OURS]()
+    for name, call in variants.items():
+        error = max(float((one - other).abs().max() / other.abs().max()) for one, other in zip(call(), ours, strict=True))
+        assert error < LARGEST_ERROR[dtype], f"{name} differs from ours by {error:.1e} of the largest value"
+    variants[COPY] = input.clone
+    timings = measure.compare(benchmark, OURS, variants)
+    copy = timings[COPY]["median"]
+    record(
+        kind="copies",
+        op=case.op,
+        case=case.name,
+        dtype=str(dtype).removeprefix("torch."),
+        layout=layout,
+        direction=direction,
+        variants=timings,
+        skipped={},
+        copies={name: timing["median"] / copy for name, timing in timings.items()},
+        copy_gigabytes_per_second=2 * input.numel() * input.element_size() / copy / 1e9,
+    )
+
+
+def _call(module: Any, input: Tensor, grad_output: Tensor | None) -> Callable[[], tuple[Tensor, ...]]:
+    if grad_output is None:
+
+        def forward() -> tuple[Tensor, ...]:
+            with torch.no_grad():
+                return (module(input),)
+
+        return forward
+    leaf = input.detach().requires_grad_()
+    leaves = (leaf, *module.parameters())
+
+    def forward_backward() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(module(leaf), leaves, grad_output)
+
+    return forward_backward
