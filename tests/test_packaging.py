@@ -193,6 +193,15 @@ def test_import_registers_the_ops(tmp_path, site):
     assert "cellops.deform_conv2d" in text
 
 
+def test_one_openmp_runtime(tmp_path, site):
+    """The threads of a second runtime would spin against those of torch's."""
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        pytest.skip("needs /proc")
+    text = python(f"{USE}\nprint(open('/proc/self/maps').read())", cwd=tmp_path, PYTHONPATH=str(site))
+    assert len(set(re.findall(r"/\S*lib[gi]?omp\S*", text))) <= 1
+
+
 def test_public_names():
     for name in cellops.__all__:
         assert getattr(cellops, name) is not None

@@ -59,7 +59,7 @@ def needs_dispatch() -> bool:
     """Whether a call must enter the dispatcher at the top: under a compiler, functorch, forward-mode AD or autocast.
 
     Elsewhere a public function may apply its Function itself, or go below autograd where no argument requires a
-    gradient, and so cross from Python to the dispatcher once instead of twice (3 of 15 µs on a 2.1 GHz Xeon).
+    gradient, and so cross from Python to the dispatcher once instead of twice (3 of 15 µs on an AMD EPYC).
     """
     return forward_ad._current_level >= 0 or _in_functorch() or _in_autocast() or _is_compiling()
 

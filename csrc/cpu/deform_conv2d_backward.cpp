@@ -264,7 +264,7 @@ class Backward {
   void clear(const Team& team, const Shared& shared) const {
     int64_t begin, end;
     team.share(shared.weight.count(), &begin, &end);
-    __builtin_memset(shared.weight.get() + begin, 0, size_t(end - begin) * sizeof(S));
+    if (begin < end) __builtin_memset(shared.weight.get() + begin, 0, size_t(end - begin) * sizeof(S));
     if (team.index == 0) shared.bias.zero();
   }
 
