@@ -34,7 +34,9 @@ def compare(
         dtype, layout, direction: "forward" (evaluation, no gradients) or "forward+backward".
         benchmark, record: the fixtures.
     """
-    assert _backend.preferred(case.op, "cpu", dtype).name == "cpu", "the compiled library is what these figures are about"
+    assert _backend.preferred(case.op, "cpu", dtype).name == "cpu", (
+        "the compiled library is what these figures are about"
+    )
     torch.manual_seed(0)
     backward = direction == "forward+backward"
     built = {name: build().to(dtype).train(backward) for name, build in modules.items()}
@@ -50,7 +52,9 @@ def compare(
             variants[f"compiled {name}"] = _call(compiled, input, grad_output if backward else None)
     ours = variants[OURS]()
     for name, call in variants.items():
-        error = max(float((one - other).abs().max() / other.abs().max()) for one, other in zip(call(), ours, strict=True))
+        error = max(
+            float((one - other).abs().max() / other.abs().max()) for one, other in zip(call(), ours, strict=True)
+        )
         assert error < LARGEST_ERROR[dtype], f"{name} differs from ours by {error:.1e} of the largest value"
     variants[COPY] = input.clone
     timings = measure.compare(benchmark, OURS, variants)

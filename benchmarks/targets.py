@@ -123,7 +123,9 @@ def _copies(direction: str, layout: str) -> Callable[[Results], float | None]:
 def _attention(op: str) -> list[Target]:
     limits = {"forward": 1.25, "forward+backward": 3.5}
     return [
-        Target(op, f"{direction}, {layout}: copies of the input", limit, False, _copies(direction, layout), unit="copies")
+        Target(
+            op, f"{direction}, {layout}: copies of the input", limit, False, _copies(direction, layout), unit="copies"
+        )
         for direction, limit in limits.items()
         for layout in ("NCHW", "channels_last")
     ]

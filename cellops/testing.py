@@ -390,7 +390,9 @@ CASES: list[Case] = [
     squeeze_excite_case(
         "se_batch33", "more images than threads, not a multiple of them", batch=33, channels=17, height=3, tags="edge"
     ),
-    squeeze_excite_case("se_image", "one image for all threads", batch=1, channels=65, height=63, width=33, tags="edge"),
+    squeeze_excite_case(
+        "se_image", "one image for all threads", batch=1, channels=65, height=63, width=33, tags="edge"
+    ),
     squeeze_excite_case(
         "se_16x128x56x56",
         "SE-ResNet conv3, the layer of the targets",
@@ -407,7 +409,9 @@ CASES: list[Case] = [
     eca_case("eca_pixel", "a 1x1 map, where both layouts coincide", height=1, width=1),
     eca_case("eca_empty", "an empty batch", batch=0, tags="edge"),
     eca_case("eca_batch33", "more images than threads", batch=33, channels=17, height=3, tags="edge"),
-    eca_case("eca_image", "one image for all threads", batch=1, channels=65, height=63, width=33, kernel=5, tags="edge"),
+    eca_case(
+        "eca_image", "one image for all threads", batch=1, channels=65, height=63, width=33, kernel=5, tags="edge"
+    ),
     eca_case(
         "eca_16x128x56x56",
         "ECA-ResNet conv3, the layer of the targets",

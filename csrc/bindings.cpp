@@ -31,20 +31,36 @@ void bind(py::module_& m, const char* name, void (*kernel)(const Params&, const 
   });
 }
 
-DeformConv2dParams make_deform_conv2d_params(int64_t batch, int64_t in_channels, int64_t in_height, int64_t in_width,
-                                             int64_t out_channels, int64_t out_height, int64_t out_width,
-                                             int64_t kernel_height, int64_t kernel_width, int64_t stride_height,
-                                             int64_t stride_width, int64_t pad_height, int64_t pad_width,
-                                             int64_t dilation_height, int64_t dilation_width, int64_t groups,
-                                             int64_t offset_groups, int dtype, int offset_dtype,
-                                             bool input_channels_last, bool offset_channels_last,
-                                             bool mask_channels_last, bool weight_channels_last,
-                                             bool output_channels_last) {
-  return {batch,          in_channels,         in_height,            in_width,           out_channels,
-          out_height,     out_width,           kernel_height,        kernel_width,       stride_height,
-          stride_width,   pad_height,          pad_width,            dilation_height,    dilation_width,
-          groups,         offset_groups,       Dtype(dtype),         Dtype(offset_dtype), input_channels_last,
-          offset_channels_last, mask_channels_last, weight_channels_last, output_channels_last};
+DeformConv2dParams make_deform_conv2d_params(
+    int64_t batch, int64_t in_channels, int64_t in_height, int64_t in_width, int64_t out_channels, int64_t out_height,
+    int64_t out_width, int64_t kernel_height, int64_t kernel_width, int64_t stride_height, int64_t stride_width,
+    int64_t pad_height, int64_t pad_width, int64_t dilation_height, int64_t dilation_width, int64_t groups,
+    int64_t offset_groups, int dtype, int offset_dtype, bool input_channels_last, bool offset_channels_last,
+    bool mask_channels_last, bool weight_channels_last, bool output_channels_last) {
+  return {batch,
+          in_channels,
+          in_height,
+          in_width,
+          out_channels,
+          out_height,
+          out_width,
+          kernel_height,
+          kernel_width,
+          stride_height,
+          stride_width,
+          pad_height,
+          pad_width,
+          dilation_height,
+          dilation_width,
+          groups,
+          offset_groups,
+          Dtype(dtype),
+          Dtype(offset_dtype),
+          input_channels_last,
+          offset_channels_last,
+          mask_channels_last,
+          weight_channels_last,
+          output_channels_last};
 }
 
 py::dict isa_variants() {
@@ -78,8 +94,8 @@ PYBIND11_MODULE(_C, m) {
   py::class_<SqueezeExciteParams>(m, "SqueezeExciteParams")
       .def(py::init([](int64_t batch, int64_t channels, int64_t pixels, int64_t hidden, int activation, int gate,
                        int dtype, bool channels_last) {
-             return SqueezeExciteParams{
-                 batch, channels, pixels, hidden, Activation(activation), Gate(gate), Dtype(dtype), channels_last};
+             return SqueezeExciteParams{batch,      channels,     pixels,       hidden, Activation(activation),
+                                        Gate(gate), Dtype(dtype), channels_last};
            }),
            py::kw_only(), py::arg("batch"), py::arg("channels"), py::arg("pixels"), py::arg("hidden"),
            py::arg("activation"), py::arg("gate"), py::arg("dtype"), py::arg("channels_last"));

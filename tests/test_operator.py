@@ -1,4 +1,4 @@
-"""What `cellops.ops._operator.Operator` gives every op built on it: registration, compile, export, functorch, autocast."""
+"""What `Operator` gives every op built on it: registration, compile, export, functorch, autocast."""
 
 from __future__ import annotations
 
@@ -74,7 +74,8 @@ def case_arguments(case: Case, tensors: list[Tensor]) -> dict[str, Any]:
 @each_layout
 def test_meta_tensors_have_shape_and_strides(case: Case, layout: torch.memory_format) -> None:
     real, meta = (
-        forward_and_gradients(case.function, case.make(device=device, memory_format=layout)) for device in ("cpu", "meta")
+        forward_and_gradients(case.function, case.make(device=device, memory_format=layout))
+        for device in ("cpu", "meta")
     )
     for name, tensor in real.items():
         assert (tensor.shape, tensor.stride()) == (meta[name].shape, meta[name].stride()), name
@@ -116,20 +117,20 @@ def test_forward_mode(case: Case) -> None:
     tensors, _ = split(case, arguments)
     for which, tensor in enumerate(tensors):
         tangent = torch.randn_like(tensor)
-        others = tensors[:which], tensors[which + 1 :]
-        reference = of_tensors(case, arguments, case.reference)
-        _, wanted = torch.func.jvp(lambda t, f=reference, o=others: f(*o[0], t, *o[1]), (tensor,), (tangent,))
-        _, found = torch.func.jvp(
-            lambda t, f=of_tensors(case, arguments), o=others: f(*o[0], t, *o[1]), (tensor,), (tangent,)
+        before, after = tensors[:which], tensors[which + 1 :]
+        function = of_tensors(case, arguments)
+        wanted, found = (
+            torch.func.jvp(lambda t, f=f, before=before, after=after: f(*before, t, *after), (tensor,), (tangent,))[1]
+            for f in (of_tensors(case, arguments, case.reference), function)
         )
         torch.testing.assert_close(found, wanted)
         assert wanted.abs().max() > 1e-4
         with fwAD.dual_level():
             dual = fwAD.make_dual(tensor, tangent)
-            output = fwAD.unpack_dual(of_tensors(case, arguments)(*others[0], dual, *others[1]))
+            output = fwAD.unpack_dual(function(*before, dual, *after))
             torch.testing.assert_close(output.tangent, wanted)
             with pytest.raises(RuntimeError, match="backend='cpu' cannot run"):
-                of_tensors(case, {**arguments, "backend": "cpu"})(*others[0], dual, *others[1])
+                of_tensors(case, {**arguments, "backend": "cpu"})(*before, dual, *after)
 
 
 @each_op

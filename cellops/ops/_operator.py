@@ -1,8 +1,8 @@
 """An op in every layer of the dispatcher, from what is particular to it: its schema, its checks, its formula.
 
-The op gets a kernel for the CPU and one for devices without their own, the fake, the Autograd key, autocast, vmap, and a
-backward op of the same standing. First derivatives are the backend's; higher ones, and forward mode, come from the
-formula in the reference.
+The op gets a kernel for the CPU and one for devices without their own, the fake, the Autograd key, autocast and vmap,
+and a backward op of the same standing. First derivatives are the backend's; higher ones, and forward mode, come from
+the formula in the reference.
 """
 
 from __future__ import annotations
@@ -82,7 +82,9 @@ class Operator:
         self.formula = formula
         self.formula_of_backward = formula_of_backward
         self._plan = lru_cache(maxsize=4096)(self._make_plan)
-        arguments = ", ".join(f"Tensor{'?' * lacks} {word}" for word, lacks in zip(self.names, self.optional, strict=True))
+        arguments = ", ".join(
+            f"Tensor{'?' * lacks} {word}" for word, lacks in zip(self.names, self.optional, strict=True)
+        )
         settings = f"{settings}, " if settings else ""
         self.op = define(
             f"{name}({arguments}, {settings}str? backend=None) -> Tensor",
@@ -108,7 +110,7 @@ class Operator:
         torch.library.register_vmap(f"cellops::{name}_backward", self._backward_vmap, lib=library)
 
     def __call__(self, *arguments: Any) -> Tensor:
-        """Call the op with its tensors, settings and backend, in one crossing to the dispatcher where that is enough."""
+        """Call the op with tensors, settings and backend, in one crossing to the dispatcher where that is enough."""
         if needs_dispatch():
             if _is_transformed_for_reverse_mode():
                 return _FunctorchFunction.apply(self, *arguments)
@@ -329,7 +331,9 @@ class Operator:
         slices = _slices(info.batch_size, dims, arguments)
         return torch.stack([self.op(*one) for one in slices]), 0
 
-    def _backward_vmap(self, info: Any, dims: tuple[int | None, ...], *arguments: Any) -> tuple[list[Tensor], list[int]]:
+    def _backward_vmap(
+        self, info: Any, dims: tuple[int | None, ...], *arguments: Any
+    ) -> tuple[list[Tensor], list[int]]:
         found = [self.backward_op(*one) for one in _slices(info.batch_size, dims, arguments)]
         stacked = [torch.stack(gradients) for gradients in zip(*found, strict=True)]
         return stacked, [0] * len(stacked)

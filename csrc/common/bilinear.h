@@ -18,10 +18,10 @@ namespace cellops::CELLOPS_ISA {
 // Corners in the order (top, left), (top, right), (bottom, left), (bottom, right).
 template <class R, class I>
 struct Sample {
-  R weight[4];         // bilinear weights, not yet times the mask; NaN where a coordinate is NaN
-  I index[4];          // y * width + x of the corner, or -1 where it lies outside: its value is an exact zero
-  R bottom, right;     // fractions of the point inside its cell; 0 where the point is outside or NaN
-  R nan;               // NaN where a coordinate is NaN, else 0
+  R weight[4];      // bilinear weights, not yet times the mask; NaN where a coordinate is NaN
+  I index[4];       // y * width + x of the corner, or -1 where it lies outside: its value is an exact zero
+  R bottom, right;  // fractions of the point inside its cell; 0 where the point is outside or NaN
+  R nan;            // NaN where a coordinate is NaN, else 0
 };
 
 // Where a point lies and how its four corners weigh.

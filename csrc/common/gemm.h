@@ -84,8 +84,8 @@ inline void multiply_packed(int64_t rows, int64_t columns, int64_t depth, const 
   for (int64_t n = 0; n < columns; n += panel, b += panel_stride) {
     for (int64_t r = 0; r < rows; r += kRows) {
       if (columns - n > lanes) {
-        micro_kernel<M, kRows, kPanelVectors, Accumulate>(depth, a + r * a_row, a_row, 1, b, panel,
-                                                          c + r * c_row + n, c_row);
+        micro_kernel<M, kRows, kPanelVectors, Accumulate>(depth, a + r * a_row, a_row, 1, b, panel, c + r * c_row + n,
+                                                          c_row);
       } else {
         micro_kernel<M, kRows, 1, Accumulate>(depth, a + r * a_row, a_row, 1, b, panel, c + r * c_row + n, c_row);
       }

@@ -139,8 +139,8 @@ inline void attend_forward(const Team& team, const Params& p, const T* input, T*
     int64_t begin, end;
     share_channels(members, p.channels, &begin, &end);
     S* mean = means + image * p.channels;
-    sum_pixels<false>(input + image * size, static_cast<const T*>(nullptr), p.channels, p.pixels, p.channels_last, begin,
-                      end, mean, mean);
+    sum_pixels<false>(input + image * size, static_cast<const T*>(nullptr), p.channels, p.pixels, p.channels_last,
+                      begin, end, mean, mean);
     for (int64_t c = begin; c < end; ++c) mean[c] /= S(p.pixels);
     members.barrier();
     rule.forward(mean, scale);

@@ -1,7 +1,8 @@
 // Deformable convolution, modulated or not (Dai et al. 2017; Zhu et al. 2019):
 //
 //   output[n, o, p] = bias[o] + sum over taps t and channels c of o's group of
-//                     weight[o, c, t] * mask[n, g, t, p] * input[n, c] sampled at (p * stride - pad + t * dilation + offset[n, g, t, p])
+//                     weight[o, c, t] * mask[n, g, t, p] * input[n, c] sampled at (p * stride - pad + t * dilation +
+//                     offset[n, g, t, p])
 //
 // Never builds the im2col buffer. Input rows are read channels-last, so each corner is a run of neighbouring channels
 // (an NCHW image is transposed into scratch first). A thread samples a tile of at most kTile output pixels straight
@@ -90,18 +91,14 @@ class Forward {
     bool failed = false;
     parallel(threads_, [&](Team team) {
       // A wide sum takes a shorter tile, so that a thread's scratch stays within the second cache.
-      const int64_t tile = max_of(kRows, min_of(kTile, (int64_t(1) << 17) / (sum_row_ + kRowStride<M>) / kRows * kRows));
+      const int64_t room = (int64_t(1) << 17) / (sum_row_ + kRowStride<M>) / kRows * kRows;
+      const int64_t tile = max_of(kRows, min_of(min_of(kTile, room), round_up(chunk_ * pixels_, kRows)));
       Buffer<E> columns(tile * kRowStride<M> * M::depth);
       Buffer<S> sums(tile * sum_row_ + kPanel<S>);
       Buffer<Tile<S>> points(1);
       Buffer<Corners<S>> corners(1);
       const bool ready = !columns.failed() && !sums.failed() && !points.failed() && !corners.failed();
       if (!ready) failed = true;
-      if (ready) {
-        columns.zero();
-        points.zero();
-        corners.zero();
-      }
       pack(team);
       for (int64_t image = 0; image < p_.batch; image += chunk_) {
         const int64_t images = min_of(chunk_, p_.batch - image);
@@ -117,9 +114,7 @@ class Forward {
   }
 
  private:
-  int64_t column_of(int64_t out) const {
-    return out / plan_.group_outputs * group_room_ + out % plan_.group_outputs;
-  }
+  int64_t column_of(int64_t out) const { return out / plan_.group_outputs * group_room_ + out % plan_.group_outputs; }
 
   void pack(const Team& team) {
     const T* weight = static_cast<const T*>(io_.weight);
@@ -165,6 +160,9 @@ class Forward {
       const int64_t count = min_of(step, end - begin);
       locator.start(image * pixels_ + begin, count, p_.input_channels_last ? 0 : image, points);
       for (int64_t i = 0; i < count; ++i) convert_row(sum_row_, bias_.get(), sums + i * sum_row_);
+      // The strip's last rows are multiplied too, and thrown away: zeros, for denormal rubbish would be slow.
+      const int64_t rest = round_up(count, kRows) - count, row = kRowStride<M> * M::depth;
+      __builtin_memset(static_cast<void*>(columns + count * row), 0, size_t(rest * row) * sizeof(E));
       if (depthwise_) {
         multiply_depthwise(input, *points, locator, corners, columns, sums);
       } else {
@@ -195,10 +193,10 @@ class Forward {
       }
       const int64_t depth = div_up(product.columns, M::depth);
       using Unit = typename M::Unit;
-      multiply_packed<M, true>(
-          tile.count, plan_.group_outputs, depth, reinterpret_cast<const Unit*>(columns + product.column), kRowStride<M>,
-          reinterpret_cast<const Unit*>(packed_.get()) + product.packed, depth * kPanel<S>,
-          sums + product.group * group_room_, sum_row_);
+      multiply_packed<M, true>(tile.count, plan_.group_outputs, depth,
+                               reinterpret_cast<const Unit*>(columns + product.column), kRowStride<M>,
+                               reinterpret_cast<const Unit*>(packed_.get()) + product.packed, depth * kPanel<S>,
+                               sums + product.group * group_room_, sum_row_);
     }
   }
 

@@ -26,84 +26,6 @@ struct Range {
   int64_t panel;   // of its packed weights among all ranges
 };
 
-struct Grid {
-  int groups, blocks;  // of images, of channels
-};
-
-// The grid that keeps the slowest thread shortest. A block costs its channels, plus about three vectors of work that
-// every block repeats (points, the tile of grad_output).
-Grid choose_grid(int threads, int64_t images, int64_t quanta, int64_t quantum_vectors) {
-  Grid best{1, 1};
-  int64_t best_cost = INT64_MAX;
-  for (int blocks = 1; blocks <= threads && blocks <= quanta; ++blocks) {
-    const int groups = int(min_of(threads / blocks, images));
-    const int64_t cost = div_up(images, groups) * (div_up(quanta, blocks) * quantum_vectors + 3);
-    if (cost < best_cost) best = {groups, blocks}, best_cost = cost;
-  }
-  return best;
-}
-
-template <class S>
-struct Scatter {
-  S* rows;  // [pixel][row], from the block's first channel
-  int64_t row;
-  S* outside;  // takes what falls outside the image
-};
-
-// The pass over the corners for one offset group's channels; see the head of the file.
-template <bool Dots, bool Columns, bool Add, class T, class S>
-void corner_pass(const Input<T>& input, const Scatter<S>& scatter, const Tile<S>& tile, const Corners<S>& corners,
-                 int64_t channel, int64_t channels, int64_t stride, const S* grad_columns, S* columns, S* dots) {
-  constexpr int lanes = kLanes<S>;
-  for (int64_t i = 0; i < tile.count; ++i, grad_columns += stride, columns += stride, dots += 4) {
-    const T* from[4];
-    S* to[4];
-    S weight[4], sum[4] = {};
-    Vec<S> dot[4] = {};
-#pragma GCC unroll 4
-    for (int k = 0; k < 4; ++k) {
-      from[k] = corner_row(input, tile, corners, k, i, channel);
-      weight[k] = corners.weight[k][i];
-      const int32_t index = corners.index[k][i];
-      to[k] = index < 0 ? scatter.outside : scatter.rows + index * scatter.row + channel;
-    }
-    int64_t c = 0;
-    for (; c + lanes <= channels; c += lanes) {
-      const Vec<S> grad = Dots || Add ? load(grad_columns + c) : Vec<S>{};
-      Vec<S> sample = {};
-#pragma GCC unroll 4
-      for (int k = 0; k < 4; ++k) {
-        if constexpr (Dots || Columns) {
-          const Vec<S> value = load(from[k] + c);
-          if constexpr (Dots) dot[k] += grad * value;
-          if constexpr (Columns) sample += broadcast(weight[k]) * value;
-        }
-      }
-      if constexpr (Columns) store(columns + c, sample);
-      if constexpr (Add) {
-#pragma GCC unroll 4
-        for (int k = 0; k < 4; ++k) store(to[k] + c, load(to[k] + c) + broadcast(weight[k]) * grad);
-      }
-    }
-    if constexpr (Dots) sums_of(dot[0], dot[1], dot[2], dot[3], sum);
-    for (; c < channels; ++c) {
-      S sample = 0;
-      for (int k = 0; k < 4; ++k) {
-        if constexpr (Dots || Columns) {
-          const S value = to_compute(from[k][c]);
-          if constexpr (Dots) sum[k] += grad_columns[c] * value;
-          if constexpr (Columns) sample += weight[k] * value;
-        }
-      }
-      if constexpr (Columns) columns[c] = sample;
-      if constexpr (Add) {
-        for (int k = 0; k < 4; ++k) to[k][c] += weight[k] * grad_columns[c];
-      }
-    }
-    if constexpr (Dots) __builtin_memcpy(dots, sum, sizeof(sum));
-  }
-}
-
 template <class T, class M>
 class Backward {
   using S = Compute<T>;
@@ -173,8 +95,8 @@ class Backward {
     Buffer<Range> ranges;
     Buffer<int64_t> first_range;  // of each block, and one past the last
     Buffer<E> packed;
-    Buffer<S> weight, bias;    // sums of each image group
-    Buffer<S> partial;         // offset and mask gradients of each (group, block), where blocks must be joined
+    Buffer<S> weight, bias;  // sums of each image group
+    Buffer<S> partial;       // offset and mask gradients of each (group, block), where blocks must be joined
     Buffer<T> zero;
     int64_t panels = 0;
     bool failed() const {
@@ -187,7 +109,8 @@ class Backward {
   struct Thread {
     Thread(const Backward& op, int64_t channels)
         : stride(round_up(channels, kLanes<S>) + kPanel<S>),
-          limit(max_of(kRows, min_of(kTile, (int64_t(1) << 17) / (op.grad_row_ + 2 * stride) / kRows * kRows))),
+          limit(max_of(kRows, min_of(min_of(kTile, (int64_t(1) << 17) / (op.grad_row_ + 2 * stride) / kRows * kRows),
+                                     round_up(op.pixels_, kRows)))),
           grad(limit * op.grad_row_),
           grad_elements(M::depth > 1 ? limit * op.grad_row_ : 0),
           grad_pairs(M::depth > 1 ? limit / 2 * op.grad_row_ : 0),
@@ -312,7 +235,8 @@ class Backward {
       input = {own.rows.get(), channels, shared.zero.get()};
     }
     T* grad_input = static_cast<T*>(io_.grad_input);
-    if (grad_input) grad_input += image * in_pixels_ * p_.in_channels + first * (p_.input_channels_last ? 1 : in_pixels_);
+    if (grad_input)
+      grad_input += image * in_pixels_ * p_.in_channels + first * (p_.input_channels_last ? 1 : in_pixels_);
     Scatter<S> scatter{own.grad_rows.get(), channels, own.outside.get()};
     if (direct_) scatter.rows = reinterpret_cast<S*>(grad_input), scatter.row = p_.in_channels;
     if (io_.grad_input) {
@@ -327,7 +251,8 @@ class Backward {
       load_grad(image, pixel, count, own);
       if (io_.grad_bias && block == 0) add_bias(count, own, shared.bias.get() + group * p_.out_channels);
       own.points.start(image * pixels_ + pixel, count, image, own.tile.get());
-      for (int64_t tap = 0; tap < taps_; ++tap) tap_backward(image, pixel, tap, group, block, input, scatter, shared, own);
+      for (int64_t tap = 0; tap < taps_; ++tap)
+        tap_backward(image, pixel, tap, group, block, input, scatter, shared, own);
     }
     if (!io_.grad_input || direct_) return;
     if (p_.input_channels_last) {
@@ -567,8 +492,8 @@ class Backward {
   const int threads_;
   const bool depthwise_;
   const int64_t taps_, pixels_, in_pixels_, group_channels_, group_outputs_, offset_group_channels_;
-  const int64_t quantum_, quanta_;          // channel blocks are made of whole quanta
-  const int64_t unit_outputs_, grad_row_;   // a group's channels in a row of the grad_output tile; that row's stride
+  const int64_t quantum_, quanta_;         // channel blocks are made of whole quanta
+  const int64_t unit_outputs_, grad_row_;  // a group's channels in a row of the grad_output tile; that row's stride
   const int64_t weight_room_, channel_room_, weight_size_;  // [group][weight_room][tap][channel_room]
   const bool needs_offset_, needs_columns_, needs_grad_columns_, direct_;
 };

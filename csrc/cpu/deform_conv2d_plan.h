@@ -42,7 +42,9 @@ struct WeightStrides {
   }
 };
 
-inline bool is_depthwise(const DeformConv2dParams& p) { return p.groups == p.in_channels && p.out_channels == p.in_channels; }
+inline bool is_depthwise(const DeformConv2dParams& p) {
+  return p.groups == p.in_channels && p.out_channels == p.in_channels;
+}
 
 // packed[tap][channel] of a depthwise convolution.
 template <class T, class E>
@@ -62,6 +64,24 @@ inline int team_size(const DeformConv2dParams& p, int threads) {
                           double(p.out_channels / p.groups + 4);
   const double most = products / double(1 << 17);
   return most < 1 ? 1 : most < threads ? int(most) : threads;
+}
+
+// The team of a backward.
+struct Grid {
+  int groups, blocks;  // of images, of channels
+};
+
+// The grid that keeps the slowest thread shortest. A block costs its channels, plus about three vectors of work that
+// every block repeats (points, the tile of grad_output).
+inline Grid choose_grid(int threads, int64_t images, int64_t quanta, int64_t quantum_vectors) {
+  Grid best{1, 1};
+  int64_t best_cost = INT64_MAX;
+  for (int blocks = 1; blocks <= threads && blocks <= quanta; ++blocks) {
+    const int groups = int(min_of(threads / blocks, images));
+    const int64_t cost = div_up(images, groups) * (div_up(quanta, blocks) * quantum_vectors + 3);
+    if (cost < best_cost) best = {groups, blocks}, best_cost = cost;
+  }
+  return best;
 }
 
 // Units of the left operand's columns in a tile, and its row stride (not a power of two: cache sets).
@@ -165,8 +185,8 @@ inline void pack_weight(const Plan<M>& plan, const Product& product, int64_t pan
   weight += (product.group * plan.group_outputs + first) * out_stride;
   for (int64_t i = product.first_segment; i < product.last_segment; ++i) {
     const Segment& segment = plan.segments.get()[i];
-    const T* from = weight + (segment.channel - product.group * plan.group_channels) * channel_stride +
-                    segment.tap * tap_stride;
+    const T* from =
+        weight + (segment.channel - product.group * plan.group_channels) * channel_stride + segment.tap * tap_stride;
     for (int64_t c = 0; c < segment.channels; ++c, from += channel_stride) {
       const int64_t k = segment.column - product.column + c;
       E* row = to + (k / M::depth) * width * M::depth + k % M::depth;

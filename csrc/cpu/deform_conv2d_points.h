@@ -62,9 +62,9 @@ struct Corners {
 
 template <class T>
 struct Input {
-  const T* rows;       // [image][pixel][row], from the channel that column 0 stands for
-  int64_t row;         // elements from one pixel to the next
-  const T* zero;       // a row of zeros: what corners outside the image read
+  const T* rows;  // [image][pixel][row], from the channel that column 0 stands for
+  int64_t row;    // elements from one pixel to the next
+  const T* zero;  // a row of zeros: what corners outside the image read
 };
 
 template <class T, class S>
@@ -72,6 +72,68 @@ CELLOPS_INLINE const T* corner_row(const Input<T>& input, const Tile<S>& tile, c
                                    int64_t i, int64_t channel) {
   const int32_t index = corners.index[corner][i];
   return index < 0 ? input.zero : input.rows + (tile.image_row[i] + index) * input.row + channel;
+}
+
+template <class S>
+struct Scatter {
+  S* rows;  // [pixel][row], from the block's first channel
+  int64_t row;
+  S* outside;  // takes what falls outside the image
+};
+
+// The pass over the corners for one offset group's channels; see deform_conv2d_backward.cpp.
+template <bool Dots, bool Columns, bool Add, class T, class S>
+inline void corner_pass(const Input<T>& input, const Scatter<S>& scatter, const Tile<S>& tile,
+                        const Corners<S>& corners, int64_t channel, int64_t channels, int64_t stride,
+                        const S* grad_columns, S* columns, S* dots) {
+  constexpr int lanes = kLanes<S>;
+  for (int64_t i = 0; i < tile.count; ++i, grad_columns += stride, columns += stride, dots += 4) {
+    const T* from[4];
+    S* to[4];
+    S weight[4], sum[4] = {};
+    Vec<S> dot[4] = {};
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k) {
+      from[k] = corner_row(input, tile, corners, k, i, channel);
+      weight[k] = corners.weight[k][i];
+      const int32_t index = corners.index[k][i];
+      to[k] = index < 0 ? scatter.outside : scatter.rows + index * scatter.row + channel;
+    }
+    int64_t c = 0;
+    for (; c + lanes <= channels; c += lanes) {
+      const Vec<S> grad = Dots || Add ? load(grad_columns + c) : Vec<S>{};
+      Vec<S> sample = {};
+#pragma GCC unroll 4
+      for (int k = 0; k < 4; ++k) {
+        if constexpr (Dots || Columns) {
+          const Vec<S> value = load(from[k] + c);
+          if constexpr (Dots) dot[k] += grad * value;
+          if constexpr (Columns) sample += broadcast(weight[k]) * value;
+        }
+      }
+      if constexpr (Columns) store(columns + c, sample);
+      if constexpr (Add) {
+#pragma GCC unroll 4
+        for (int k = 0; k < 4; ++k) store(to[k] + c, load(to[k] + c) + broadcast(weight[k]) * grad);
+      }
+    }
+    if constexpr (Dots) sums_of(dot[0], dot[1], dot[2], dot[3], sum);
+    for (; c < channels; ++c) {
+      S sample = 0;
+      for (int k = 0; k < 4; ++k) {
+        if constexpr (Dots || Columns) {
+          const S value = to_compute(from[k][c]);
+          if constexpr (Dots) sum[k] += grad_columns[c] * value;
+          if constexpr (Columns) sample += weight[k] * value;
+        }
+      }
+      if constexpr (Columns) columns[c] = sample;
+      if constexpr (Add) {
+        for (int k = 0; k < 4; ++k) to[k][c] += weight[k] * grad_columns[c];
+      }
+    }
+    if constexpr (Dots) __builtin_memcpy(dots, sum, sizeof(sum));
+  }
 }
 
 template <class T>

@@ -96,7 +96,7 @@ const Table& table() {
 
 }  // namespace
 
-#define X(name, Params, Tensors)                                              \
+#define X(name, Params, Tensors)                                               \
   void name##_cpu(const Params& params, const Tensors& tensors, int threads) { \
     if (!table().name(params, tensors, threads)) throw std::bad_alloc();       \
   }

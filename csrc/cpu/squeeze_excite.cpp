@@ -9,7 +9,8 @@ namespace {
 
 template <class S>
 struct Weights {
-  Weights(int64_t channels, int64_t hidden) : first(hidden * channels), second(hidden * channels), bias1(hidden), bias2(channels) {}
+  Weights(int64_t channels, int64_t hidden)
+      : first(hidden * channels), second(hidden * channels), bias1(hidden), bias2(channels) {}
   bool failed() const { return first.failed() || second.failed() || bias1.failed() || bias2.failed(); }
   void zero() const { first.zero(), second.zero(), bias1.zero(), bias2.zero(); }
   const Buffer<S> first, second;  // [hidden][channels], both
@@ -104,7 +105,8 @@ bool forward(const SqueezeExciteParams& p, const SqueezeExciteForward& io, int t
     const Rule<S> rule(p, weights, nullptr);
     const Buffer<S> scale(p.channels);
     if (!team.all(!rule.failed() && !scale.failed(), &failed)) return;
-    attend_forward(team, p, static_cast<const T*>(io.input), static_cast<T*>(io.output), means.get(), scale.get(), rule);
+    attend_forward(team, p, static_cast<const T*>(io.input), static_cast<T*>(io.output), means.get(), scale.get(),
+                   rule);
   });
   return !failed;
 }
