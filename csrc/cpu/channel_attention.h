@@ -29,6 +29,27 @@ inline void for_images(const Team& team, int64_t images, const Body& body) {
   for (int64_t i = team.size * alone; i < images; ++i) body(i, team);
 }
 
+// Sums over the pixels of `Vectors` vectors of channels from c on, kept in registers; see sum_pixels.
+template <bool Product, int Vectors, class T, class S>
+inline void sum_rows(const T* a, const T* b, int64_t channels, int64_t pixels, int64_t c, S* sums, S* products) {
+  constexpr int lanes = kLanes<S>;
+  Vec<S> sum[Vectors] = {}, product[Vectors] = {};
+  for (int64_t p = 0; p < pixels; ++p) {
+    const int64_t at = p * channels + c;
+#pragma GCC unroll 8
+    for (int v = 0; v < Vectors; ++v) {
+      const Vec<S> value = load(a + at + v * lanes);
+      sum[v] += value;
+      if constexpr (Product) product[v] += value * load(b + at + v * lanes);
+    }
+  }
+#pragma GCC unroll 8
+  for (int v = 0; v < Vectors; ++v) {
+    store(sums + c + v * lanes, sum[v]);
+    if constexpr (Product) store(products + c + v * lanes, product[v]);
+  }
+}
+
 // Per channel in [begin, end): the sum of a over the pixels and, where b is given, of a * b.
 template <bool Product, class T, class S>
 inline void sum_pixels(const T* a, const T* b, int64_t channels, int64_t pixels, bool channels_last, int64_t begin,
@@ -57,32 +78,18 @@ inline void sum_pixels(const T* a, const T* b, int64_t channels, int64_t pixels,
     }
     return;
   }
-  for (int64_t c = begin; c < end; ++c) sums[c] = 0;
-  if constexpr (Product) {
-    for (int64_t c = begin; c < end; ++c) products[c] = 0;
-  }
-  // Four pixels at a time, so that the running sums are read and written once for four rows.
-  for (int64_t p = 0; p < pixels; p += 4) {
-    const int64_t rows = min_of(4, pixels - p);
-    const T *x = a + p * channels, *y = Product ? b + p * channels : nullptr;
-    int64_t c = begin;
-    for (; c + lanes <= end; c += lanes) {
-      Vec<S> sum = load(sums + c), product = Product ? load(products + c) : Vec<S>{};
-      for (int64_t k = 0; k < rows; ++k) {
-        const Vec<S> value = load(x + k * channels + c);
-        sum += value;
-        if constexpr (Product) product += value * load(y + k * channels + c);
-      }
-      store(sums + c, sum);
-      if constexpr (Product) store(products + c, product);
+  int64_t c = begin;
+  for (; c + 8 * lanes <= end; c += 8 * lanes) sum_rows<Product, 8>(a, b, channels, pixels, c, sums, products);
+  for (; c + lanes <= end; c += lanes) sum_rows<Product, 1>(a, b, channels, pixels, c, sums, products);
+  for (; c < end; ++c) {
+    S sum = 0, product = 0;
+    for (int64_t p = 0; p < pixels; ++p) {
+      const S value = to_compute(a[p * channels + c]);
+      sum += value;
+      if constexpr (Product) product += value * to_compute(b[p * channels + c]);
     }
-    for (; c < end; ++c) {
-      for (int64_t k = 0; k < rows; ++k) {
-        const S value = to_compute(x[k * channels + c]);
-        sums[c] += value;
-        if constexpr (Product) products[c] += value * to_compute(y[k * channels + c]);
-      }
-    }
+    sums[c] = sum;
+    if constexpr (Product) products[c] = product;
   }
 }
 
