@@ -44,7 +44,12 @@ struct Table {
 namespace {
 
 #if defined(__x86_64__)
-bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+bool has_avx2() {
+#if defined(__clang__) || __GNUC__ >= 11  // older compilers cannot ask for f16c; every CPU with AVX2 has had it
+  if (!__builtin_cpu_supports("f16c")) return false;
+#endif
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+}
 bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
