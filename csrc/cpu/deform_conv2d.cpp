@@ -1,8 +1,8 @@
 // Deformable convolution, modulated or not (Dai et al. 2017; Zhu et al. 2019):
 //
 //   output[n, o, p] = bias[o] + sum over taps t and channels c of o's group of
-//                     weight[o, c, t] * mask[n, g, t, p] * input[n, c] sampled at (p * stride - pad + t * dilation +
-//                     offset[n, g, t, p])
+//                               weight[o, c, t] * mask[n, g, t, p] * (input[n, c] sampled at point(n, g, t, p))
+//   point(n, g, t, p) = p * stride - pad + t * dilation + offset[n, g, t, p]
 //
 // Never builds the im2col buffer. Input rows are read channels-last, so each corner is a run of neighbouring channels
 // (an NCHW image is transposed into scratch first). A thread samples a tile of at most kTile output pixels straight
@@ -98,16 +98,16 @@ class Forward {
       Buffer<Tile<S>> points(1);
       Buffer<Corners<S>> corners(1);
       const bool ready = !columns.failed() && !sums.failed() && !points.failed() && !corners.failed();
-      if (!ready) failed = true;
       pack(team);
+      if (!team.all(ready, &failed)) return;
       for (int64_t image = 0; image < p_.batch; image += chunk_) {
         const int64_t images = min_of(chunk_, p_.batch - image);
         if (!p_.input_channels_last) {
-          team.barrier();
+          if (image) team.barrier();  // the rows of the images before are still being read
           to_rows(team, image, images);
+          team.barrier();
         }
-        team.barrier();
-        if (ready) sample_images(team, image, images, tile, columns.get(), sums.get(), points.get(), corners.get());
+        sample_images(team, image, images, tile, columns.get(), sums.get(), points.get(), corners.get());
       }
     });
     return !failed;
