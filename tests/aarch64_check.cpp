@@ -1,4 +1,5 @@
-// Compares the NEON variant of deformable convolution with the plain formula; tests/test_emulated_cpus.py builds and runs it.
+// Compares the NEON variant of deformable convolution with the plain formula; tests/test_emulated_cpus.py builds and
+// runs it.
 #include <cmath>
 #include <cstdio>
 #include <vector>

@@ -1,4 +1,4 @@
-"""CPUs that this machine is not: the NEON variant, cross-compiled, and an x86-64 without AVX, both under an emulator."""
+"""CPUs that this machine is not: the cross-compiled NEON variant, and an x86-64 without AVX, under an emulator."""
 
 from __future__ import annotations
 
