@@ -80,6 +80,37 @@ def off_grid(size: tuple[int, ...], spread: float, generator: torch.Generator) -
     return drawn.floor() + 0.1 + 0.8 * (drawn - drawn.floor())
 
 
+def _draw_normal(key: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def _maker(
+    shapes: Mapping[str, tuple[int, ...] | None],
+    settings: Arguments,
+    draw: Callable[[str, tuple[int, ...], torch.Generator], Tensor],
+) -> Callable[..., Arguments]:
+    """`Case.make` for tensors of these shapes, None for an absent one, drawn in their order in float64."""
+
+    def make(
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        memory_format: torch.memory_format = torch.contiguous_format,
+        seed: int = 0,
+    ) -> Arguments:
+        generator = torch.Generator().manual_seed(seed)
+        arguments: Arguments = dict(settings)
+        for key, shape in shapes.items():
+            if shape is None:
+                arguments[key] = None
+                continue
+            tensor = draw(key, shape, generator)
+            layout = memory_format if tensor.dim() == 4 else torch.contiguous_format
+            arguments[key] = tensor.to(device, dtype).contiguous(memory_format=layout)
+        return arguments
+
+    return make
+
+
 def deform_conv2d_case(
     name: str,
     why: str,
@@ -117,27 +148,10 @@ def deform_conv2d_case(
         "mask": (batch, offset_groups * taps, out_height, out_width) if mask else None,
     }
 
-    def make(
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-        memory_format: torch.memory_format = torch.contiguous_format,
-        seed: int = 0,
-    ) -> Arguments:
-        generator = torch.Generator().manual_seed(seed)
-        arguments: Arguments = {"stride": stride, "padding": padding, "dilation": dilation}
-        for key, shape in shapes.items():
-            if shape is None:
-                arguments[key] = None
-                continue
-            if key == "offset":
-                tensor = off_grid(shape, spread, generator)
-            elif key == "mask":
-                tensor = torch.rand(shape, generator=generator, dtype=torch.float64)
-            else:
-                tensor = torch.randn(shape, generator=generator, dtype=torch.float64)
-            layout = memory_format if tensor.dim() == 4 else torch.contiguous_format
-            arguments[key] = tensor.to(device, dtype).contiguous(memory_format=layout)
-        return arguments
+    def draw(key: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        if key == "offset":
+            return off_grid(shape, spread, generator)
+        return (torch.rand if key == "mask" else torch.randn)(shape, generator=generator, dtype=torch.float64)
 
     per_sample = in_channels // offset_groups * group_out
     return Case(
@@ -145,7 +159,7 @@ def deform_conv2d_case(
         name=name,
         why=why,
         sizes=sizes,
-        make=make,
+        make=_maker(shapes, {"stride": stride, "padding": padding, "dilation": dilation}, draw),
         reference=_deform_conv2d_reference.deform_conv2d,
         terms={
             "output": group_in * taps,
@@ -182,29 +196,12 @@ def _attention_case(
     image, pixels = channels * height * width, height * width
     shapes: dict[str, tuple[int, ...] | None] = {"input": (batch, channels, height, width), **weights}
 
-    def make(
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-        memory_format: torch.memory_format = torch.contiguous_format,
-        seed: int = 0,
-    ) -> Arguments:
-        generator = torch.Generator().manual_seed(seed)
-        arguments: Arguments = dict(settings)
-        for key, shape in shapes.items():
-            if shape is None:
-                arguments[key] = None
-                continue
-            tensor = torch.randn(shape, generator=generator, dtype=torch.float64)
-            layout = memory_format if tensor.dim() == 4 else torch.contiguous_format
-            arguments[key] = tensor.to(device, dtype).contiguous(memory_format=layout)
-        return arguments
-
     return Case(
         op=op,
         name=name,
         why=why,
         sizes=sizes,
-        make=make,
+        make=_maker(shapes, settings, _draw_normal),
         reference=reference,
         terms={"output": pixels, "input": pixels, **dict.fromkeys(weights, batch * pixels)},
         flops=batch * (2 * image + flops_of_image),

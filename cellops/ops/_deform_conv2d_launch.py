@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cellops import _backend, _native
-from cellops.ops._registration import autocast_disabled
+from cellops.ops._registration import autocast_disabled, expect
 from cellops.reference import deform_conv2d as reference
 
 Shape = Sequence[int]
@@ -80,15 +80,10 @@ def check_shapes(
             f"offset must have offset_groups * 2 * {taps} channels, offset_groups a divisor of the input's {channels} "
             f"channels, got {offset[1]} channels: shape {tuple(offset)}"
         )
-    _expect("offset", offset, (batch, offset[1], out_height, out_width))
-    _expect("mask", mask, (batch, offset_groups * taps, out_height, out_width))
-    _expect("bias", bias, (out_channels,))
+    expect("offset", offset, (batch, offset[1], out_height, out_width))
+    expect("mask", mask, (batch, offset_groups * taps, out_height, out_width))
+    expect("bias", bias, (out_channels,))
     return Sizes((batch, out_channels, out_height, out_width), groups, offset_groups)
-
-
-def _expect(name: str, shape: Shape | None, expected: Shape) -> None:
-    if shape is not None and tuple(shape) != tuple(expected):
-        raise ValueError(f"{name} must have shape {tuple(expected)}, got {tuple(shape)}")
 
 
 def check_dtypes(
@@ -417,7 +412,7 @@ def _split(config: Config) -> tuple[Config, Sequence[bool]]:
 
 
 def _check_grad_output(grad_output: Tensor, input: Tensor, shape: Shape) -> None:
-    _expect("grad_output", grad_output.shape, shape)
+    expect("grad_output", grad_output.shape, shape)
     if grad_output.dtype != input.dtype:
         raise TypeError(f"grad_output must be {input.dtype} like the input, got {grad_output.dtype}")
 

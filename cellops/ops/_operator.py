@@ -20,9 +20,12 @@ from cellops.ops._registration import (
     autocast,
     autocast_disabled,
     define,
+    expect,
     has_tangent,
+    is_transformed_for_reverse_mode,
     library,
     needs_dispatch,
+    takes_formula,
 )
 
 Shape = tuple[int, ...]
@@ -112,7 +115,7 @@ class Operator:
     def __call__(self, *arguments: Any) -> Tensor:
         """Call the op with tensors, settings and backend, in one crossing to the dispatcher where that is enough."""
         if needs_dispatch():
-            if _is_transformed_for_reverse_mode():
+            if is_transformed_for_reverse_mode():
                 return _FunctorchFunction.apply(self, *arguments)
             return self.op(*arguments)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments[: self.count]):
@@ -285,20 +288,10 @@ class Operator:
         found = iter(self.backward_op(grad_output, *ctx.saved_tensors, *ctx.config[:-1], wanted, ctx.config[-1]))
         return tuple(next(found) if want else None for want in wanted)
 
-    def _takes_formula(self, tensors: Tensors, differentiable: bool, backend: str | None) -> bool:
-        if not has_tangent(tensors) and not (differentiable and torch._C._are_functorch_transforms_active()):
-            return False
-        if backend not in (None, "reference"):
-            raise RuntimeError(
-                f"backend={backend!r} cannot run {self.name} in forward-mode AD, nor the raw op under torch.func: "
-                "these derivatives are the reference's. Leave backend=None"
-            )
-        return True
-
     def _autograd(self, *arguments: Any) -> Tensor:
         tensors, config = self._split(arguments)
         differentiable = torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)
-        if self._takes_formula(tensors, differentiable, config[-1]):
+        if takes_formula(self.name, tensors, differentiable, config[-1]):
             return self.forward_formula(tensors, config)
         if differentiable:
             return _Function.apply(self, *tensors, *config)
@@ -339,12 +332,6 @@ class Operator:
         return stacked, [0] * len(stacked)
 
 
-def expect(name: str, shape: Shape | None, expected: Shape) -> None:
-    """Raise ValueError unless a tensor is absent or has the expected shape."""
-    if shape is not None and tuple(shape) != tuple(expected):
-        raise ValueError(f"{name} must have shape {tuple(expected)}, got {tuple(shape)}")
-
-
 def _slices(size: int, dims: tuple[int | None, ...], arguments: tuple[Any, ...]) -> list[list[Any]]:
     return [
         [
@@ -368,15 +355,6 @@ def _dense(tensors: Tensors) -> tuple[Tensors, bool]:
         input = _native.dense(input)
         channels_last = not input.is_contiguous()
     return (input, *[tensor if tensor is None else tensor.contiguous() for tensor in others]), channels_last
-
-
-def _is_transformed_for_reverse_mode() -> bool:
-    return (
-        torch._C._are_functorch_transforms_active()
-        and torch.autograd.forward_ad._current_level < 0
-        and not torch.compiler.is_compiling()
-        and not torch._C._is_any_autocast_enabled()
-    )
 
 
 class _Function(torch.autograd.Function):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -62,6 +62,33 @@ def needs_dispatch() -> bool:
     gradient, and so cross from Python to the dispatcher once instead of twice (3 of 15 µs on an AMD EPYC).
     """
     return forward_ad._current_level >= 0 or _in_functorch() or _in_autocast() or _is_compiling()
+
+
+def is_transformed_for_reverse_mode() -> bool:
+    """Whether a public function must apply the Function that `torch.func` asks for."""
+    return _in_functorch() and forward_ad._current_level < 0 and not _is_compiling() and not _in_autocast()
+
+
+def takes_formula(op: str, tensors: Iterable[Tensor | None], differentiable: bool, backend: str | None) -> bool:
+    """Whether only the formula's own derivatives can follow: forward mode, or functorch around the op itself.
+
+    Raises:
+        RuntimeError: they must, and a backend other than the reference was asked for.
+    """
+    if not has_tangent(tensors) and not (differentiable and _in_functorch()):
+        return False
+    if backend not in (None, "reference"):
+        raise RuntimeError(
+            f"backend={backend!r} cannot run {op} in forward-mode AD, nor the raw op under torch.func: "
+            "these derivatives are the reference's. Leave backend=None"
+        )
+    return True
+
+
+def expect(name: str, shape: Sequence[int] | None, expected: Sequence[int]) -> None:
+    """Raise ValueError unless a tensor is absent or has the expected shape."""
+    if shape is not None and tuple(shape) != tuple(expected):
+        raise ValueError(f"{name} must have shape {tuple(expected)}, got {tuple(shape)}")
 
 
 _in_functorch = torch._C._are_functorch_transforms_active

@@ -22,8 +22,10 @@ from cellops.ops._registration import (
     autocast_disabled,
     define,
     has_tangent,
+    is_transformed_for_reverse_mode,
     library,
     needs_dispatch,
+    takes_formula,
 )
 
 Gradients = tuple[Tensor | None, ...]
@@ -71,7 +73,7 @@ def deform_conv2d(
     """
     if needs_dispatch():
         config = (*pair("stride", stride), *pair("padding", padding), *pair("dilation", dilation), backend)
-        if _is_transformed_for_reverse_mode():
+        if is_transformed_for_reverse_mode():
             return _DeformConv2dFunctorch.apply(input, offset, weight, bias, mask, *config)
         return _op(input, offset, weight, bias, mask, *config)
     try:
@@ -181,34 +183,13 @@ class _DeformConv2dBackward(torch.autograd.Function):
         return *(next(found) if need else None for need in ctx.needs_input_grad[:5]), None
 
 
-def _is_transformed_for_reverse_mode() -> bool:
-    return (
-        torch._C._are_functorch_transforms_active()
-        and torch.autograd.forward_ad._current_level < 0
-        and not torch.compiler.is_compiling()
-        and not torch._C._is_any_autocast_enabled()
-    )
-
-
-def _takes_formula(tensors: tuple[Tensor | None, ...], differentiable: bool, backend: str | None) -> bool:
-    """Whether only the formula's own derivatives can follow: forward mode, or functorch around the op itself."""
-    if not has_tangent(tensors) and not (differentiable and torch._C._are_functorch_transforms_active()):
-        return False
-    if backend not in (None, "reference"):
-        raise RuntimeError(
-            f"backend={backend!r} cannot run deform_conv2d in forward-mode AD, nor the raw op under torch.func: "
-            "these derivatives are the reference's. Leave backend=None"
-        )
-    return True
-
-
 def _autograd(
     input: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None = None, mask: Tensor | None = None, *config: Any
 ) -> Tensor:
     tensors = (input, offset, weight, bias, mask)
     config += launch.DEFAULTS[len(config) :]
     differentiable = torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)
-    if _takes_formula(tensors, differentiable, config[6]):
+    if takes_formula("deform_conv2d", tensors, differentiable, config[6]):
         return launch.forward_formula(*tensors, *config)
     if differentiable:
         return _DeformConv2d.apply(*tensors, config)

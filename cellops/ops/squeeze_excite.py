@@ -11,7 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from cellops import _native
-from cellops.ops._operator import Call, Operator, expect
+from cellops.ops._operator import Call, Operator
+from cellops.ops._registration import expect
 from cellops.reference import squeeze_excite as reference
 
 ACTIVATION_CODES = {"relu": 1, "silu": 4}
