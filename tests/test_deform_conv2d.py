@@ -14,7 +14,8 @@ from torch import Tensor
 
 import cellops
 from cellops import _native
-from cellops.testing import Case, assert_close_to_reference, cases, deform_conv2d_case, forward_and_gradients, to_dtype
+from cellops.testing import Case, assert_close_to_reference, cases, forward_and_gradients, to_dtype
+from cellops.testing.deform_conv2d import deform_conv2d_case
 
 BACKENDS = [
     pytest.param("cpu", marks=pytest.mark.skipif(_native.error is not None, reason=str(_native.error))),
