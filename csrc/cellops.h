@@ -4,6 +4,8 @@
 
 namespace cellops {
 
+// A Params struct names its fields, in their order, for the keywords of its Python class.
+
 enum class Dtype : int { float32 = 0, float64 = 1, bfloat16 = 2, float16 = 3 };
 
 // Sizes, layouts and dtypes of one deformable convolution; the same for forward and backward.
@@ -20,6 +22,30 @@ struct DeformConv2dParams {
   Dtype dtype;         // input, mask, weight, bias, output
   Dtype offset_dtype;  // dtype, or float32 beside a half dtype
   bool input_channels_last, offset_channels_last, mask_channels_last, weight_channels_last, output_channels_last;
+  static constexpr const char* kFields[] = {"batch",
+                                            "in_channels",
+                                            "in_height",
+                                            "in_width",
+                                            "out_channels",
+                                            "out_height",
+                                            "out_width",
+                                            "kernel_height",
+                                            "kernel_width",
+                                            "stride_height",
+                                            "stride_width",
+                                            "pad_height",
+                                            "pad_width",
+                                            "dilation_height",
+                                            "dilation_width",
+                                            "groups",
+                                            "offset_groups",
+                                            "dtype",
+                                            "offset_dtype",
+                                            "input_channels_last",
+                                            "offset_channels_last",
+                                            "mask_channels_last",
+                                            "weight_channels_last",
+                                            "output_channels_last"};
 };
 
 struct DeformConv2dForward {
@@ -55,6 +81,8 @@ struct SqueezeExciteParams {
   Gate gate;
   Dtype dtype;
   bool channels_last;  // input, output and their gradients
+  static constexpr const char* kFields[] = {"batch",      "channels", "pixels", "hidden",
+                                            "activation", "gate",     "dtype",  "channels_last"};
 };
 
 struct SqueezeExciteForward {
@@ -86,6 +114,7 @@ struct EcaParams {
   int64_t batch, channels, pixels, taps;
   Dtype dtype;
   bool channels_last;
+  static constexpr const char* kFields[] = {"batch", "channels", "pixels", "taps", "dtype", "channels_last"};
 };
 
 struct EcaForward {

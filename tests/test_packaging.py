@@ -286,7 +286,7 @@ def environment(folder: Path) -> Path:
 def test_wheel_contains_everything(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert sum(bool(re.match(r"cellops/_C\..*\.so$", name)) for name in names) == 1
-    for name in ("cellops/py.typed", "cellops/nn.py", "cellops/models/__init__.py", "cellops/models/cli.py"):
+    for name in ("cellops/py.typed", "cellops/nn/__init__.py", "cellops/models/__init__.py", "cellops/models/cli.py"):
         assert name in names
     assert {name.partition("/")[0] for name in names} == {"cellops", f"cellops-{cellops.__version__}.dist-info"}
     assert not any(re.search(r"\.(cpp|h|inc)$|test_|conftest", name) for name in names)

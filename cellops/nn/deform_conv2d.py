@@ -1,4 +1,4 @@
-"""Modules around the ops; each holds parameters and calls its op."""
+"""The modules of `deform_conv2d`."""
 
 from __future__ import annotations
 
@@ -10,10 +10,6 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from cellops.ops.deform_conv2d import deform_conv2d, pair
-from cellops.ops.eca import eca
-from cellops.ops.squeeze_excite import squeeze_excite
-
-__all__ = ["DeformConv2d", "DeformConv2dPack", "EfficientChannelAttention", "SqueezeExcite"]
 
 
 class DeformConv2d(nn.Module):
@@ -179,73 +175,3 @@ def _rename_old_keys(parent: nn.Module, state_dict: dict[str, Tensor], prefix: s
             old, new = f"{prefix}{name}_offset.{parameter}", f"{prefix}{name}.conv_offset.{parameter}"
             if old in state_dict and new not in state_dict:
                 state_dict[new] = state_dict.pop(old)
-
-
-class SqueezeExcite(nn.Module):
-    """Squeeze-and-excitation (Hu et al. 2018); stands in for timm's `SEModule` and `SqueezeExcite`.
-
-    The children `fc1` and `fc2` are 1x1 convolutions, as in timm's `SEModule` and torchvision's `SqueezeExcitation`.
-
-    Args:
-        channels: C.
-        rd_ratio: hidden channels per channel, rounded to a multiple of `rd_divisor` as timm's `SEModule` does.
-        rd_channels: the number of hidden channels itself; `rd_ratio` and `rd_divisor` then do not count.
-        rd_divisor: what the number of hidden channels is a multiple of.
-        act: "relu" or "silu".
-        gate: "sigmoid" or "hard_sigmoid".
-
-    Raises:
-        ValueError: `rd_channels` is less than 1; `act` or `gate` is unknown, at the first call.
-    """
-
-    def __init__(
-        self,
-        channels: int,
-        rd_ratio: float = 1 / 16,
-        rd_channels: int | None = None,
-        rd_divisor: int = 8,
-        act: str = "relu",
-        gate: str = "sigmoid",
-    ) -> None:
-        super().__init__()
-        if rd_channels is None:
-            rd_channels = max(rd_divisor, int(channels * rd_ratio + rd_divisor / 2) // rd_divisor * rd_divisor)
-        if rd_channels < 1:
-            raise ValueError(f"rd_channels must be at least 1, got {rd_channels}")
-        self.act = act
-        self.gate = gate
-        self.fc1 = nn.Conv2d(channels, rd_channels, 1)
-        self.fc2 = nn.Conv2d(rd_channels, channels, 1)
-
-    def forward(self, input: Tensor) -> Tensor:
-        """[N, C, H, W] -> [N, C, H, W]. Errors are those of `cellops.squeeze_excite`."""
-        fc1, fc2 = self.fc1, self.fc2
-        return squeeze_excite(input, fc1.weight, fc1.bias, fc2.weight, fc2.bias, act=self.act, gate=self.gate)
-
-    def extra_repr(self) -> str:
-        return f"act={self.act!r}, gate={self.gate!r}"
-
-
-class EfficientChannelAttention(nn.Module):
-    """Efficient channel attention (Wang et al. 2020); stands in for timm's `EcaModule`, whose `conv.weight` it holds.
-
-    Args:
-        channels: C, from which the kernel size follows: `t = int(|log2(C) + 1| / 2)`, made odd, at least 3.
-        kernel_size: an odd number of neighbouring channels, instead.
-
-    Raises:
-        ValueError: `kernel_size` is even or less than 1.
-    """
-
-    def __init__(self, channels: int, kernel_size: int | None = None) -> None:
-        super().__init__()
-        if kernel_size is None:
-            size = int(abs(math.log2(channels) + 1) / 2)
-            kernel_size = max(size if size % 2 else size + 1, 3)
-        if kernel_size < 1 or kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size must be odd and at least 1, got {kernel_size}")
-        self.conv = nn.Conv1d(1, 1, kernel_size, padding=kernel_size // 2, bias=False)
-
-    def forward(self, input: Tensor) -> Tensor:
-        """[N, C, H, W] -> [N, C, H, W]. Errors are those of `cellops.eca`."""
-        return eca(input, self.conv.weight)

@@ -1,0 +1,7 @@
+"""Modules around the ops; each holds parameters and calls its op. One file per op."""
+
+from cellops.nn.deform_conv2d import DeformConv2d, DeformConv2dPack
+from cellops.nn.eca import EfficientChannelAttention
+from cellops.nn.squeeze_excite import SqueezeExcite
+
+__all__ = ["DeformConv2d", "DeformConv2dPack", "EfficientChannelAttention", "SqueezeExcite"]

@@ -1,0 +1,34 @@
+"""The module of `eca`."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor, nn
+
+from cellops.ops.eca import eca
+
+
+class EfficientChannelAttention(nn.Module):
+    """Efficient channel attention (Wang et al. 2020); stands in for timm's `EcaModule`, whose `conv.weight` it holds.
+
+    Args:
+        channels: C, from which the kernel size follows: `t = int(|log2(C) + 1| / 2)`, made odd, at least 3.
+        kernel_size: an odd number of neighbouring channels, instead.
+
+    Raises:
+        ValueError: `kernel_size` is even or less than 1.
+    """
+
+    def __init__(self, channels: int, kernel_size: int | None = None) -> None:
+        super().__init__()
+        if kernel_size is None:
+            size = int(abs(math.log2(channels) + 1) / 2)
+            kernel_size = max(size if size % 2 else size + 1, 3)
+        if kernel_size < 1 or kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be odd and at least 1, got {kernel_size}")
+        self.conv = nn.Conv1d(1, 1, kernel_size, padding=kernel_size // 2, bias=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[N, C, H, W] -> [N, C, H, W]. Errors are those of `cellops.eca`."""
+        return eca(input, self.conv.weight)
