@@ -3,6 +3,8 @@
 The op gets a kernel for the CPU and one for devices without their own, the fake, the Autograd key, autocast and vmap,
 and a backward op of the same standing. First derivatives are the backend's; higher ones, and forward mode, come from
 the formula in the reference.
+
+An op may also return statistics, which have no gradient: what a batch normalisation keeps of its batch.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor
 
 from cellops import _backend, _native
+from cellops.ops._operator_functions import BackwardFunction, Function, FunctorchFunction, slices
 from cellops.ops._registration import (
     AUTOCAST_DEVICES,
     autocast,
@@ -33,6 +36,9 @@ Tensors = tuple[Tensor | None, ...]
 Config = tuple[Any, ...]
 """The op's settings, then the backend."""
 
+Result = Tensor | tuple[Tensor, ...]
+"""The output; the output and its statistics where the op has any."""
+
 
 class Call(NamedTuple):
     """A call by its shapes, which may be symbolic; `None` for an absent tensor."""
@@ -47,6 +53,7 @@ class _Plan(NamedTuple):
     params: Any  # the library's, None where the reference runs
     output_shape: Shape
     memory_format: torch.memory_format
+    wide: torch.dtype  # what the library computes in
 
 
 class Operator:
@@ -54,15 +61,19 @@ class Operator:
 
     Args:
         name: `cellops::<name>`, and the name of the entry points `<name>_forward_cpu` and `<name>_backward_cpu`.
-        tensors: names of the tensor arguments, optional ones with a "?"; the first is "input", of 4 dimensions, whose
-            memory format the output keeps. The others are handed to the library contiguous.
+        tensors: names of the tensor arguments; the first is "input", of 4 dimensions, whose memory format the output
+            keeps. The library gets the others contiguous and in the input's dtype. Marks behind a name change that:
+            "?" may be absent; "+" may be float32 beside a half input, is left alone by autocast, and reaches the
+            library in the type that it computes in; "~" is of 4 dimensions and keeps its own memory format.
         settings: the schema's text for what follows the tensors: "str act, str gate".
         check: raises for a wrong `Call`, and returns the output's shape.
-        params: from a valid `Call` and the keywords `dtype` (the library's code) and `channels_last`, the library's
-            parameters.
+        params: from a valid `Call` and the keywords `dtype` (the library's code), `channels_last` and, for each tensor
+            marked "~", `<name>_channels_last`, the library's parameters.
         formula: the reference, called with tensors and settings in order.
         formula_of_backward: the same for the gradients, called with grad_output, tensors and settings; one gradient for
             each tensor, None for an absent one. Made of differentiable ops, not of autograd: it runs under functorch.
+        statistics: names of what the op returns after its output, each [output channels] in the type that the library
+            computes in. Backward gets them after the tensors.
     """
 
     def __init__(
@@ -73,13 +84,18 @@ class Operator:
         *,
         check: Callable[[Call], Shape],
         params: Callable[..., Any],
-        formula: Callable[..., Tensor],
+        formula: Callable[..., Any],
         formula_of_backward: Callable[..., Tensors],
+        statistics: str = "",
     ) -> None:
         self.name = name
-        self.names = tuple(word.rstrip("?") for word in tensors.split())
-        self.optional = tuple(word.endswith("?") for word in tensors.split())
+        words = tensors.split()
+        self.names = tuple(word.rstrip("?+~") for word in words)
+        self.optional = tuple("?" in word for word in words)
+        self.wide = tuple("+" in word for word in words)
+        self.own_format = tuple(i for i, word in enumerate(words) if "~" in word)
         self.count = len(self.names)
+        self.statistics = tuple(statistics.split())
         self.check = check
         self.params = params
         self.formula = formula
@@ -89,8 +105,9 @@ class Operator:
             f"Tensor{'?' * lacks} {word}" for word, lacks in zip(self.names, self.optional, strict=True)
         )
         settings = f"{settings}, " if settings else ""
+        result = f"({', '.join(['Tensor'] * (1 + len(self.statistics)))})" if statistics else "Tensor"
         self.op = define(
-            f"{name}({arguments}, {settings}str? backend=None) -> Tensor",
+            f"{name}({arguments}, {settings}str? backend=None) -> {result}",
             {
                 "CPU": self.forward_cpu,
                 "CompositeExplicitAutograd": self.forward_any_device,
@@ -99,8 +116,9 @@ class Operator:
                 **{key: self._autocast(device_type) for key, device_type in AUTOCAST_DEVICES.items()},
             },
         )
+        saved = "".join(f", Tensor {name}" for name in self.statistics)
         self.backward_op = define(
-            f"{name}_backward(Tensor grad_output, {arguments}, {settings}bool[{self.count}] wanted, "
+            f"{name}_backward(Tensor grad_output, {arguments}{saved}, {settings}bool[{self.count}] wanted, "
             "str? backend=None) -> Tensor[]",
             {
                 "CPU": self.backward_cpu,
@@ -112,14 +130,14 @@ class Operator:
         torch.library.register_vmap(f"cellops::{name}", self._vmap, lib=library)
         torch.library.register_vmap(f"cellops::{name}_backward", self._backward_vmap, lib=library)
 
-    def __call__(self, *arguments: Any) -> Tensor:
+    def __call__(self, *arguments: Any) -> Any:
         """Call the op with tensors, settings and backend, in one crossing to the dispatcher where that is enough."""
         if needs_dispatch():
             if is_transformed_for_reverse_mode():
-                return _FunctorchFunction.apply(self, *arguments)
+                return FunctorchFunction.apply(self, *arguments)
             return self.op(*arguments)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments[: self.count]):
-            return _Function.apply(self, *arguments)
+            return Function.apply(self, *arguments)
         with torch._C._AutoDispatchBelowAutograd():
             return self.op(*arguments)
 
@@ -137,9 +155,14 @@ class Operator:
     def _check_dtypes(self, dtypes: Sequence[torch.dtype | None]) -> None:
         if dtypes[0] not in _native.DTYPE_CODES:
             raise TypeError(f"input must be one of {', '.join(map(str, _native.DTYPE_CODES))}, got {dtypes[0]}")
-        for name, dtype in zip(self.names, dtypes, strict=True):
-            if dtype is not None and dtype != dtypes[0]:
+        for name, wide, dtype in zip(self.names, self.wide, dtypes, strict=True):
+            if dtype is None or dtype == dtypes[0]:
+                continue
+            if not wide:
                 raise TypeError(f"{name} must be {dtypes[0]} like the input, got {dtype}")
+            if dtypes[0].itemsize != 2 or dtype != torch.float32:
+                either = f"{dtypes[0]} like the input" + (" or torch.float32" if dtypes[0].itemsize == 2 else "")
+                raise TypeError(f"{name} must be {either}, got {dtype}")
 
     def _check_shapes(self, shapes: tuple[Shape | None, ...], settings: tuple[Any, ...]) -> Shape:
         input = shapes[0]
@@ -159,7 +182,7 @@ class Operator:
     def _make_plan(
         self,
         device_type: str,
-        channels_last: bool,
+        channels_last: tuple[bool, ...],
         config: Config,
         shapes: tuple[Shape | None, ...],
         dtypes: tuple[torch.dtype | None, ...],
@@ -170,92 +193,126 @@ class Operator:
         backend = _backend.choose(self.name, device_type, dtypes[0], config[-1]).name
         params = None
         if backend == "cpu":
+            flags = {
+                f"{self.names[i]}_channels_last": flag
+                for i, flag in zip(self.own_format, channels_last[1:], strict=True)
+            }
             code = _native.DTYPE_CODES[dtypes[0]]
-            params = self.params(Call(shapes, config[:-1]), dtype=code, channels_last=channels_last)
-        return _Plan(params, output_shape, torch.channels_last if channels_last else torch.contiguous_format)
+            params = self.params(Call(shapes, config[:-1]), dtype=code, channels_last=channels_last[0], **flags)
+        memory_format = torch.channels_last if channels_last[0] else torch.contiguous_format
+        return _Plan(params, output_shape, memory_format, _wide(dtypes[0]))
 
-    def _plan_of(self, device_type: str, tensors: Tensors, config: Config, channels_last: bool) -> _Plan:
+    def _plan_of(self, device_type: str, tensors: Tensors, config: Config, channels_last: tuple[bool, ...]) -> _Plan:
         shapes = tuple([None if tensor is None else tensor.shape for tensor in tensors])
         dtypes = tuple([None if tensor is None else tensor.dtype for tensor in tensors])
         return self._plan(device_type, channels_last, config, shapes, dtypes)
 
-    def _split(self, arguments: tuple[Any, ...], more: int = 0) -> tuple[Tensors, Config]:
+    def _split(self, arguments: tuple[Any, ...]) -> tuple[Tensors, Config]:
         """Tensors, and settings with the backend, which the dispatcher leaves out where it is None."""
-        wanted = len(self.op._schema.arguments) + more
-        arguments += (None,) * (wanted - len(arguments))
+        arguments += (None,) * (len(self.op._schema.arguments) - len(arguments))
         return arguments[: self.count], arguments[self.count :]
+
+    def _split_backward(self, arguments: tuple[Any, ...]) -> tuple[Tensors, Tensors, Config, Sequence[bool]]:
+        """Tensors, statistics, settings with the backend, and which gradients are wanted."""
+        arguments += (None,) * (len(self.backward_op._schema.arguments) - 1 - len(arguments))
+        end = self.count + len(self.statistics)
+        *settings, wanted, backend = arguments[end:]
+        return arguments[: self.count], arguments[self.count : end], (*settings, backend), wanted
 
     # Kernels
 
-    def forward_cpu(self, *arguments: Any) -> Tensor:
+    def forward_cpu(self, *arguments: Any) -> Result:
         """Kernel of the op for tensors on the CPU."""
         tensors, config = self._split(arguments)
-        tensors, channels_last = _dense(tensors)
+        tensors, channels_last = self._dense(tensors)
         plan = self._plan_of("cpu", tensors, config, channels_last)
         if plan.params is None:
             return self._reference(tensors, config, plan.memory_format)
         output = torch.empty(plan.output_shape, dtype=arguments[0].dtype, memory_format=plan.memory_format)
         kernel = getattr(_native.library(), f"{self.name}_forward_cpu")
-        kernel(plan.params, torch.get_num_threads(), *map(_native.pointer, tensors), output.data_ptr())
-        return output
+        statistics = [torch.empty(plan.output_shape[1], dtype=plan.wide) for _ in self.statistics]
+        tensors = self._widened(tensors, plan.wide)
+        kernel(plan.params, torch.get_num_threads(), *map(_native.pointer, (*tensors, output, *statistics)))
+        return (output, *statistics) if statistics else output
 
-    def forward_any_device(self, *arguments: Any) -> Tensor:
+    def forward_any_device(self, *arguments: Any) -> Result:
         """Kernel of the op for devices without one of their own."""
         tensors, config = self._split(arguments)
         self._check(tensors, config[:-1])
         memory_format = _native.memory_format(arguments[0])
-        self._plan_of(arguments[0].device.type, tensors, config, memory_format is torch.channels_last)
+        self._plan_of(arguments[0].device.type, tensors, config, (memory_format is torch.channels_last,))
         return self._reference(tensors, config, memory_format)
 
-    def _reference(self, tensors: Tensors, config: Config, memory_format: torch.memory_format) -> Tensor:
+    def _reference(self, tensors: Tensors, config: Config, memory_format: torch.memory_format) -> Result:
         with autocast_disabled():
-            return self.formula(*tensors, *config[:-1]).contiguous(memory_format=memory_format)
+            found = self.formula(*tensors, *config[:-1])
+        if not self.statistics:
+            return found.contiguous(memory_format=memory_format)
+        return (found[0].contiguous(memory_format=memory_format), *found[1:])
 
-    def forward_fake(self, *arguments: Any) -> Tensor:
+    def forward_fake(self, *arguments: Any) -> Result:
         """What the op returns, without values: the checks and allocation of the other kernels."""
         tensors, config = self._split(arguments)
-        shape = self._check(tensors, config[:-1])
-        return arguments[0].new_empty(shape).contiguous(memory_format=_native.memory_format(arguments[0]))
+        input, shape = arguments[0], self._check(tensors, config[:-1])
+        output = input.new_empty(shape).contiguous(memory_format=_native.memory_format(input))
+        if not self.statistics:
+            return output
+        return (output, *(input.new_empty(shape[1], dtype=_wide(input.dtype)) for _ in self.statistics))
 
-    def forward_formula(self, tensors: Tensors, config: Config) -> Tensor:
+    def forward_formula(self, tensors: Tensors, config: Config) -> Result:
         """The op as differentiable PyTorch ops, for the derivatives that no kernel has."""
         self._check(tensors, config[:-1])
         with autocast_disabled():
-            output = self.formula(*tensors, *config[:-1])
-        if torch._C._are_functorch_transforms_active():
-            return output  # vmap has no memory formats
-        assert tensors[0] is not None
-        return output.contiguous(memory_format=_native.memory_format(tensors[0]))
+            found = self.formula(*tensors, *config[:-1])
+        output, *statistics = found if self.statistics else (found,)
+        if not torch._C._are_functorch_transforms_active():  # vmap has no memory formats
+            assert tensors[0] is not None
+            output = output.contiguous(memory_format=_native.memory_format(tensors[0]))
+        return (output, *(one.detach() for one in statistics)) if statistics else output
 
     def backward_cpu(self, grad_output: Tensor, *arguments: Any) -> list[Tensor]:
         """Kernel of the backward op for tensors on the CPU: the wanted gradients, in order."""
-        tensors, (*settings, wanted, backend) = self._split(arguments, 1)
-        tensors, channels_last = _dense(tensors)
-        plan = self._plan_of("cpu", tensors, (*settings, backend), channels_last)
+        given, statistics, config, wanted = self._split_backward(arguments)
+        tensors, channels_last = self._dense(given)
+        plan = self._plan_of("cpu", tensors, config, channels_last)
         self._check_grad_output(grad_output, tensors[0], plan.output_shape)
         if plan.params is None:
-            return self.backward_formula(grad_output, tensors, tuple(settings), wanted)
-        gradients = self._allocate(tensors, wanted)
+            return self.backward_formula(grad_output, tensors, config[:-1], wanted)
+        gradients = [
+            _empty_gradient(tensor, plan.wide if wide else tensor.dtype, i == 0 or i in self.own_format)
+            if want and tensor is not None
+            else None
+            for i, (tensor, wide, want) in enumerate(zip(tensors, self.wide, wanted, strict=True))
+        ]
         kernel = getattr(_native.library(), f"{self.name}_backward_cpu")
         grad_output = grad_output.contiguous(memory_format=plan.memory_format)
-        addresses = map(_native.pointer, (grad_output, *tensors, *gradients))
+        tensors = self._widened(tensors, plan.wide)
+        addresses = map(_native.pointer, (grad_output, *tensors, *statistics, *gradients))
         kernel(plan.params, torch.get_num_threads(), *addresses)
-        return [gradient for gradient in gradients if gradient is not None]
+        return [
+            gradient.to(tensor.dtype, memory_format=_format(tensor))
+            for gradient, tensor in zip(gradients, given, strict=True)
+            if gradient is not None and tensor is not None
+        ]
 
     def backward_any_device(self, grad_output: Tensor, *arguments: Any) -> list[Tensor]:
         """Kernel of the backward op for devices without one of their own."""
-        tensors, (*settings, wanted, backend) = self._split(arguments, 1)
-        shape = self._check(tensors, tuple(settings))
+        tensors, _, config, wanted = self._split_backward(arguments)
+        shape = self._check(tensors, config[:-1])
         self._check_grad_output(grad_output, tensors[0], shape)
-        self._plan_of(grad_output.device.type, tensors, (*settings, backend), False)
-        return self.backward_formula(grad_output, tensors, tuple(settings), wanted)
+        self._plan_of(grad_output.device.type, tensors, config, (False,))
+        return self.backward_formula(grad_output, tensors, config[:-1], wanted)
 
     def backward_fake(self, grad_output: Tensor, *arguments: Any) -> list[Tensor]:
         """What the backward op returns, without values."""
-        tensors, (*settings, wanted, _) = self._split(arguments, 1)
-        shape = self._check(tensors, tuple(settings))
+        tensors, _, config, wanted = self._split_backward(arguments)
+        shape = self._check(tensors, config[:-1])
         self._check_grad_output(grad_output, tensors[0], shape)
-        return [gradient for gradient in self._allocate(tensors, wanted) if gradient is not None]
+        return [
+            torch.empty_like(tensor, memory_format=_format(tensor))
+            for tensor, want in zip(tensors, wanted, strict=True)
+            if want and tensor is not None
+        ]
 
     def backward_formula(
         self, grad_output: Tensor, tensors: Tensors, settings: tuple[Any, ...], wanted: Sequence[bool]
@@ -270,151 +327,102 @@ class Operator:
             if want and gradient is not None
         ]
 
-    def _allocate(self, tensors: Tensors, wanted: Sequence[bool]) -> list[Tensor | None]:
-        """The gradients without values, each in its tensor's layout, None where not wanted."""
-        return [
-            torch.empty_like(tensor, memory_format=_format(tensor)) if want and tensor is not None else None
-            for tensor, want in zip(tensors, wanted, strict=True)
-        ]
+    def _dense(self, tensors: Tensors) -> tuple[Tensors, tuple[bool, ...]]:
+        """The tensors as the library reads them, and which of those with a memory format are channels_last."""
+        dense = [tensor if tensor is None else tensor.contiguous() for tensor in tensors[1:]]
+        dense.insert(0, tensors[0])
+        flags = []
+        for i in (0, *self.own_format):
+            tensor = tensors[i]
+            flag = False
+            if tensor is not None and tensor.dim() == 4 and not tensor.is_contiguous():
+                tensor = _native.dense(tensor)
+                flag = not tensor.is_contiguous()
+            dense[i] = tensor
+            flags.append(flag)
+        return tuple(dense), tuple(flags)
+
+    def _widened(self, tensors: Tensors, dtype: torch.dtype) -> Tensors:
+        """The tensors, those marked "+" in the type that the library computes in."""
+        if tensors[0].dtype == dtype:
+            return tensors
+        return tuple(
+            tensor.to(dtype) if wide and tensor is not None else tensor
+            for tensor, wide in zip(tensors, self.wide, strict=True)
+        )
 
     # Derivatives
 
     def gradients(self, ctx: Any, grad_output: Tensor) -> Tensors:
         """The gradients that a Function owes for its tensors, by the backward op."""
+        tensors = ctx.saved_tensors[: self.count]
         wanted = [
             need and tensor is not None
-            for need, tensor in zip(ctx.needs_input_grad[1 : self.count + 1], ctx.saved_tensors, strict=True)
+            for need, tensor in zip(ctx.needs_input_grad[1 : self.count + 1], tensors, strict=True)
         ]
         found = iter(self.backward_op(grad_output, *ctx.saved_tensors, *ctx.config[:-1], wanted, ctx.config[-1]))
         return tuple(next(found) if want else None for want in wanted)
 
-    def _autograd(self, *arguments: Any) -> Tensor:
+    def _autograd(self, *arguments: Any) -> Result:
         tensors, config = self._split(arguments)
         differentiable = torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)
         if takes_formula(self.name, tensors, differentiable, config[-1]):
             return self.forward_formula(tensors, config)
         if differentiable:
-            return _Function.apply(self, *tensors, *config)
+            return Function.apply(self, *tensors, *config)
         with torch._C._AutoDispatchBelowAutograd():
             return self.op(*tensors, *config)
 
     def _backward_autograd(self, grad_output: Tensor, *arguments: Any) -> list[Tensor]:
-        tensors, (*settings, wanted, backend) = self._split(arguments, 1)
+        tensors, statistics, (*settings, backend), wanted = self._split_backward(arguments)
         every = (grad_output, *tensors)
         differentiable = torch.is_grad_enabled() and torch._C._any_requires_grad(*every)
         if has_tangent(every) or (differentiable and torch._C._are_functorch_transforms_active()):
             return self.backward_formula(grad_output, tensors, tuple(settings), wanted)
         if differentiable:
-            return list(_BackwardFunction.apply(self, grad_output, *tensors, (*settings, wanted, backend)))
+            return list(BackwardFunction.apply(self, *every, *statistics, (*settings, wanted, backend)))
         with torch._C._AutoDispatchBelowAutograd():
-            return self.backward_op(grad_output, *tensors, *settings, wanted, backend)
+            return self.backward_op(*every, *statistics, *settings, wanted, backend)
 
-    def _autocast(self, device_type: str) -> Callable[..., Tensor]:
-        def kernel(*arguments: Any) -> Tensor:
+    def _autocast(self, device_type: str) -> Callable[..., Result]:
+        def kernel(*arguments: Any) -> Result:
             tensors, config = self._split(arguments)
             dtype = torch.get_autocast_dtype(device_type)
             with autocast_disabled():
-                return self.op(*(autocast(tensor, dtype) for tensor in tensors), *config)
+                cast = [
+                    tensor if wide else autocast(tensor, dtype) for tensor, wide in zip(tensors, self.wide, strict=True)
+                ]
+                return self.op(*cast, *config)
 
         return kernel
 
     # vmap: one call for each slice
 
-    def _vmap(self, info: Any, dims: tuple[int | None, ...], *arguments: Any) -> tuple[Tensor, int]:
-        slices = _slices(info.batch_size, dims, arguments)
-        return torch.stack([self.op(*one) for one in slices]), 0
+    def _vmap(self, info: Any, dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
+        found = [self.op(*one) for one in slices(info.batch_size, dims, arguments)]
+        if not self.statistics:
+            return torch.stack(found), 0
+        stacked = tuple(torch.stack(each) for each in zip(*found, strict=True))
+        return stacked, (0,) * len(stacked)
 
     def _backward_vmap(
         self, info: Any, dims: tuple[int | None, ...], *arguments: Any
     ) -> tuple[list[Tensor], list[int]]:
-        found = [self.backward_op(*one) for one in _slices(info.batch_size, dims, arguments)]
+        found = [self.backward_op(*one) for one in slices(info.batch_size, dims, arguments)]
         stacked = [torch.stack(gradients) for gradients in zip(*found, strict=True)]
         return stacked, [0] * len(stacked)
 
 
-def _slices(size: int, dims: tuple[int | None, ...], arguments: tuple[Any, ...]) -> list[list[Any]]:
-    return [
-        [
-            argument if dim is None or not isinstance(argument, Tensor) else argument.select(dim, i)
-            for argument, dim in zip(arguments, dims, strict=True)
-        ]
-        for i in range(size)
-    ]
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """The type that the library computes in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _format(tensor: Tensor | None) -> torch.memory_format:
-    return _native.memory_format(tensor) if tensor is not None and tensor.dim() == 4 else torch.contiguous_format
+def _format(tensor: Tensor) -> torch.memory_format:
+    return _native.memory_format(tensor) if tensor.dim() == 4 else torch.contiguous_format
 
 
-def _dense(tensors: Tensors) -> tuple[Tensors, bool]:
-    """The tensors as the library reads them, and whether the first is channels_last."""
-    input, *others = tensors
-    assert input is not None
-    channels_last = False
-    if not input.is_contiguous() and input.dim() == 4:
-        input = _native.dense(input)
-        channels_last = not input.is_contiguous()
-    return (input, *[tensor if tensor is None else tensor.contiguous() for tensor in others]), channels_last
-
-
-class _Function(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, operator: Operator, *arguments: Any) -> Tensor:
-        with torch._C._AutoDispatchBelowAutograd():
-            output = operator.op(*arguments)
-        ctx.operator = operator
-        ctx.save_for_backward(*arguments[: operator.count])
-        ctx.config = arguments[operator.count :]
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> Tensors:
-        return None, *ctx.operator.gradients(ctx, grad_output), *(None for _ in ctx.config)
-
-
-class _FunctorchFunction(torch.autograd.Function):
-    """The form that `torch.func` transforms ask for; in eager mode it costs three times as much."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(operator: Operator, *arguments: Any) -> Tensor:
-        return operator.op(*arguments)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.operator, *arguments = inputs
-        ctx.save_for_backward(*arguments[: ctx.operator.count])
-        ctx.config = tuple(arguments[ctx.operator.count :])
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> Tensors:
-        return None, *ctx.operator.gradients(ctx, grad_output), *(None for _ in ctx.config)
-
-
-class _BackwardFunction(torch.autograd.Function):
-    """First derivatives by the backend, their derivatives by the formula."""
-
-    @staticmethod
-    def forward(ctx: Any, operator: Operator, *arguments: Any) -> tuple[Tensor, ...]:
-        *tensors, ctx.config = arguments
-        ctx.operator = operator
-        with torch._C._AutoDispatchBelowAutograd():
-            gradients = operator.backward_op(*tensors, *ctx.config)
-        ctx.save_for_backward(*tensors)
-        return tuple(gradients)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_gradients: Tensor) -> Tensors:
-        create_graph = torch.is_grad_enabled()
-        *settings, wanted, _ = ctx.config
-        with torch.enable_grad():
-            # views, so that what one argument may owe to another does not count as its own
-            grad_output, *tensors = (None if tensor is None else tensor.view_as(tensor) for tensor in ctx.saved_tensors)
-            gradients = ctx.operator.backward_formula(grad_output, tuple(tensors), tuple(settings), wanted)
-        needs = ctx.needs_input_grad[1:-1]
-        leaves = [tensor for tensor, need in zip((grad_output, *tensors), needs, strict=True) if need]
-        found = iter(
-            torch.autograd.grad(gradients, leaves, grad_gradients, create_graph=create_graph, allow_unused=True)
-        )
-        return None, *(next(found) if need else None for need in needs), None
+def _empty_gradient(tensor: Tensor, dtype: torch.dtype, keeps_format: bool) -> Tensor:
+    """A gradient without values, as the library writes it."""
+    memory_format = _format(tensor) if keeps_format else torch.contiguous_format
+    return torch.empty_like(tensor, dtype=dtype, memory_format=memory_format)
