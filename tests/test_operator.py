@@ -39,7 +39,18 @@ def of_tensors(case: Case, arguments: dict[str, Any], function: Any = None) -> A
     """The public function, or another, of the call's tensors alone."""
     names = OPERATORS[case.op].names
     function = function or case.function
-    return lambda *tensors: function(**{**arguments, **dict(zip(names, tensors, strict=True))})
+    return lambda *tensors: output_of(function(**{**arguments, **dict(zip(names, tensors, strict=True))}))
+
+
+def output_of(result: Any) -> Tensor:
+    """What an op returns, without the statistics behind it."""
+    return result[0] if isinstance(result, tuple) else result
+
+
+def statistics_of(case: Case, tensors: list[Tensor], settings: list[Any]) -> list[Tensor]:
+    """What the raw op returns after its output: the backward op wants it after the tensors."""
+    found = OPERATORS[case.op].op(*tensors, *settings)
+    return [one.detach() for one in found[1:]] if isinstance(found, tuple) else []
 
 
 @each_op
@@ -51,23 +62,19 @@ def test_opcheck(case: Case, layout: torch.memory_format, requires_grad: bool) -
     for tensor in tensors:
         tensor.requires_grad_(requires_grad)
     torch.library.opcheck(operator.op, (*tensors, *settings))
-    grad_output = torch.randn_like(tensors[0]).requires_grad_(requires_grad)
-    wanted = [True] * len(tensors)
-    torch.library.opcheck(operator.backward_op, (grad_output, *tensors, *settings, wanted))
+    grad_output = torch.randn_like(output_of(operator.op(*tensors, *settings))).requires_grad_(requires_grad)
+    statistics = statistics_of(case, tensors, settings)
+    torch.library.opcheck(operator.backward_op, (grad_output, *tensors, *statistics, *settings, [True] * len(tensors)))
 
 
 @each_op
 def test_raw_op_trains(case: Case) -> None:
     tensors, settings = split(case, case.make())
     leaves = [tensor.requires_grad_() for tensor in tensors]
-    getattr(torch.ops.cellops, case.op)(*leaves, *settings).square().sum().backward()
-    wanted = torch.autograd.grad(case.function(**case_arguments(case, leaves)).square().sum(), leaves)
+    output_of(getattr(torch.ops.cellops, case.op)(*leaves, *settings)).square().sum().backward()
+    wanted = torch.autograd.grad(of_tensors(case, case.make())(*leaves).square().sum(), leaves)
     for leaf, gradient in zip(leaves, wanted, strict=True):
         torch.testing.assert_close(leaf.grad, gradient, rtol=0, atol=0)
-
-
-def case_arguments(case: Case, tensors: list[Tensor]) -> dict[str, Any]:
-    return {**case.make(), **dict(zip(OPERATORS[case.op].names, tensors, strict=True))}
 
 
 @each_op
@@ -87,13 +94,18 @@ def test_devices_without_a_kernel_take_the_reference(case: Case, layout: torch.m
     """The kernels registered for any device, run here on the CPU's tensors."""
     tensors, settings = split(case, case.make(memory_format=layout))
     operator = OPERATORS[case.op]
-    output = operator.forward_any_device(*tensors, *settings, "reference")
-    wanted = operator.op(*tensors, *settings, "reference")
-    assert torch.equal(output, wanted) and output.stride() == wanted.stride()
+    results, wanted = (
+        found if isinstance(found, tuple) else (found,)
+        for found in (
+            operator.forward_any_device(*tensors, *settings, "reference"),
+            operator.op(*tensors, *settings, "reference"),
+        )
+    )
     flags = [True] * len(tensors)
-    found = operator.backward_any_device(output, *tensors, *settings, flags, "reference")
-    expected = operator.backward_op(output, *tensors, *settings, flags, "reference")
-    for one, other in zip(found, expected, strict=True):
+    output, *statistics = results
+    found = operator.backward_any_device(output, *tensors, *statistics, *settings, flags, "reference")
+    expected = operator.backward_op(output, *tensors, *statistics, *settings, flags, "reference")
+    for one, other in zip((*results, *found), (*wanted, *expected), strict=True):
         assert torch.equal(one, other) and one.stride() == other.stride()
 
 
@@ -102,12 +114,17 @@ def test_devices_without_a_kernel_take_the_reference(case: Case, layout: torch.m
 def test_only_wanted_gradients_are_computed(case: Case) -> None:
     tensors, settings = split(case, case.make())
     operator = OPERATORS[case.op]
-    every = operator.backward_op(tensors[0], *tensors, *settings, [True] * len(tensors), "cpu")
+    statistics = statistics_of(case, tensors, settings)
+    grad_output = torch.randn_like(output_of(operator.op(*tensors, *settings)))
+
+    def backward(wanted: list[bool]) -> list[Tensor]:
+        return operator.backward_op(grad_output, *tensors, *statistics, *settings, wanted, "cpu")
+
+    every = backward([True] * len(tensors))
     for bits in range(1, 2 ** len(tensors)):
         wanted = [bool(bits >> i & 1) for i in range(len(tensors))]
-        found = operator.backward_op(tensors[0], *tensors, *settings, wanted, "cpu")
         chosen = [gradient for gradient, want in zip(every, wanted, strict=True) if want]
-        for one, other in zip(found, chosen, strict=True):
+        for one, other in zip(backward(wanted), chosen, strict=True):
             assert torch.equal(one, other)
 
 
@@ -158,10 +175,14 @@ def test_functorch(case: Case) -> None:
 def test_autocast_casts_and_returns_the_autocast_type(case: Case) -> None:
     arguments = case.make()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        output = case.function(**arguments)
+        output = output_of(case.function(**arguments))
     assert output.dtype == torch.bfloat16
-    halves = {key: value.bfloat16() if isinstance(value, Tensor) else value for key, value in arguments.items()}
-    assert torch.equal(output, case.function(**halves))
+    stay = {name for name, wide in zip(OPERATORS[case.op].names, OPERATORS[case.op].wide, strict=True) if wide}
+    cast = {
+        key: value.bfloat16() if isinstance(value, Tensor) and key not in stay else value
+        for key, value in arguments.items()
+    }
+    assert torch.equal(output, output_of(case.function(**cast)))
 
 
 @each_op

@@ -11,6 +11,7 @@ from cellops.testing import deform_conv2d, eca, squeeze_excite
 from cellops.testing._case import Arguments, Case, maker, off_grid
 from cellops.testing._check import (
     HALF_ERROR_RATIO,
+    STATISTICS,
     TOLERANCES,
     assert_close_to_reference,
     forward_and_gradients,
@@ -20,6 +21,7 @@ from cellops.testing._check import (
 __all__ = [
     "CASES",
     "HALF_ERROR_RATIO",
+    "STATISTICS",
     "TOLERANCES",
     "Arguments",
     "Case",

@@ -18,14 +18,15 @@ class Case:
     """One call of an op: its arguments, what is right, and what it costs.
 
     Attributes:
-        op: name of the public function, `cellops.<op>`.
+        op: name of the op and of its function, `cellops.<op>`; "<op>_batch_norm" is found in the op's own file.
         name: unique within the op.
         why: what this case is there to catch, or where its sizes come from.
         sizes: the numbers that make up the case (batch, in_channels, height, ...), for peers and reports.
         make: `make(dtype=torch.float32, device="cpu", memory_format=torch.contiguous_format, seed=0)` draws the keyword
             arguments of one call; every 4-D tensor has the memory format.
         reference: the oracle, called with the same keyword arguments.
-        terms: products summed per element of the "output" and of the gradient to each tensor argument.
+        terms: products summed per element of the "output", of the gradient to each tensor argument and, where the op
+            returns them, of the statistics "mean" and "var".
         flops: multiplications and additions of one forward call.
         elements: elements of all tensors that a forward call must read or write once.
         tags: "small" (every dtype and layout, second order), "edge" (every dtype and layout), "real" (a real layer's
@@ -45,8 +46,8 @@ class Case:
 
     @property
     def function(self) -> Callable[..., Tensor]:
-        """The public function, which takes `backend=` besides the case's arguments."""
-        return getattr(importlib.import_module("cellops"), self.op)
+        """The function, which takes `backend=` besides the case's arguments."""
+        return getattr(importlib.import_module(f"cellops.ops.{self.op.removesuffix('_batch_norm')}"), self.op)
 
     def bytes(self, dtype: torch.dtype = torch.float32) -> int:
         """The least that a forward call moves: each tensor once."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,9 @@ from cellops.testing._case import Arguments
 
 TOLERANCES: dict[torch.dtype, tuple[float, float]] = {torch.float32: (1e-4, 1e-5), torch.float64: (1e-9, 1e-10)}
 """Per dtype: rtol, and atol of a sum of one term; atol grows with sqrt(terms). Half types are held to eager's error."""
+
+STATISTICS = ("mean", "var")
+"""What ops with batch statistics return after their output."""
 
 HALF_ERROR_RATIO = 2.0
 """A half type's largest error may be this many times that of the eager reference at the same dtype."""
@@ -66,6 +70,8 @@ def forward_and_gradients(
 ) -> dict[str, Tensor]:
     """Run a call and its backward: "output" and, under its argument's name, the gradient to each floating-point tensor.
 
+    Statistics that the call returns after its output come under "mean" and "var".
+
     Args:
         function: called with `arguments` as keywords.
         arguments: its tensors are detached and required to have a gradient.
@@ -73,12 +79,14 @@ def forward_and_gradients(
         grad_dtype: what the drawn one is rounded to first, so that a wider oracle sees the same values.
     """
     leaves = {key: value.detach().requires_grad_() for key, value in arguments.items() if isinstance(value, Tensor)}
-    output = function(**{**arguments, **leaves})
+    found: Any = function(**{**arguments, **leaves})
+    output, *statistics = found if isinstance(found, tuple) else (found,)
     if grad_output is None:
         grad_output = torch.randn(output.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
         grad_output = grad_output.to(grad_dtype or output.dtype)
     gradients = torch.autograd.grad(output, list(leaves.values()), torch.empty_like(output).copy_(grad_output))
-    return {"output": output.detach(), **dict(zip(leaves, gradients, strict=True))}
+    named = dict(zip(STATISTICS, statistics, strict=False))
+    return {"output": output.detach(), **named, **dict(zip(leaves, gradients, strict=True))}
 
 
 def to_dtype(arguments: Arguments, dtype: torch.dtype) -> Arguments:
