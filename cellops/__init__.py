@@ -3,20 +3,23 @@
 from cellops import _source_tree, testing
 from cellops._explain import explain
 from cellops._version import __version__
-from cellops.nn import DeformConv2d, DeformConv2dPack, EfficientChannelAttention, SqueezeExcite
+from cellops.nn import DeformConv2d, DeformConv2dPack, EfficientChannelAttention, FReLU, SqueezeExcite
 from cellops.ops.deform_conv2d import deform_conv2d
 from cellops.ops.eca import eca
+from cellops.ops.frelu import frelu
 from cellops.ops.squeeze_excite import squeeze_excite
 
 __all__ = [
     "DeformConv2d",
     "DeformConv2dPack",
     "EfficientChannelAttention",
+    "FReLU",
     "SqueezeExcite",
     "__version__",
     "deform_conv2d",
     "eca",
     "explain",
+    "frelu",
     "squeeze_excite",
     "testing",
 ]

@@ -5,6 +5,7 @@
 #include <iterator>
 #include <map>
 #include <string>
+#include <type_traits>
 #include <utility>
 
 #include "cellops.h"
@@ -27,7 +28,11 @@ struct Number {
   py::handle value;
   template <class Field>
   operator Field() const {
-    return static_cast<Field>(value.cast<int64_t>());
+    if constexpr (std::is_floating_point_v<Field>) {
+      return value.cast<Field>();
+    } else {
+      return static_cast<Field>(value.cast<int64_t>());
+    }
   }
 };
 

@@ -71,6 +71,65 @@ struct DeformConv2dBackward {
   void* grad_bias;
 };
 
+// The funnel activation: output = max(input, scale * dwconv(input) + shift), the convolution kernel x kernel (odd),
+// depthwise, with zero padding that keeps the size. Numbers of channels are in the compute type: float32, or float64.
+struct FreluParams {
+  int64_t batch, channels, height, width, kernel;
+  double eps;  // of the batch normalisation
+  Dtype dtype;
+  bool channels_last;
+  static constexpr const char* kFields[] = {"batch",  "channels", "height", "width",
+                                            "kernel", "eps",      "dtype",  "channels_last"};
+};
+
+struct FreluForward {
+  const void* input;   // [N, C, H, W]
+  const void* weight;  // [C, 1, kernel, kernel]
+  const void* scale;   // [C], or null for 1
+  const void* shift;   // [C], or null for 0
+  void* output;        // [N, C, H, W]
+};
+
+struct FreluBackward {
+  const void* grad_output;
+  const void* input;
+  const void* weight;
+  const void* scale;
+  const void* shift;
+  // Each may be null when not wanted.
+  void* grad_input;
+  void* grad_weight;
+  void* grad_scale;
+  void* grad_shift;
+};
+
+// The same with the convolution normalised by its mean and (biased) variance over the batch:
+// scale = gamma / sqrt(var + eps), shift = beta - mean * scale.
+struct FreluBatchNormForward {
+  const void* input;
+  const void* weight;
+  const void* gamma;  // [C], or null for 1
+  const void* beta;   // [C], or null for 0
+  void* output;
+  void* mean;  // [C]
+  void* var;   // [C]
+};
+
+struct FreluBatchNormBackward {
+  const void* grad_output;
+  const void* input;
+  const void* weight;
+  const void* gamma;
+  const void* beta;
+  const void* mean;
+  const void* var;
+  // Each may be null when not wanted.
+  void* grad_input;
+  void* grad_weight;
+  void* grad_gamma;
+  void* grad_beta;
+};
+
 // Squeeze-and-excitation: output = input * gate(fc2(act(fc1(mean over pixels)))).
 enum class Activation : int { none = 0, relu = 1, relu6 = 2, gelu = 3, silu = 4, hardswish = 5 };
 enum class Gate : int { sigmoid = 0, hard_sigmoid = 1 };

@@ -13,11 +13,16 @@ from torch import Tensor, nn
 
 import cellops
 from cellops import _native
-from cellops.ops import eca, squeeze_excite
+from cellops.ops import eca, frelu, squeeze_excite
 from cellops.ops._operator import Operator
 from cellops.testing import Case, cases, forward_and_gradients
 
-OPERATORS: dict[str, Operator] = {"squeeze_excite": squeeze_excite._operator, "eca": eca._operator}
+OPERATORS: dict[str, Operator] = {
+    "frelu": frelu._operator,
+    "frelu_batch_norm": frelu._batch_norm_operator,
+    "squeeze_excite": squeeze_excite._operator,
+    "eca": eca._operator,
+}
 BASIC = [case for case in cases(None, "small") if case.op in OPERATORS and case.name.endswith("_basic")]
 each_op = pytest.mark.parametrize("case", BASIC, ids=str)
 each_layout = pytest.mark.parametrize(

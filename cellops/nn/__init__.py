@@ -2,6 +2,7 @@
 
 from cellops.nn.deform_conv2d import DeformConv2d, DeformConv2dPack
 from cellops.nn.eca import EfficientChannelAttention
+from cellops.nn.frelu import FReLU
 from cellops.nn.squeeze_excite import SqueezeExcite
 
-__all__ = ["DeformConv2d", "DeformConv2dPack", "EfficientChannelAttention", "SqueezeExcite"]
+__all__ = ["DeformConv2d", "DeformConv2dPack", "EfficientChannelAttention", "FReLU", "SqueezeExcite"]

@@ -9,16 +9,14 @@ from torch.nn.modules import module as _module
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def can_fuse(conv: nn.Module, bn: nn.Module) -> bool:
+def can_fuse(conv: nn.Module, bn: nn.Module | None) -> bool:
     """Whether the children are what they were made as, and nobody watches them being called.
 
     A converted child (SyncBatchNorm, a frozen or parametrised one) or a hook wants the plain composition.
     """
-    if type(conv) is not nn.Conv2d or type(bn) is not nn.BatchNorm2d:
+    if type(conv) is not nn.Conv2d or not (bn is None or type(bn) is nn.BatchNorm2d) or _module._has_any_global_hook():
         return False
-    if _module._has_any_global_hook():
-        return False
-    return not any(getattr(child, hooks) for child in (conv, bn) for hooks in _HOOKS)
+    return not any(getattr(child, hooks) for child in (conv, bn) if child is not None for hooks in _HOOKS)
 
 
 def uses_batch_statistics(bn: nn.BatchNorm2d) -> bool:

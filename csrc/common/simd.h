@@ -11,6 +11,7 @@
 #error "compile with -DCELLOPS_ISA=<variant>"
 #endif
 #define CELLOPS_INLINE inline __attribute__((always_inline))
+#define CELLOPS_INLINE_LAMBDA __attribute__((always_inline))
 
 namespace cellops::CELLOPS_ISA {
 
@@ -180,6 +181,28 @@ CELLOPS_INLINE void store(float16* to, Vec<float> value) {
   for (int i = 0; i < kLanes<float>; ++i) from_compute(to + i, value[i]);
 #endif
 }
+
+// The first `count` < lanes values of a vector; the others are read as zero and not written.
+template <class S, class T>
+CELLOPS_INLINE Vec<S> load_first(const T* from, int64_t count) {
+  S values[kLanes<S>] = {};
+  for (int64_t i = 0; i < count; ++i) values[i] = to_compute(from[i]);
+  return load(values);
+}
+template <class T, class V>
+CELLOPS_INLINE void store_first(T* to, V value, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) from_compute(to + i, value[i]);
+}
+#if defined(__AVX512F__)
+template <>
+CELLOPS_INLINE Vec<float> load_first<float, float>(const float* from, int64_t count) {
+  return bit_cast<Vec<float>>(_mm512_maskz_loadu_ps(__mmask16((1u << count) - 1), from));
+}
+template <>
+CELLOPS_INLINE void store_first<float, Vec<float>>(float* to, Vec<float> value, int64_t count) {
+  _mm512_mask_storeu_ps(to, __mmask16((1u << count) - 1), bit_cast<__m512>(value));
+}
+#endif
 
 // Sixteen-byte quarters, for the shuffles that every instruction set has.
 template <class S>

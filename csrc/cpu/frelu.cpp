@@ -1,0 +1,201 @@
+// The funnel activation (Ma et al. 2020), forward: a window of rows is copied into a block, convolved there, and the
+// larger of both sides leaves it, so that an image is read once and written once. Batch statistics take one reading
+// more.
+#include "frelu.h"
+
+#include "../cellops.h"
+
+namespace cellops::CELLOPS_ISA {
+namespace {
+
+// What of the walk a thread needs for itself.
+template <class S>
+struct Scratch {
+  explicit Scratch(const FreluWalk<S>& w)
+      : input(w, w.rows + 2 * w.half), output(w, w.rows), taps(w.kernel * w.kernel * w.lanes) {}
+  bool failed() const { return input.failed() || output.failed() || taps.failed(); }
+  const FreluBlock<S> input, output;
+  const Buffer<S> taps;
+};
+
+// y = max(x, (conv(x) - mean) * scale + shift) on a thread's items, the last first: what the statistics have read last
+// may still be in a cache. Per-channel numbers are [padded].
+template <int Kernel, class T, class S>
+void activate(const Team& team, const FreluWalk<S>& w, const T* input, const S* weights, const S* mean, const S* scale,
+              const S* shift, const Scratch<S>& own, T* output) {
+  int64_t begin, end;
+  team.share(w.items, &begin, &end);
+  for (int64_t i = end - 1; i >= begin; --i) {
+    const FreluItem item = w.item(i);
+    for (int64_t row = item.begin; row < item.end; row += w.rows) {
+      const int64_t rows = min_of(w.rows, item.end - row);
+      load_window(w, item, input, row, rows, w.half, own.input);
+      for (int64_t u = 0; u < item.units; ++u) {
+        const FreluTaps<Kernel, S> taps(w, weights, item.unit + u, false, own.taps.get());
+        const Vec<S> m = w.of(mean, item.unit + u), a = w.of(scale, item.unit + u), b = w.of(shift, item.unit + u);
+        const S *x = own.input.at(u, w.half), *corner = own.input.at(u, 0) - w.half * w.step;
+        S* y = own.output.at(u, 0);
+        for_rows(w, rows, false, [&](int64_t at, const auto&) CELLOPS_INLINE_LAMBDA {
+          const Vec<S> value = load(x + at), other = (convolve(w, taps, corner + at) - m) * a + b;
+          store(y + at, value > other ? value : other);
+        });
+      }
+      store_rows(w, item, own.output, 0, row, row + rows, output);
+    }
+  }
+}
+
+// Count, mean and sum of squared deviations of some values of each channel.
+struct Moments {
+  explicit Moments(int64_t channels) : channels(channels), memory(3 * channels) {
+    if (!failed()) memory.zero();
+  }
+  bool failed() const { return memory.failed(); }
+  double* count() const { return memory.get(); }
+  double* mean() const { return memory.get() + channels; }
+  double* squares() const { return memory.get() + 2 * channels; }
+
+  // Chan et al. 1979.
+  void merge(int64_t channel, double other_count, double other_mean, double other_squares) const {
+    if (other_count == 0) return;
+    const double before = count()[channel], total = before + other_count, delta = other_mean - mean()[channel];
+    count()[channel] = total;
+    mean()[channel] += delta * (other_count / total);
+    squares()[channel] += other_squares + delta * delta * (before * other_count / total);
+  }
+
+  int64_t channels;
+  const Buffer<double> memory;
+};
+
+// Moments of the convolution over a block of rows, of which a value in its middle is taken first, so that little
+// cancels in the squares.
+template <int Kernel, class S>
+void add_moments(const FreluWalk<S>& w, const FreluTaps<Kernel, S>& taps, const S* corner, int64_t rows, int64_t unit,
+                 const Moments& moments) {
+  constexpr int lanes = kLanes<S>;
+  const Vec<S> middle = convolve(w, taps, corner + rows / 2 * w.pitch + w.width / 2 * w.step);
+  const Vec<S> first = w.channels_last ? middle : broadcast(S(middle[0]));
+  Vec<S> sum = {}, squares = {};
+  for_rows(w, rows, true, [&](int64_t at, const auto& only) CELLOPS_INLINE_LAMBDA {
+    const Vec<S> value = only(convolve(w, taps, corner + at) - first);
+    sum += value;
+    squares += value * value;
+  });
+  const double count = double(rows * w.width);
+  double total = 0, total_squares = 0;
+  for (int i = 0; i < lanes; ++i) {
+    if (w.channels_last) total = total_squares = 0;
+    total += double(sum[i]), total_squares += double(squares[i]);
+    if (w.channels_last) {
+      moments.merge(unit * lanes + i, count, double(first[i]) + total / count, total_squares - total * total / count);
+    }
+  }
+  if (!w.channels_last) {
+    moments.merge(unit, count, double(first[0]) + total / count, total_squares - total * total / count);
+  }
+}
+
+template <int Kernel, class T, class S>
+void measure(const Team& team, const FreluWalk<S>& w, const T* input, const S* weights, const Scratch<S>& own,
+             const Moments& moments) {
+  int64_t begin, end;
+  team.share(w.items, &begin, &end);
+  for (int64_t i = begin; i < end; ++i) {
+    const FreluItem item = w.item(i);
+    for (int64_t row = item.begin; row < item.end; row += w.rows) {
+      const int64_t rows = min_of(w.rows, item.end - row);
+      load_window(w, item, input, row, rows, w.half, own.input);
+      for (int64_t u = 0; u < item.units; ++u) {
+        const FreluTaps<Kernel, S> taps(w, weights, item.unit + u, false, own.taps.get());
+        add_moments(w, taps, own.input.at(u, 0) - w.half * w.step, rows, item.unit + u, moments);
+      }
+    }
+  }
+}
+
+// Weights and the channels' numbers of one call, in the compute type.
+template <class S>
+struct Constants {
+  explicit Constants(const FreluWalk<S>& w)
+      : weights(w.kernel * w.kernel * w.padded), mean(w.padded), scale(w.padded), shift(w.padded) {}
+  bool failed() const { return weights.failed() || mean.failed() || scale.failed() || shift.failed(); }
+  const Buffer<S> weights, mean, scale, shift;
+};
+
+template <int Kernel, class T>
+bool run(const FreluParams& p, const FreluForward& io, int threads) {
+  using S = Compute<T>;
+  threads = frelu_threads(p, threads);
+  const FreluWalk<S> w(p, 2, threads);
+  const Constants<S> constants(w);
+  if (constants.failed()) return false;
+  unpack_weights(w, static_cast<const T*>(io.weight), constants.weights.get());
+  constants.mean.zero();
+  unpack_channels(w, io.scale, S(1), constants.scale.get());
+  unpack_channels(w, io.shift, S(0), constants.shift.get());
+  bool failed = false;
+  parallel(threads, [&](const Team& team) {
+    const Scratch<S> own(w);
+    if (!team.all(!own.failed(), &failed)) return;
+    activate<Kernel>(team, w, static_cast<const T*>(io.input), constants.weights.get(), constants.mean.get(),
+                     constants.scale.get(), constants.shift.get(), own, static_cast<T*>(io.output));
+  });
+  return !failed;
+}
+
+template <int Kernel, class T>
+bool run(const FreluParams& p, const FreluBatchNormForward& io, int threads) {
+  using S = Compute<T>;
+  threads = frelu_threads(p, threads);
+  const FreluWalk<S> w(p, 2, threads);
+  const Constants<S> constants(w);
+  const Moments every(w.padded);
+  if (constants.failed() || every.failed()) return false;
+  const T* input = static_cast<const T*>(io.input);
+  unpack_weights(w, static_cast<const T*>(io.weight), constants.weights.get());
+  unpack_channels(w, io.gamma, S(1), constants.scale.get());
+  unpack_channels(w, io.beta, S(0), constants.shift.get());
+  constants.mean.zero();
+  bool failed = false;
+  parallel(threads, [&](const Team& team) {
+    const Scratch<S> own(w);
+    const Moments moments(w.padded);
+    if (!team.all(!own.failed() && !moments.failed(), &failed)) return;
+    measure<Kernel>(team, w, input, constants.weights.get(), own, moments);
+    team.in_order([&] {
+      for (int64_t c = 0; c < w.channels; ++c) {
+        every.merge(c, moments.count()[c], moments.mean()[c], moments.squares()[c]);
+      }
+    });
+    if (team.index == 0) {
+      S *mean = static_cast<S*>(io.mean), *var = static_cast<S*>(io.var);
+      for (int64_t c = 0; c < w.channels; ++c) {
+        mean[c] = constants.mean.get()[c] = S(every.mean()[c]);
+        var[c] = S(every.squares()[c] / every.count()[c]);  // NaN of an empty batch
+        constants.scale.get()[c] *= S(1 / __builtin_sqrt(every.squares()[c] / every.count()[c] + p.eps));
+      }
+    }
+    team.barrier();
+    activate<Kernel>(team, w, input, constants.weights.get(), constants.mean.get(), constants.scale.get(),
+                     constants.shift.get(), own, static_cast<T*>(io.output));
+  });
+  return !failed;
+}
+
+template <class T>
+bool forward(const FreluParams& p, const FreluForward& io, int threads) {
+  return p.kernel == 3 ? run<3, T>(p, io, threads) : run<0, T>(p, io, threads);
+}
+
+template <class T>
+bool batch_norm_forward(const FreluParams& p, const FreluBatchNormForward& io, int threads) {
+  return p.kernel == 3 ? run<3, T>(p, io, threads) : run<0, T>(p, io, threads);
+}
+
+}  // namespace
+
+CELLOPS_DISPATCH(frelu_forward, forward, FreluParams, FreluForward)
+CELLOPS_DISPATCH(frelu_batch_norm_forward, batch_norm_forward, FreluParams, FreluBatchNormForward)
+
+}  // namespace cellops::CELLOPS_ISA

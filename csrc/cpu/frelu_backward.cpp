@@ -1,0 +1,330 @@
+// The funnel activation, backward. The convolution is computed again in blocks of rows; its gradient goes from one
+// block to the input's gradient by the transposed convolution, and to the weights', while all of it is in the cache.
+// Batch statistics take one reading of both tensors before that, for the two sums their gradient needs.
+#include "../cellops.h"
+#include "frelu.h"
+
+namespace cellops::CELLOPS_ISA {
+namespace {
+
+// Per channel [padded]: the normalised convolution is z = conv - mean, the other side of the maximum z * scale + shift.
+// The convolution's gradient is then scale * through + by_value * z + by_one, with `through` what of the gradient
+// passes the maximum on that side.
+template <class S>
+struct Constants {
+  explicit Constants(const FreluWalk<S>& w)
+      : weights(w.kernel * w.kernel * w.padded), numbers(5 * w.padded), padded(w.padded) {
+    if (!failed()) numbers.zero();
+  }
+  bool failed() const { return weights.failed() || numbers.failed(); }
+  S* mean() const { return numbers.get(); }
+  S* scale() const { return numbers.get() + padded; }
+  S* shift() const { return numbers.get() + 2 * padded; }
+  S* by_value() const { return numbers.get() + 3 * padded; }
+  S* by_one() const { return numbers.get() + 4 * padded; }
+  const Buffer<S> weights, numbers;
+  int64_t padded;
+};
+
+// Sums per channel: of `through`, of through * z, and for each weight.
+struct Sums {
+  Sums(int64_t taps, int64_t padded) : padded(padded), memory((2 + taps) * padded) {
+    if (!failed()) memory.zero();
+  }
+  bool failed() const { return memory.failed(); }
+  double* through() const { return memory.get(); }
+  double* products() const { return memory.get() + padded; }
+  double* weight(int64_t tap) const { return memory.get() + (2 + tap) * padded; }
+  void add(const Sums& other) const {
+    for (int64_t i = 0; i < memory.count(); ++i) memory.get()[i] += other.memory.get()[i];
+  }
+  void zero() const { memory.zero(); }
+  int64_t padded;
+  const Buffer<double> memory;
+};
+
+template <class S>
+struct Scratch {
+  explicit Scratch(const FreluWalk<S>& w)
+      : input(w, w.rows + 4 * w.half),
+        grad(w, w.rows + 2 * w.half),
+        direct(w, w.rows + 2 * w.half),
+        convolved(w, w.rows + 2 * w.half),
+        taps(w.kernel * w.kernel * w.lanes) {}
+  bool failed() const {
+    return input.failed() || grad.failed() || direct.failed() || convolved.failed() || taps.failed();
+  }
+  const FreluBlock<S> input;      // rows from 2 * half above the block on
+  const FreluBlock<S> grad;       // grad_output, the rows to be worked on; in the end the input's gradient
+  const FreluBlock<S> direct;     // what passes the maximum on x's side, rows from half above the block on
+  const FreluBlock<S> convolved;  // gradient of the convolution, the same rows
+  const Buffer<S> taps;
+};
+
+// Splits a gradient at the maximum: what is equal shares it, what is NaN passes all.
+template <class S>
+CELLOPS_INLINE Vec<S> through_other(Vec<S> grad, Vec<S> x, Vec<S> other) {
+  return x > other ? Vec<S>{} : x == other ? grad * S(0.5) : grad;
+}
+
+template <int Kernel, class S>
+struct Unit {
+  Unit(const FreluWalk<S>& w, const Constants<S>& constants, int64_t unit, S* scratch)
+      : taps(w, constants.weights.get(), unit, false, scratch),
+        mean(w.of(constants.mean(), unit)),
+        scale(w.of(constants.scale(), unit)),
+        shift(w.of(constants.shift(), unit)),
+        by_value(w.of(constants.by_value(), unit)),
+        by_one(w.of(constants.by_one(), unit)) {}
+  const FreluTaps<Kernel, S> taps;
+  const Vec<S> mean, scale, shift, by_value, by_one;
+};
+
+// The two sums that batch statistics need.
+template <int Kernel, class T, class S>
+void sum_gradients(const Team& team, const FreluWalk<S>& w, const T* grad_output, const T* input,
+                   const Constants<S>& constants, const Scratch<S>& own, const Sums& sums) {
+  int64_t begin, end;
+  team.share(w.items, &begin, &end);
+  for (int64_t i = begin; i < end; ++i) {
+    const FreluItem item = w.item(i);
+    for (int64_t row = item.begin; row < item.end; row += w.rows) {
+      const int64_t rows = min_of(w.rows, item.end - row);
+      load_window(w, item, input, row, rows, w.half, own.input);
+      load_rows(w, item, grad_output, row, row + rows, own.grad, 0);
+      for (int64_t u = 0; u < item.units; ++u) {
+        const Unit<Kernel, S> unit(w, constants, item.unit + u, own.taps.get());
+        const S *x = own.input.at(u, w.half), *corner = own.input.at(u, 0) - w.half * w.step;
+        const S* grad = own.grad.at(u, 0);
+        Vec<S> sum = {}, product = {};
+        for_rows(w, rows, false, [&](int64_t at, const auto& only) CELLOPS_INLINE_LAMBDA {
+          const Vec<S> z = convolve(w, unit.taps, corner + at) - unit.mean;
+          const Vec<S> through = through_other<S>(load(grad + at), load(x + at), z * unit.scale + unit.shift);
+          sum += only(through);
+          product += only(through * z);
+        });
+        w.add(sum, item.unit + u, sums.through());
+        w.add(product, item.unit + u, sums.products());
+      }
+    }
+  }
+}
+
+// Gradient of the convolution on rows [0, rows) at `x`, `grad`; adds to the sums where they are given.
+template <int Kernel, bool Norm, class S>
+void grad_of_convolution(const FreluWalk<S>& w, const Unit<Kernel, S>& unit, int64_t at_unit, int64_t rows, bool exact,
+                         const S* x, const S* grad, S* direct, S* convolved, const Sums* sums) {
+  if (rows <= 0) return;
+  const S* corner = x - w.half * (w.pitch + w.step);
+  Vec<S> sum = {}, product = {};
+  for_rows(w, rows, exact, [&](int64_t at, const auto& only) CELLOPS_INLINE_LAMBDA {
+    const Vec<S> z = convolve(w, unit.taps, corner + at) - unit.mean, value = load(x + at), given = load(grad + at);
+    const Vec<S> other = z * unit.scale + unit.shift, through = through_other<S>(given, value, other);
+    store(direct + at, through_other<S>(given, other, value));
+    Vec<S> result = through * unit.scale;
+    if constexpr (Norm) {
+      result += z * unit.by_value + unit.by_one;
+    } else {
+      sum += only(through);
+      product += only(through * z);
+    }
+    store(convolved + at, result);
+  });
+  for (int64_t r = 0; r < rows; ++r) {  // nothing may flow in from between the rows
+    for (int64_t i = w.width * w.step; i < w.pitch; ++i) convolved[r * w.pitch + i] = 0;
+  }
+  if (!sums) return;
+  if constexpr (!Norm) {
+    w.add(sum, at_unit, sums->through());
+    w.add(product, at_unit, sums->products());
+  }
+  if constexpr (Kernel > 0) {
+    Vec<S> total[Kernel * Kernel] = {};
+    for_rows(w, rows, exact, [&](int64_t at, const auto& only) CELLOPS_INLINE_LAMBDA {
+      const Vec<S> value = load(convolved + at);
+#pragma GCC unroll 3
+      for (int i = 0; i < Kernel; ++i) {
+#pragma GCC unroll 3
+        for (int j = 0; j < Kernel; ++j) {
+          total[i * Kernel + j] += only(value * load(corner + at + i * w.pitch + j * w.step));
+        }
+      }
+    });
+    for (int t = 0; t < Kernel * Kernel; ++t) w.add(total[t], at_unit, sums->weight(t));
+  } else {
+    for (int64_t t = 0; t < w.kernel * w.kernel; ++t) {
+      const S* neighbour = corner + t / w.kernel * w.pitch + t % w.kernel * w.step;
+      Vec<S> total = {};
+      for_rows(w, rows, exact, [&](int64_t at, const auto& only) CELLOPS_INLINE_LAMBDA {
+        total += only(load(convolved + at) * load(neighbour + at));
+      });
+      w.add(total, at_unit, sums->weight(t));
+    }
+  }
+}
+
+// Whether the rows hold no infinity and no NaN.
+template <class S>
+bool all_finite(int64_t count, const S* values) {
+  Vec<S> probe = {};
+  for (int64_t i = 0; i < count; i += kLanes<S>) probe += load(values + i) * S(0);
+  return sum_of<S>(probe) == 0;
+}
+
+template <int Kernel, bool Norm, class T, class S>
+void differentiate(const Team& team, const FreluWalk<S>& w, const T* grad_output, const T* input, T* grad_input,
+                   const Constants<S>& constants, const Scratch<S>& own, const Sums* sums) {
+  const int64_t half = w.half;
+  int64_t begin, end;
+  team.share(w.items, &begin, &end);
+  for (int64_t i = end - 1; i >= begin; --i) {  // what the sums have read last may still be in a cache
+    const FreluItem item = w.item(i);
+    for (int64_t row = item.begin; row < item.end; row += w.rows) {
+      const int64_t rows = min_of(w.rows, item.end - row), kept = row == item.begin ? 0 : 2 * half;
+      load_window(w, item, input, row, rows, 2 * half, own.input);
+      if (kept) {
+        own.direct.keep(item.units, w.rows, kept);
+        own.convolved.keep(item.units, w.rows, kept);
+      }
+      // The gradient of the convolution is wanted half a window beyond the block; what lies outside the image is zero,
+      // what belongs to another item is not summed here.
+      const int64_t first = row - half + kept, last = row + rows + half;
+      load_rows(w, item, grad_output, first, last, own.grad, 0);
+      const int64_t top = max_of(first, 0), bottom = min_of(last, w.height);
+      const int64_t own_top = min_of(max_of(top, item.begin), bottom),
+                    own_bottom = max_of(own_top, min_of(bottom, item.end));
+      for (int64_t u = 0; u < item.units; ++u) {
+        const Unit<Kernel, S> unit(w, constants, item.unit + u, own.taps.get());
+        const bool exact = !w.channels_last && !all_finite((rows + 4 * half) * w.pitch, own.input.at(u, 0));
+        const auto work = [&](int64_t from, int64_t to, const Sums* into) {
+          grad_of_convolution<Kernel, Norm>(w, unit, item.unit + u, to - from, exact,
+                                            own.input.at(u, from - row + 2 * half), own.grad.at(u, from - first),
+                                            own.direct.at(u, from - row + half), own.convolved.at(u, from - row + half),
+                                            into);
+        };
+        work(top, own_top, nullptr);
+        work(own_top, own_bottom, sums);
+        work(own_bottom, bottom, nullptr);
+        for (int64_t r = first; r < last; ++r) {
+          if (r >= 0 && r < w.height) continue;
+          __builtin_memset(own.convolved.at(u, r - row + half), 0, size_t(w.pitch) * sizeof(S));
+        }
+        if (!grad_input) continue;
+        const FreluTaps<Kernel, S> flipped(w, constants.weights.get(), item.unit + u, true, own.taps.get());
+        const S *direct = own.direct.at(u, half), *corner = own.convolved.at(u, 0) - half * w.step;
+        S* result = own.grad.at(u, 0);
+        for_rows(w, rows, false, [&](int64_t at, const auto&) CELLOPS_INLINE_LAMBDA {
+          store(result + at, load(direct + at) + convolve(w, flipped, corner + at));
+        });
+      }
+      if (grad_input) store_rows(w, item, own.grad, 0, row, row + rows, grad_input);
+    }
+  }
+}
+
+template <class T, class S>
+void write_weights(const FreluWalk<S>& w, const Sums& sums, void* grad_weight) {
+  if (!grad_weight) return;
+  const int64_t count = w.kernel * w.kernel;
+  for (int64_t c = 0; c < w.channels; ++c) {
+    for (int64_t t = 0; t < count; ++t) {
+      from_compute(static_cast<T*>(grad_weight) + c * count + t, S(sums.weight(t)[c]));
+    }
+  }
+}
+
+template <class S>
+void write_channels(const FreluWalk<S>& w, const double* values, void* to) {
+  if (!to) return;
+  for (int64_t c = 0; c < w.channels; ++c) static_cast<S*>(to)[c] = S(values[c]);
+}
+
+template <int Kernel, class T>
+bool run(const FreluParams& p, const FreluBackward& io, int threads) {
+  using S = Compute<T>;
+  threads = frelu_threads(p, threads);
+  const FreluWalk<S> w(p, 4, threads);
+  const Constants<S> constants(w);
+  const Sums every(p.kernel * p.kernel, w.padded);
+  if (constants.failed() || every.failed()) return false;
+  unpack_weights(w, static_cast<const T*>(io.weight), constants.weights.get());
+  unpack_channels(w, io.scale, S(1), constants.scale());
+  unpack_channels(w, io.shift, S(0), constants.shift());
+  const bool wants_sums = io.grad_weight || io.grad_scale || io.grad_shift;
+  bool failed = false;
+  parallel(threads, [&](const Team& team) {
+    const Scratch<S> own(w);
+    const Sums sums(p.kernel * p.kernel, w.padded);
+    if (!team.all(!own.failed() && !sums.failed(), &failed)) return;
+    differentiate<Kernel, false>(team, w, static_cast<const T*>(io.grad_output), static_cast<const T*>(io.input),
+                                 static_cast<T*>(io.grad_input), constants, own, wants_sums ? &sums : nullptr);
+    team.in_order([&] { every.add(sums); });
+  });
+  if (failed) return false;
+  write_weights<T>(w, every, io.grad_weight);
+  write_channels(w, every.products(), io.grad_scale);
+  write_channels(w, every.through(), io.grad_shift);
+  return true;
+}
+
+template <int Kernel, class T>
+bool run(const FreluParams& p, const FreluBatchNormBackward& io, int threads) {
+  using S = Compute<T>;
+  threads = frelu_threads(p, threads);
+  const FreluWalk<S> w(p, 4, threads);
+  const Constants<S> constants(w);
+  const Sums every(p.kernel * p.kernel, w.padded);
+  if (constants.failed() || every.failed()) return false;
+  unpack_weights(w, static_cast<const T*>(io.weight), constants.weights.get());
+  unpack_channels(w, io.gamma, S(1), constants.scale());
+  unpack_channels(w, io.beta, S(0), constants.shift());
+  unpack_channels(w, io.mean, S(0), constants.mean());
+  const S* var = static_cast<const S*>(io.var);
+  const auto deviation = [&](int64_t c) { return 1 / __builtin_sqrt(double(var[c]) + p.eps); };
+  for (int64_t c = 0; c < w.channels; ++c) constants.scale()[c] *= S(deviation(c));
+  const T *grad_output = static_cast<const T*>(io.grad_output), *input = static_cast<const T*>(io.input);
+  bool failed = false;
+  parallel(threads, [&](const Team& team) {
+    const Scratch<S> own(w);
+    const Sums sums(p.kernel * p.kernel, w.padded);
+    if (!team.all(!own.failed() && !sums.failed(), &failed)) return;
+    sum_gradients<Kernel>(team, w, grad_output, input, constants, own, sums);
+    team.in_order([&] { every.add(sums); });
+    if (team.index == 0) {
+      const double count = double(p.batch * p.height * p.width);
+      for (int64_t c = 0; c < w.channels; ++c) {
+        const double scale = constants.scale()[c], by = deviation(c);
+        constants.by_one()[c] = S(-scale * every.through()[c] / count);
+        constants.by_value()[c] = S(-scale * by * by * every.products()[c] / count);
+        every.products()[c] *= by;
+      }
+    }
+    team.barrier();
+    if (!io.grad_input && !io.grad_weight) return;
+    sums.zero();
+    differentiate<Kernel, true>(team, w, grad_output, input, static_cast<T*>(io.grad_input), constants, own, &sums);
+    team.in_order([&] { every.add(sums); });
+  });
+  if (failed) return false;
+  write_weights<T>(w, every, io.grad_weight);
+  write_channels(w, every.products(), io.grad_gamma);
+  write_channels(w, every.through(), io.grad_beta);
+  return true;
+}
+
+template <class T>
+bool backward(const FreluParams& p, const FreluBackward& io, int threads) {
+  return p.kernel == 3 ? run<3, T>(p, io, threads) : run<0, T>(p, io, threads);
+}
+
+template <class T>
+bool batch_norm_backward(const FreluParams& p, const FreluBatchNormBackward& io, int threads) {
+  return p.kernel == 3 ? run<3, T>(p, io, threads) : run<0, T>(p, io, threads);
+}
+
+}  // namespace
+
+CELLOPS_DISPATCH(frelu_backward, backward, FreluParams, FreluBackward)
+CELLOPS_DISPATCH(frelu_batch_norm_backward, batch_norm_backward, FreluParams, FreluBatchNormBackward)
+
+}  // namespace cellops::CELLOPS_ISA
