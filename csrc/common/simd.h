@@ -167,20 +167,28 @@ CELLOPS_INLINE Vec<float> load(const float16* from) {
 
 CELLOPS_INLINE void store(float* to, Vec<float> value) { *(VectorOf<float, kVectorBytes>::unaligned*)to = value; }
 CELLOPS_INLINE void store(double* to, Vec<double> value) { *(VectorOf<double, kVectorBytes>::unaligned*)to = value; }
-CELLOPS_INLINE void store(bfloat16* to, Vec<float> value) {
+
+// A vector in the form that it is stored in.
+CELLOPS_INLINE Vec<float> stored(const float*, Vec<float> value) { return value; }
+CELLOPS_INLINE Vec<double> stored(const double*, Vec<double> value) { return value; }
+CELLOPS_INLINE Half::type stored(const bfloat16*, Vec<float> value) {
   const Vec<uint32_t> bits = bit_cast<Vec<uint32_t>>(value);
   const Vec<uint32_t> rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16, quiet = bits >> 16 | 0x40u;
-  *(Half::unaligned*)to = __builtin_convertvector(value == value ? rounded : quiet, Half::type);
+  return __builtin_convertvector(value == value ? rounded : quiet, Half::type);
 }
-CELLOPS_INLINE void store(float16* to, Vec<float> value) {
+CELLOPS_INLINE Half::type stored(const float16*, Vec<float> value) {
 #if defined(__AVX512F__)
-  _mm256_storeu_si256((__m256i*)to, _mm512_cvtps_ph(bit_cast<__m512>(value), 0));
+  return bit_cast<Half::type>(_mm512_cvtps_ph(bit_cast<__m512>(value), 0));
 #elif defined(__F16C__)
-  _mm_storeu_si128((__m128i*)to, _mm256_cvtps_ph(bit_cast<__m256>(value), 0));
+  return bit_cast<Half::type>(_mm256_cvtps_ph(bit_cast<__m256>(value), 0));
 #else
-  for (int i = 0; i < kLanes<float>; ++i) from_compute(to + i, value[i]);
+  float16 halves[kLanes<float>];
+  for (int i = 0; i < kLanes<float>; ++i) from_compute(halves + i, value[i]);
+  return bit_cast<Half::type>(halves);
 #endif
 }
+CELLOPS_INLINE void store(bfloat16* to, Vec<float> value) { *(Half::unaligned*)to = stored(to, value); }
+CELLOPS_INLINE void store(float16* to, Vec<float> value) { *(Half::unaligned*)to = stored(to, value); }
 
 // The first `count` < lanes values of a vector; the others are read as zero and not written.
 template <class S, class T>

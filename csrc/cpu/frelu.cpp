@@ -23,6 +23,8 @@ struct Scratch {
 template <int Kernel, class T, class S>
 void activate(const Team& team, const FreluWalk<S>& w, const T* input, const S* weights, const S* mean, const S* scale,
               const S* shift, const Scratch<S>& own, T* output) {
+  const int64_t pitch = w.pitch, step = w.step, result_pitch = w.result_pitch;
+  const bool streamed = w.streams(output);
   int64_t begin, end;
   team.share(w.items, &begin, &end);
   for (int64_t i = end - 1; i >= begin; --i) {
@@ -30,19 +32,27 @@ void activate(const Team& team, const FreluWalk<S>& w, const T* input, const S* 
     for (int64_t row = item.begin; row < item.end; row += w.rows) {
       const int64_t rows = min_of(w.rows, item.end - row);
       load_window(w, item, input, row, rows, w.half, own.input);
+      FreluAhead ahead = ahead_of(w, item, row, w.half, i - 1, input);
       for (int64_t u = 0; u < item.units; ++u) {
         const FreluTaps<Kernel, S> taps(w, weights, item.unit + u, false, own.taps.get());
         const Vec<S> m = w.of(mean, item.unit + u), a = w.of(scale, item.unit + u), b = w.of(shift, item.unit + u);
-        const S *x = own.input.at(u, w.half), *corner = own.input.at(u, 0) - w.half * w.step;
+        const S *x = own.input.at(u, w.half), *corner = own.input.at(u, 0) - w.half * step;
         S* y = own.output.at(u, 0);
-        for_rows(w, rows, false, [&](int64_t at, const auto&) CELLOPS_INLINE_LAMBDA {
-          const Vec<S> value = load(x + at), other = (convolve(w, taps, corner + at) - m) * a + b;
-          store(y + at, value > other ? value : other);
+        for_rows<2>(w, rows, w.flat, [&](int64_t at, int64_t to, const auto& only, auto block) CELLOPS_INLINE_LAMBDA {
+          Vec<S> convolved[block.count];
+          convolve<Kernel>(w.kernel, pitch, taps, corner + at, block, convolved);
+#pragma GCC unroll 2
+          for (int r = 0; r < block.count; ++r) {
+            const Vec<S> value = load(x + at + r * pitch), other = (convolved[r] - m) * a + b;
+            only.put(y + to + r * result_pitch, value > other ? value : other);
+            ahead.fetch();
+          }
         });
       }
-      store_rows(w, item, own.output, 0, row, row + rows, output);
+      store_rows(w, item, own.output, row, row + rows, output, streamed);
     }
   }
+  if (streamed) end_streams();
 }
 
 // Count, mean and sum of squared deviations of some values of each channel.
@@ -72,15 +82,28 @@ struct Moments {
 // cancels in the squares.
 template <int Kernel, class S>
 void add_moments(const FreluWalk<S>& w, const FreluTaps<Kernel, S>& taps, const S* corner, int64_t rows, int64_t unit,
-                 const Moments& moments) {
+                 FreluAhead& ahead, const Moments& moments) {
   constexpr int lanes = kLanes<S>;
-  const Vec<S> middle = convolve(w, taps, corner + rows / 2 * w.pitch + w.width / 2 * w.step);
-  const Vec<S> first = w.channels_last ? middle : broadcast(S(middle[0]));
+  const int64_t pitch = w.pitch;
+  const S* centre = corner + rows / 2 * pitch + w.width / 2 * w.step;
+  Vec<S> middle[1];
+  if (w.channels_last) {
+    convolve<Kernel>(w.kernel, pitch, taps, centre, Rows<1, lanes>{}, middle);
+  } else {
+    convolve<Kernel>(w.kernel, pitch, taps, centre, Rows<1, 1>{}, middle);
+  }
+  const Vec<S> first = w.channels_last ? middle[0] : broadcast(S(middle[0][0]));
   Vec<S> sum = {}, squares = {};
-  for_rows(w, rows, true, [&](int64_t at, const auto& only) CELLOPS_INLINE_LAMBDA {
-    const Vec<S> value = only(convolve(w, taps, corner + at) - first);
-    sum += value;
-    squares += value * value;
+  for_rows<2>(w, rows, false, [&](int64_t at, int64_t, const auto& only, auto block) CELLOPS_INLINE_LAMBDA {
+    Vec<S> convolved[block.count];
+    convolve<Kernel>(w.kernel, pitch, taps, corner + at, block, convolved);
+#pragma GCC unroll 2
+    for (int r = 0; r < block.count; ++r) {
+      const Vec<S> value = only(convolved[r] - first);
+      sum += value;
+      squares += value * value;
+      ahead.fetch();
+    }
   });
   const double count = double(rows * w.width);
   double total = 0, total_squares = 0;
@@ -99,6 +122,7 @@ void add_moments(const FreluWalk<S>& w, const FreluTaps<Kernel, S>& taps, const 
 template <int Kernel, class T, class S>
 void measure(const Team& team, const FreluWalk<S>& w, const T* input, const S* weights, const Scratch<S>& own,
              const Moments& moments) {
+  const int64_t step = w.step;
   int64_t begin, end;
   team.share(w.items, &begin, &end);
   for (int64_t i = begin; i < end; ++i) {
@@ -106,9 +130,10 @@ void measure(const Team& team, const FreluWalk<S>& w, const T* input, const S* w
     for (int64_t row = item.begin; row < item.end; row += w.rows) {
       const int64_t rows = min_of(w.rows, item.end - row);
       load_window(w, item, input, row, rows, w.half, own.input);
+      FreluAhead ahead = ahead_of(w, item, row, w.half, i + 1, input);
       for (int64_t u = 0; u < item.units; ++u) {
         const FreluTaps<Kernel, S> taps(w, weights, item.unit + u, false, own.taps.get());
-        add_moments(w, taps, own.input.at(u, 0) - w.half * w.step, rows, item.unit + u, moments);
+        add_moments(w, taps, own.input.at(u, 0) - w.half * step, rows, item.unit + u, ahead, moments);
       }
     }
   }

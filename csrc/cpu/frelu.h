@@ -3,12 +3,16 @@
 //
 // A vector's lanes are neighbouring pixels of a plane in NCHW and neighbouring channels of a pixel in channels_last; a
 // "unit" is what one vector covers of the channels, 1 or `lanes`. In a block the rows of a unit lie one behind the
-// other with `half` zero pixels between them, so the loops are the same for both layouts: the neighbour of element i at
-// (dy, dx) is i + dy * pitch + dx * step.
+// other with at least `half` zero pixels between them, so the loops are the same for both layouts: the neighbour of
+// element i at (dy, dx) is i + dy * pitch + dx * step.
+//
+// While a block is worked on the next one is fetched into the second cache, a line for each vector: what is read and
+// what is computed takes about the same time, and the processor does not look that far ahead by itself.
 #pragma once
 #include "../cellops.h"
 #include "../common/parallel.h"
 #include "../common/simd.h"
+#include "../common/stream.h"
 
 namespace cellops::CELLOPS_ISA {
 
@@ -26,7 +30,10 @@ struct FreluWalk {
       : batch(p.batch), channels(p.channels), height(p.height), width(p.width), kernel(p.kernel), half(p.kernel / 2) {
     channels_last = p.channels_last;
     step = channels_last ? lanes : 1;
-    pitch = (width + half) * step;
+    // Rows much shorter than a vector are worked on as one long row; else each begins with a vector of its own.
+    flat = !channels_last && width <= lanes / 2;
+    pitch = channels_last || flat ? (width + half) * step : max_of(width + half, round_up(width, lanes));
+    result_pitch = channels_last || flat ? pitch : width;
     units = channels_last ? div_up(channels, lanes) : channels;
     padded = channels_last ? units * lanes : channels;
     // Neighbouring units share an item, so that a pixel's channels are read and written in long runs.
@@ -45,6 +52,13 @@ struct FreluWalk {
     return {image, at * group, min_of(group, units - at * group), height * part / parts, height * (part + 1) / parts};
   }
 
+  // Whether the caches are to be passed by where these images are written.
+  template <class T>
+  bool streams(const T* images) const {
+    const int64_t row = channels_last ? channels : kLine;
+    return cellops::CELLOPS_ISA::streams(images, row, 2 * batch * channels * height * width * int64_t(sizeof(T)));
+  }
+
   // The values of a unit's channels from an array of `padded` numbers.
   CELLOPS_INLINE Vec<S> of(const S* values, int64_t unit) const {
     return channels_last ? load(values + unit * lanes) : broadcast(values[unit]);
@@ -57,10 +71,33 @@ struct FreluWalk {
 
   int64_t batch, channels, height, width, kernel, half;
   int64_t step, pitch;           // elements from a pixel, and from a row, to the next in a block
+  int64_t result_pitch;          // from a row to the next in a block of results: in NCHW they touch, as in the image
   int64_t units, padded;         // of an image; its channels, filled up to whole vectors in channels_last
   int64_t group, rows;           // units and rows in a block
   int64_t groups, parts, items;  // groups of units, parts of rows, and all together
-  bool channels_last;
+  bool channels_last, flat;
+};
+
+// The lanes below `count` of a vector.
+template <class S>
+struct FirstLanes {
+  explicit FirstLanes(int64_t count) : count(count) {
+    for (int i = 0; i < kLanes<S>; ++i) inside[i] = i < count ? -1 : 0;
+  }
+  CELLOPS_INLINE Vec<S> operator()(Vec<S> value) const { return inside ? value : Vec<S>{}; }
+  CELLOPS_INLINE void put(S* to, Vec<S> value) const { store_first(to, value, count); }
+  int64_t count;
+  VecInt<S> inside;
+};
+struct EveryLane {
+  template <class V>
+  CELLOPS_INLINE V operator()(V value) const {
+    return value;
+  }
+  template <class S, class V>
+  CELLOPS_INLINE void put(S* to, V value) const {
+    store(to, value);
+  }
 };
 
 // Rows of a group of units.
@@ -73,10 +110,15 @@ class FreluBlock {
         // one vector more keeps the units from falling on the same cache sets
         stride_(round_up(front_ + rows * walk.pitch + walk.half * walk.step, walk.lanes) + 3 * walk.lanes),
         memory_(walk.group * stride_) {
-    if (!failed()) memory_.zero();
+    if (failed()) return;
+    for (int64_t u = 0; u < walk.group; ++u) {  // the neighbours of the first and of the last row's ends
+      __builtin_memset(at(u, 0) - front_, 0, size_t(front_) * sizeof(S));
+      __builtin_memset(at(u, rows), 0, size_t(stride_ - front_ - rows * walk.pitch) * sizeof(S));
+    }
   }
   bool failed() const { return memory_.failed(); }
   S* at(int64_t unit, int64_t row) const { return memory_.get() + unit * stride_ + front_ + row * pitch_; }
+  int64_t stride() const { return stride_; }  // elements from a unit to the next
 
   // Moves `count` rows from `first` on to the front.
   void keep(int64_t units, int64_t first, int64_t count) const {
@@ -95,56 +137,78 @@ template <class T, class S>
 inline void load_rows(const FreluWalk<S>& w, const FreluItem& item, const T* images, int64_t first, int64_t last,
                       const FreluBlock<S>& block, int64_t to) {
   constexpr int lanes = kLanes<S>;
-  const int64_t pixels = w.height * w.width;
+  const int64_t pixels = w.height * w.width, stride = block.stride();
   const T* image = images + item.image * w.channels * pixels;
+  const FirstLanes<S> rest(w.width % lanes);
+  const int64_t left = w.channels - item.unit * lanes, whole = min_of(item.units, left / lanes);
   for (int64_t r = first; r < last; ++r, ++to) {
+    S* row = block.at(0, to);
     if (r < 0 || r >= w.height) {
-      for (int64_t u = 0; u < item.units; ++u) __builtin_memset(block.at(u, to), 0, size_t(w.pitch) * sizeof(S));
+      for (int64_t u = 0; u < item.units; ++u) __builtin_memset(row + u * stride, 0, size_t(w.pitch) * sizeof(S));
       continue;
     }
     if (!w.channels_last) {
       const T *from = image + item.unit * pixels + r * w.width, *end = image + (item.unit + 1) * pixels;
-      S* row = block.at(0, to);
       int64_t x = 0;
-      for (; x < w.width && from + x + lanes <= end; x += lanes) store(row + x, load(from + x));
-      for (; x < w.width; ++x) row[x] = to_compute(from[x]);
-      for (x = w.width; x < w.pitch; ++x) row[x] = 0;
+      for (; x + lanes <= w.width; x += lanes) store(row + x, load(from + x));
+      if (x < w.width) {
+        store(row + x, from + x + lanes <= end ? rest(load(from + x)) : load_first<S>(from + x, w.width - x));
+        x += lanes;
+      }
+      for (; x < w.pitch; ++x) row[x] = 0;
       continue;
     }
-    const int64_t left = w.channels - item.unit * lanes, whole = min_of(item.units, left / lanes);
     const T* from = image + r * w.width * w.channels + item.unit * lanes;
-    for (int64_t x = 0; x < w.width; ++x, from += w.channels) {
-      for (int64_t u = 0; u < whole; ++u) store(block.at(u, to) + x * lanes, load(from + u * lanes));
-      if (whole < item.units) store(block.at(whole, to) + x * lanes, load_first<S>(from + whole * lanes, left % lanes));
+    for (int64_t x = 0; x < w.width; ++x, from += w.channels, row += lanes) {
+      for (int64_t u = 0; u < whole; ++u) store(row + u * stride, load(from + u * lanes));
+      if (whole < item.units) store(row + whole * stride, load_first<S>(from + whole * lanes, left % lanes));
     }
     for (int64_t u = 0; u < item.units; ++u) {
-      __builtin_memset(block.at(u, to) + w.width * lanes, 0, size_t(w.half * lanes) * sizeof(S));
+      __builtin_memset(row + u * stride, 0, size_t(w.half * lanes) * sizeof(S));
     }
   }
 }
 
-// Writes rows of a block, from its row `from` on, to rows [first, last) of an item's image.
+// Writes `count` numbers in a run; streamed in whole lines.
 template <class T, class S>
-inline void store_rows(const FreluWalk<S>& w, const FreluItem& item, const FreluBlock<S>& block, int64_t from,
-                       int64_t first, int64_t last, T* images) {
-  constexpr int lanes = kLanes<S>;
-  const int64_t pixels = w.height * w.width;
-  T* image = images + item.image * w.channels * pixels;
-  for (int64_t r = first; r < last; ++r, ++from) {
-    if (!w.channels_last) {
-      // What a row's last vector writes too much is the start of the row to come.
-      T *to = image + item.unit * pixels + r * w.width, *end = image + item.unit * pixels + last * w.width;
-      const S* row = block.at(0, from);
-      int64_t x = 0;
-      for (; x < w.width && to + x + lanes <= end; x += lanes) store(to + x, load(row + x));
-      for (; x < w.width; ++x) from_compute(to + x, row[x]);
-      continue;
+inline void store_run(int64_t count, const S* from, T* to, bool streamed) {
+  constexpr int lanes = kLanes<S>, line = int(kLine / sizeof(T));
+  int64_t i = 0;
+  if (streamed) {
+    const int64_t head = int64_t(-reinterpret_cast<uintptr_t>(to) % kLine / sizeof(T));
+    for (; i < min_of(head, count); ++i) from_compute(to + i, from[i]);
+    for (; i + line <= count; i += line) {
+#pragma GCC unroll 16
+      for (int k = 0; k < line; k += lanes) put(to + i + k, load(from + i + k), true);
     }
-    const int64_t left = w.channels - item.unit * lanes, whole = min_of(item.units, left / lanes);
+  }
+  for (; i + lanes <= count; i += lanes) store(to + i, load(from + i));
+  for (; i < count; ++i) from_compute(to + i, from[i]);
+}
+
+// Writes a block of results to rows [first, last) of an item's image.
+template <class T, class S>
+inline void store_rows(const FreluWalk<S>& w, const FreluItem& item, const FreluBlock<S>& block, int64_t first,
+                       int64_t last, T* images, bool streamed) {
+  constexpr int lanes = kLanes<S>;
+  const int64_t pixels = w.height * w.width, stride = block.stride();
+  T* image = images + item.image * w.channels * pixels;
+  if (!w.channels_last) {
+    T* to = image + item.unit * pixels + first * w.width;
+    if (!w.flat) {
+      store_run((last - first) * w.width, block.at(0, 0), to, streamed);
+    } else {
+      for (int64_t r = 0; r < last - first; ++r) store_run(w.width, block.at(0, r), to + r * w.width, false);
+    }
+    return;
+  }
+  const int64_t left = w.channels - item.unit * lanes, whole = min_of(item.units, left / lanes);
+  for (int64_t r = first; r < last; ++r) {
+    const S* row = block.at(0, r - first);
     T* to = image + r * w.width * w.channels + item.unit * lanes;
-    for (int64_t x = 0; x < w.width; ++x, to += w.channels) {
-      for (int64_t u = 0; u < whole; ++u) store(to + u * lanes, load(block.at(u, from) + x * lanes));
-      if (whole < item.units) store_first(to + whole * lanes, load(block.at(whole, from) + x * lanes), left % lanes);
+    for (int64_t x = 0; x < w.width; ++x, to += w.channels, row += lanes) {
+      for (int64_t u = 0; u < whole; ++u) put(to + u * lanes, load(row + u * stride), streamed);
+      if (whole < item.units) store_first(to + whole * lanes, load(row + whole * stride), left % lanes);
     }
   }
 }
@@ -181,50 +245,105 @@ struct FreluTaps<0, S> {
   const S* from;
 };
 
-// Calls body(element, only) for the vectors that cover rows of a block; `only(vector)` has zeros in the lanes that are
-// not of these rows. Where `exact` is not set the zeros between the rows count as theirs, which leaves fewer vectors.
-struct EveryLane {
-  template <class V>
-  CELLOPS_INLINE V operator()(V value) const {
-    return value;
-  }
-};
-template <class S>
-struct FirstLanes {
-  VecInt<S> inside;
-  CELLOPS_INLINE Vec<S> operator()(Vec<S> value) const { return inside ? value : Vec<S>{}; }
+// How many rows of a block, one below the other, a loop's body works on at once: their windows overlap, so fewer values
+// are loaded for each.
+template <int Count, int Step>
+struct Rows {
+  static constexpr int count = Count;
+  static constexpr int step = Step;  // elements from a pixel to the next
 };
 
-template <class S, class Body>
-CELLOPS_INLINE void for_rows(const FreluWalk<S>& w, int64_t rows, bool exact, const Body& body) {
+template <int Most, int Step, class S, class Body>
+CELLOPS_INLINE void for_rows_of(const FreluWalk<S>& w, int64_t rows, const Body& body) {
   constexpr int lanes = kLanes<S>;
-  if (w.channels_last) {
-    for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t i = r * w.pitch; i < r * w.pitch + w.width * lanes; i += lanes) body(i, EveryLane{});
-    }
-    return;
-  }
-  VecInt<S> index;
-  for (int i = 0; i < lanes; ++i) index[i] = i;
-  const int64_t runs = exact ? rows : 1, length = exact ? w.width : rows * w.pitch;
-  for (int64_t r = 0; r < runs; ++r) {
-    int64_t i = 0;
-    for (; i + lanes <= length; i += lanes) body(r * w.pitch + i, EveryLane{});
-    if (i < length) body(r * w.pitch + i, FirstLanes<S>{index < typename IntOf<S>::type(length - i)});
+  const int64_t length = w.width * Step, whole = length / lanes * lanes;
+  const FirstLanes<S> rest(length - whole);
+  const auto on_rows = [&](int64_t r, auto block) CELLOPS_INLINE_LAMBDA {
+    const int64_t row = r * w.pitch, result = r * w.result_pitch;
+    for (int64_t i = 0; i < whole; i += lanes) body(row + i, result + i, EveryLane{}, block);
+    if (Step == 1 && whole < length) body(row + whole, result + whole, rest, block);
+  };
+  int64_t r = 0;
+  for (; r + Most <= rows; r += Most) on_rows(r, Rows<Most, Step>{});
+  if constexpr (Most > 1) {
+    for (; r < rows; ++r) on_rows(r, Rows<1, Step>{});
   }
 }
 
-// The convolution at the elements whose window begins at `corner`.
-template <int Kernel, class S>
-CELLOPS_INLINE Vec<S> convolve(const FreluWalk<S>& w, const FreluTaps<Kernel, S>& taps, const S* corner) {
-  const int64_t size = Kernel ? Kernel : w.kernel;
-  Vec<S> sum = {};
-#pragma GCC unroll 3
-  for (int64_t i = 0; i < size; ++i) {
-#pragma GCC unroll 3
-    for (int64_t j = 0; j < size; ++j) sum += load(corner + i * w.pitch + j * w.step) * taps.at(i * size + j);
+// Calls body(element, result, only, Rows) for the vectors that cover rows of a block, on `Most` rows at once where
+// there are as many; `result` is the element's place in a block of results, `only(vector)` has zeros in the lanes that
+// are not of these rows. With `flat` the rows are one long row, and the zeros between them part of it.
+template <int Most, class S, class Body>
+CELLOPS_INLINE void for_rows(const FreluWalk<S>& w, int64_t rows, bool flat, const Body& body) {
+  if (w.channels_last) {
+    for_rows_of<Most, kLanes<S>>(w, rows, body);
+  } else if (!flat) {
+    for_rows_of<Most, 1>(w, rows, body);
+  } else {
+    constexpr int lanes = kLanes<S>;
+    const int64_t length = rows * w.pitch;
+    int64_t i = 0;
+    for (; i + lanes <= length; i += lanes) body(i, i, EveryLane{}, Rows<1, 1>{});
+    if (i < length) body(i, i, FirstLanes<S>(length - i), Rows<1, 1>{});
   }
-  return sum;
+}
+
+// The convolution at the elements whose windows begin at `corner`, on `Count` rows.
+template <int Kernel, int Count, int Step, class S>
+CELLOPS_INLINE void convolve(int64_t kernel, int64_t pitch, const FreluTaps<Kernel, S>& taps, const S* corner,
+                             Rows<Count, Step>, Vec<S>* sums) {
+  const int64_t size = Kernel ? Kernel : kernel;
+#pragma GCC unroll 2
+  for (int r = 0; r < Count; ++r) sums[r] = Vec<S>{};
+#pragma GCC unroll 4
+  for (int64_t i = 0; i < size + Count - 1; ++i) {
+#pragma GCC unroll 3
+    for (int64_t j = 0; j < size; ++j) {
+      const Vec<S> value = load(corner + i * pitch + j * Step);
+#pragma GCC unroll 2
+      for (int r = 0; r < Count; ++r) {
+        if (i >= r && i - r < size) sums[r] += value * taps.at((i - r) * size + j);
+      }
+    }
+  }
+}
+
+// Fetches what lies ahead in an image, one vector's worth a step.
+class FreluAhead {
+ public:
+  // From row `row` of an item on.
+  template <class T, class S>
+  FreluAhead(const FreluWalk<S>& w, const FreluItem& item, int64_t row, const T* images) : step_(w.lanes * sizeof(T)) {
+    const int64_t pixels = w.height * w.width, image = item.image * w.channels * pixels;
+    if (w.channels_last) {
+      at_ = reinterpret_cast<const char*>(images + image + row * w.width * w.channels + item.unit * w.lanes);
+      run_ = item.units * step_;
+      gap_ = w.channels * int64_t(sizeof(T)) - run_;
+    } else {
+      at_ = reinterpret_cast<const char*>(images + image + item.unit * pixels + row * w.width);
+      run_ = pixels * int64_t(sizeof(T));
+      gap_ = 0;
+    }
+    end_ = at_ + run_;
+  }
+  CELLOPS_INLINE void fetch() {
+    __builtin_prefetch(at_, 0, 2);
+    at_ += step_;
+    if (at_ >= end_) at_ += gap_, end_ = at_ + run_;
+  }
+
+ private:
+  const char *at_, *end_;
+  int64_t step_, run_, gap_;
+};
+
+// The rows that are read after those of a block: the item's next, or the next item's first.
+template <class T, class S>
+inline FreluAhead ahead_of(const FreluWalk<S>& w, const FreluItem& item, int64_t row, int64_t border, int64_t next,
+                           const T* images) {
+  if (row + w.rows < item.end) return FreluAhead(w, item, row + w.rows + border, images);
+  const FreluItem other = w.item(max_of(0, min_of(next, w.items - 1)));
+  return FreluAhead(w, other, other.begin, images);
 }
 
 // Weights [C, 1, k, k] as [k * k][padded].

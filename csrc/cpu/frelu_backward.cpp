@@ -84,6 +84,7 @@ struct Unit {
 template <int Kernel, class T, class S>
 void sum_gradients(const Team& team, const FreluWalk<S>& w, const T* grad_output, const T* input,
                    const Constants<S>& constants, const Scratch<S>& own, const Sums& sums) {
+  const int64_t pitch = w.pitch, step = w.step;
   int64_t begin, end;
   team.share(w.items, &begin, &end);
   for (int64_t i = begin; i < end; ++i) {
@@ -92,16 +93,26 @@ void sum_gradients(const Team& team, const FreluWalk<S>& w, const T* grad_output
       const int64_t rows = min_of(w.rows, item.end - row);
       load_window(w, item, input, row, rows, w.half, own.input);
       load_rows(w, item, grad_output, row, row + rows, own.grad, 0);
+      FreluAhead ahead = ahead_of(w, item, row, w.half, i + 1, input);
+      FreluAhead grad_ahead = ahead_of(w, item, row, 0, i + 1, grad_output);
       for (int64_t u = 0; u < item.units; ++u) {
         const Unit<Kernel, S> unit(w, constants, item.unit + u, own.taps.get());
-        const S *x = own.input.at(u, w.half), *corner = own.input.at(u, 0) - w.half * w.step;
+        const S *x = own.input.at(u, w.half), *corner = own.input.at(u, 0) - w.half * step;
         const S* grad = own.grad.at(u, 0);
         Vec<S> sum = {}, product = {};
-        for_rows(w, rows, false, [&](int64_t at, const auto& only) CELLOPS_INLINE_LAMBDA {
-          const Vec<S> z = convolve(w, unit.taps, corner + at) - unit.mean;
-          const Vec<S> through = through_other<S>(load(grad + at), load(x + at), z * unit.scale + unit.shift);
-          sum += only(through);
-          product += only(through * z);
+        for_rows<2>(w, rows, false, [&](int64_t at, int64_t, const auto& only, auto block) CELLOPS_INLINE_LAMBDA {
+          Vec<S> z[block.count];
+          convolve<Kernel>(w.kernel, pitch, unit.taps, corner + at, block, z);
+#pragma GCC unroll 2
+          for (int r = 0; r < block.count; ++r) {
+            z[r] -= unit.mean;
+            const Vec<S> value = load(x + at + r * pitch), given = load(grad + at + r * pitch);
+            const Vec<S> through = only(through_other<S>(given, value, z[r] * unit.scale + unit.shift));
+            sum += through;
+            product += only(through * z[r]);
+            ahead.fetch();
+            grad_ahead.fetch();
+          }
         });
         w.add(sum, item.unit + u, sums.through());
         w.add(product, item.unit + u, sums.products());
@@ -110,16 +121,32 @@ void sum_gradients(const Team& team, const FreluWalk<S>& w, const T* grad_output
   }
 }
 
-// Gradient of the convolution on rows [0, rows) at `x`, `grad`; adds to the sums where they are given.
+// Gradient of the convolution on rows [0, rows) at `x`, `grad`, and what it gives the weights; what is summed goes to
+// `sums` where they are given.
 template <int Kernel, bool Norm, class S>
-void grad_of_convolution(const FreluWalk<S>& w, const Unit<Kernel, S>& unit, int64_t at_unit, int64_t rows, bool exact,
-                         const S* x, const S* grad, S* direct, S* convolved, const Sums* sums) {
+void grad_of_convolution(const FreluWalk<S>& w, const Unit<Kernel, S>& unit, int64_t at_unit, int64_t rows, const S* x,
+                         const S* grad, S* direct, S* convolved, FreluAhead& ahead, FreluAhead& grad_ahead,
+                         const Sums* sums) {
   if (rows <= 0) return;
-  const S* corner = x - w.half * (w.pitch + w.step);
+  const int64_t pitch = w.pitch, step = w.step;
+  const S* corner = x - w.half * (pitch + step);
+  const int64_t count = w.kernel * w.kernel;
   Vec<S> sum = {}, product = {};
-  for_rows(w, rows, exact, [&](int64_t at, const auto& only) CELLOPS_INLINE_LAMBDA {
-    const Vec<S> z = convolve(w, unit.taps, corner + at) - unit.mean, value = load(x + at), given = load(grad + at);
-    const Vec<S> other = z * unit.scale + unit.shift, through = through_other<S>(given, value, other);
+  Vec<S> total[Kernel ? Kernel * Kernel : 1] = {};
+  for_rows<1>(w, rows, false, [&](int64_t at, int64_t, const auto& only, auto block) CELLOPS_INLINE_LAMBDA {
+    Vec<S> z = {}, window[Kernel ? Kernel * Kernel : 1];
+    if constexpr (Kernel > 0) {
+#pragma GCC unroll 9
+      for (int t = 0; t < Kernel * Kernel; ++t) {
+        window[t] = load(corner + at + t / Kernel * pitch + t % Kernel * block.step);
+        z += window[t] * unit.taps.at(t);
+      }
+    } else {
+      convolve<Kernel>(w.kernel, pitch, unit.taps, corner + at, block, &z);
+    }
+    z -= unit.mean;
+    const Vec<S> value = load(x + at), given = load(grad + at), other = z * unit.scale + unit.shift;
+    const Vec<S> through = through_other<S>(given, value, other);
     store(direct + at, through_other<S>(given, other, value));
     Vec<S> result = through * unit.scale;
     if constexpr (Norm) {
@@ -129,52 +156,39 @@ void grad_of_convolution(const FreluWalk<S>& w, const Unit<Kernel, S>& unit, int
       product += only(through * z);
     }
     store(convolved + at, result);
+    if constexpr (Kernel > 0) {
+#pragma GCC unroll 9
+      for (int t = 0; t < Kernel * Kernel; ++t) total[t] += only(result * window[t]);
+    }
+    ahead.fetch();
+    grad_ahead.fetch();
   });
   for (int64_t r = 0; r < rows; ++r) {  // nothing may flow in from between the rows
-    for (int64_t i = w.width * w.step; i < w.pitch; ++i) convolved[r * w.pitch + i] = 0;
+    for (int64_t i = w.width * step; i < w.pitch; ++i) convolved[r * pitch + i] = 0;
   }
   if (!sums) return;
   if constexpr (!Norm) {
     w.add(sum, at_unit, sums->through());
     w.add(product, at_unit, sums->products());
   }
-  if constexpr (Kernel > 0) {
-    Vec<S> total[Kernel * Kernel] = {};
-    for_rows(w, rows, exact, [&](int64_t at, const auto& only) CELLOPS_INLINE_LAMBDA {
-      const Vec<S> value = load(convolved + at);
-#pragma GCC unroll 3
-      for (int i = 0; i < Kernel; ++i) {
-#pragma GCC unroll 3
-        for (int j = 0; j < Kernel; ++j) {
-          total[i * Kernel + j] += only(value * load(corner + at + i * w.pitch + j * w.step));
-        }
-      }
-    });
-    for (int t = 0; t < Kernel * Kernel; ++t) w.add(total[t], at_unit, sums->weight(t));
-  } else {
-    for (int64_t t = 0; t < w.kernel * w.kernel; ++t) {
-      const S* neighbour = corner + t / w.kernel * w.pitch + t % w.kernel * w.step;
-      Vec<S> total = {};
-      for_rows(w, rows, exact, [&](int64_t at, const auto& only) CELLOPS_INLINE_LAMBDA {
-        total += only(load(convolved + at) * load(neighbour + at));
+  for (int64_t t = 0; t < count; ++t) {
+    if constexpr (Kernel == 0) {
+      const S* neighbour = corner + t / w.kernel * pitch + t % w.kernel * step;
+      total[0] = Vec<S>{};
+      for_rows<1>(w, rows, false, [&](int64_t at, int64_t, const auto& only, auto) CELLOPS_INLINE_LAMBDA {
+        total[0] += only(load(convolved + at) * load(neighbour + at));
       });
-      w.add(total, at_unit, sums->weight(t));
     }
+    w.add(total[Kernel ? t : 0], at_unit, sums->weight(t));
   }
-}
-
-// Whether the rows hold no infinity and no NaN.
-template <class S>
-bool all_finite(int64_t count, const S* values) {
-  Vec<S> probe = {};
-  for (int64_t i = 0; i < count; i += kLanes<S>) probe += load(values + i) * S(0);
-  return sum_of<S>(probe) == 0;
 }
 
 template <int Kernel, bool Norm, class T, class S>
 void differentiate(const Team& team, const FreluWalk<S>& w, const T* grad_output, const T* input, T* grad_input,
                    const Constants<S>& constants, const Scratch<S>& own, const Sums* sums) {
   const int64_t half = w.half;
+  const int64_t pitch = w.pitch, step = w.step, result_pitch = w.result_pitch;
+  const bool streamed = grad_input && w.streams(grad_input);
   int64_t begin, end;
   team.share(w.items, &begin, &end);
   for (int64_t i = end - 1; i >= begin; --i) {  // what the sums have read last may still be in a cache
@@ -190,17 +204,17 @@ void differentiate(const Team& team, const FreluWalk<S>& w, const T* grad_output
       // what belongs to another item is not summed here.
       const int64_t first = row - half + kept, last = row + rows + half;
       load_rows(w, item, grad_output, first, last, own.grad, 0);
+      FreluAhead ahead = ahead_of(w, item, row, 2 * half, i - 1, input);
+      FreluAhead grad_ahead = ahead_of(w, item, row, half, i - 1, grad_output);
       const int64_t top = max_of(first, 0), bottom = min_of(last, w.height);
       const int64_t own_top = min_of(max_of(top, item.begin), bottom),
                     own_bottom = max_of(own_top, min_of(bottom, item.end));
       for (int64_t u = 0; u < item.units; ++u) {
         const Unit<Kernel, S> unit(w, constants, item.unit + u, own.taps.get());
-        const bool exact = !w.channels_last && !all_finite((rows + 4 * half) * w.pitch, own.input.at(u, 0));
         const auto work = [&](int64_t from, int64_t to, const Sums* into) {
-          grad_of_convolution<Kernel, Norm>(w, unit, item.unit + u, to - from, exact,
-                                            own.input.at(u, from - row + 2 * half), own.grad.at(u, from - first),
-                                            own.direct.at(u, from - row + half), own.convolved.at(u, from - row + half),
-                                            into);
+          grad_of_convolution<Kernel, Norm>(w, unit, item.unit + u, to - from, own.input.at(u, from - row + 2 * half),
+                                            own.grad.at(u, from - first), own.direct.at(u, from - row + half),
+                                            own.convolved.at(u, from - row + half), ahead, grad_ahead, into);
         };
         work(top, own_top, nullptr);
         work(own_top, own_bottom, sums);
@@ -211,15 +225,21 @@ void differentiate(const Team& team, const FreluWalk<S>& w, const T* grad_output
         }
         if (!grad_input) continue;
         const FreluTaps<Kernel, S> flipped(w, constants.weights.get(), item.unit + u, true, own.taps.get());
-        const S *direct = own.direct.at(u, half), *corner = own.convolved.at(u, 0) - half * w.step;
+        const S *direct = own.direct.at(u, half), *corner = own.convolved.at(u, 0) - half * step;
         S* result = own.grad.at(u, 0);
-        for_rows(w, rows, false, [&](int64_t at, const auto&) CELLOPS_INLINE_LAMBDA {
-          store(result + at, load(direct + at) + convolve(w, flipped, corner + at));
+        for_rows<2>(w, rows, w.flat, [&](int64_t at, int64_t to, const auto& only, auto block) CELLOPS_INLINE_LAMBDA {
+          Vec<S> sum[block.count];
+          convolve<Kernel>(w.kernel, pitch, flipped, corner + at, block, sum);
+#pragma GCC unroll 2
+          for (int r = 0; r < block.count; ++r) {
+            only.put(result + to + r * result_pitch, load(direct + at + r * pitch) + sum[r]);
+          }
         });
       }
-      if (grad_input) store_rows(w, item, own.grad, 0, row, row + rows, grad_input);
+      if (grad_input) store_rows(w, item, own.grad, row, row + rows, grad_input, streamed);
     }
   }
+  if (streamed) end_streams();
 }
 
 template <class T, class S>
