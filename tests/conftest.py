@@ -36,3 +36,13 @@ def settings() -> Iterator[None]:
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Every kind of device that this machine has."""
     return torch.device(request.param)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fuzz", type=int, default=20, metavar="N", help="examples of each op in tests/test_fuzz.py")
+
+
+@pytest.fixture
+def fuzz_examples(request: pytest.FixtureRequest) -> int:
+    """How many examples of each op to draw."""
+    return request.config.getoption("fuzz")

@@ -52,11 +52,18 @@ def squeeze_excite_backward(
     hidden = ACTIVATIONS[act](before)
     logits = _linear(hidden, weight2, bias2)
     scale = GATES[gate](logits)
-    slope = scale * (1 - scale) if gate == "sigmoid" else ((logits > -3) & (logits < 3)).to(dtype) / 6
-    grad_logits = (grad_output.to(dtype) * input.to(dtype)).sum((2, 3)) * slope
-    sigmoid = before.sigmoid()
-    slope = (before > 0).to(dtype) if act == "relu" else sigmoid * (1 + before * (1 - sigmoid))
-    grad_before = grad_logits @ weight2.to(dtype).flatten(1) * slope
+    grad_scale = (grad_output.to(dtype) * input.to(dtype)).sum((2, 3))
+    zero = torch.zeros((), dtype=dtype, device=input.device)
+    if gate == "sigmoid":
+        grad_logits = grad_scale * scale * (1 - scale)
+    else:
+        grad_logits = torch.where((logits > -3) & (logits < 3), grad_scale / 6, zero)
+    grad_hidden = grad_logits @ weight2.to(dtype).flatten(1)
+    if act == "relu":
+        grad_before = torch.where(before <= 0, zero, grad_hidden)
+    else:
+        sigmoid = before.sigmoid()
+        grad_before = grad_hidden * sigmoid * (1 + before * (1 - sigmoid))
     grad_mean = grad_before @ weight1.to(dtype).flatten(1) / (input.shape[2] * input.shape[3])
     grad_input = grad_output * scale.to(input.dtype)[:, :, None, None] + grad_mean.to(input.dtype)[:, :, None, None]
     return (

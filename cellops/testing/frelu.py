@@ -39,8 +39,8 @@ def frelu_case(
         make=maker(shapes, {"eps": 1e-3} if batch_norm else {}, draw_normal),
         reference=reference,
         terms={
-            "output": taps,
-            "input": taps,
+            "output": taps + batch_norm * pixels,
+            "input": taps + batch_norm * pixels,
             "mean": pixels,
             "var": pixels,
             **dict.fromkeys(("weight", *names), pixels),

@@ -20,11 +20,11 @@ inline S gate_value(Gate gate, S x) {
   return shifted < 0 ? S(0) : shifted > 6 ? S(1) : shifted / 6;
 }
 
-// From the argument x and the value y.
+// The gradient of the argument x from that of the value y.
 template <class S>
-inline S gate_derivative(Gate gate, S x, S y) {
-  if (gate == Gate::sigmoid) return y * (1 - y);
-  return x <= -3 || x >= 3 ? S(0) : S(1) / 6;
+inline S gate_gradient(Gate gate, S x, S y, S grad) {
+  if (gate == Gate::sigmoid) return grad * y * (1 - y);
+  return x > -3 && x < 3 ? grad / 6 : S(0);
 }
 
 }  // namespace cellops::CELLOPS_ISA

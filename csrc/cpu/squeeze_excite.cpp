@@ -69,19 +69,19 @@ class Rule {
     forward(mean, scale);
     S* grad_logits = logits_.get();
     for (int64_t c = 0; c < p_.channels; ++c) {
-      grad_logits[c] = grad_scale[c] * gate_derivative(p_.gate, logits_.get()[c], scale[c]);
+      grad_logits[c] = gate_gradient(p_.gate, logits_.get()[c], scale[c], grad_scale[c]);
       grad_mean[c] = 0;
     }
     if (add) add_scaled(p_.channels, S(1), grad_logits, sums_->bias2.get());
     for (int64_t j = 0; j < p_.hidden; ++j) {
       const int64_t row = j * p_.channels;
-      const S x = before_.get()[j], grad = dot(p_.channels, weights_.second.get() + row, grad_logits);
+      const S x = before_.get()[j], through = dot(p_.channels, weights_.second.get() + row, grad_logits);
       const S gate = sigmoid(x);
-      const S slope = p_.activation == Activation::silu ? gate * (1 + x * (1 - gate)) : x > 0 ? S(1) : S(0);
-      add_scaled(p_.channels, grad * slope, weights_.first.get() + row, grad_mean);
+      const S grad = p_.activation == Activation::silu ? through * gate * (1 + x * (1 - gate)) : x <= 0 ? S(0) : through;
+      add_scaled(p_.channels, grad, weights_.first.get() + row, grad_mean);
       if (!add) continue;
-      sums_->bias1.get()[j] += grad * slope;
-      add_scaled(p_.channels, grad * slope, mean, sums_->first.get() + row);
+      sums_->bias1.get()[j] += grad;
+      add_scaled(p_.channels, grad, mean, sums_->first.get() + row);
       add_scaled(p_.channels, hidden_.get()[j], grad_logits, sums_->second.get() + row);
     }
   }
