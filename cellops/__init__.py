@@ -3,13 +3,22 @@
 from cellops import _source_tree, testing
 from cellops._explain import explain
 from cellops._version import __version__
-from cellops.nn import DeformConv2d, DeformConv2dPack, EfficientChannelAttention, FReLU, SqueezeExcite
+from cellops.nn import (
+    ConvOffset2d,
+    DeformConv2d,
+    DeformConv2dPack,
+    EfficientChannelAttention,
+    FReLU,
+    SqueezeExcite,
+)
 from cellops.ops.deform_conv2d import deform_conv2d
 from cellops.ops.eca import eca
 from cellops.ops.frelu import frelu
+from cellops.ops.offset_sample2d import offset_sample2d
 from cellops.ops.squeeze_excite import squeeze_excite
 
 __all__ = [
+    "ConvOffset2d",
     "DeformConv2d",
     "DeformConv2dPack",
     "EfficientChannelAttention",
@@ -20,6 +29,7 @@ __all__ = [
     "eca",
     "explain",
     "frelu",
+    "offset_sample2d",
     "squeeze_excite",
     "testing",
 ]

@@ -18,6 +18,7 @@ from cellops import _native
 
 OPS: dict[str, tuple[str, ...]] = {
     "deform_conv2d": ("cpu",),
+    "offset_sample2d": ("cpu",),
     "frelu": ("cpu",),
     "frelu_batch_norm": ("cpu",),
     "squeeze_excite": ("cpu",),

@@ -71,6 +71,33 @@ struct DeformConv2dBackward {
   void* grad_bias;
 };
 
+// Every plane sampled at its own offsets, bilinearly, coordinates clamped to the image.
+struct OffsetSample2dParams {
+  int64_t batch, channels, height, width;
+  bool interleaved;    // how the offset holds its pairs, see below
+  Dtype dtype;         // input, output
+  Dtype offset_dtype;  // dtype, or float32 beside a half dtype
+  bool channels_last;  // input, output and their gradients
+  bool offset_channels_last;
+  static constexpr const char* kFields[] = {"batch",        "channels",      "height",
+                                            "width",        "interleaved",   "dtype",
+                                            "offset_dtype", "channels_last", "offset_channels_last"};
+};
+
+struct OffsetSample2dForward {
+  const void* input;   // [N, C, H, W]
+  const void* offset;  // [N, 2C, H, W], channels (dy, dx) per channel; interleaved: seen as [N * C, H, W, 2] in NCHW
+  void* output;        // [N, C, H, W]
+};
+
+struct OffsetSample2dBackward {
+  const void* grad_output;
+  const void* input;
+  const void* offset;
+  void* grad_input;   // or null
+  void* grad_offset;  // or null
+};
+
 // The funnel activation: output = max(input, scale * dwconv(input) + shift), the convolution kernel x kernel (odd),
 // depthwise, with zero padding that keeps the size. Numbers of channels are in the compute type: float32, or float64.
 struct FreluParams {

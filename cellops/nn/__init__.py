@@ -3,6 +3,14 @@
 from cellops.nn.deform_conv2d import DeformConv2d, DeformConv2dPack
 from cellops.nn.eca import EfficientChannelAttention
 from cellops.nn.frelu import FReLU
+from cellops.nn.offset_sample2d import ConvOffset2d
 from cellops.nn.squeeze_excite import SqueezeExcite
 
-__all__ = ["DeformConv2d", "DeformConv2dPack", "EfficientChannelAttention", "FReLU", "SqueezeExcite"]
+__all__ = [
+    "ConvOffset2d",
+    "DeformConv2d",
+    "DeformConv2dPack",
+    "EfficientChannelAttention",
+    "FReLU",
+    "SqueezeExcite",
+]

@@ -64,16 +64,18 @@ class Operator:
         tensors: names of the tensor arguments; the first is "input", of 4 dimensions, whose memory format the output
             keeps. The library gets the others contiguous and in the input's dtype. Marks behind a name change that:
             "?" may be absent; "+" may be float32 beside a half input, is left alone by autocast, and reaches the
-            library in the type that it computes in; "~" is of 4 dimensions and keeps its own memory format.
+            library in the type that it computes in, or with "=" too in its own; "~" is of 4 dimensions and keeps its
+            own memory format.
         settings: the schema's text for what follows the tensors: "str act, str gate".
         check: raises for a wrong `Call`, and returns the output's shape.
-        params: from a valid `Call` and the keywords `dtype` (the library's code), `channels_last` and, for each tensor
-            marked "~", `<name>_channels_last`, the library's parameters.
+        params: from a valid `Call` and the keywords `dtype` (the library's code), `channels_last`, for each tensor
+            marked "~" `<name>_channels_last` and for each marked "=" `<name>_dtype`, the library's parameters.
         formula: the reference, called with tensors and settings in order.
         formula_of_backward: the same for the gradients, called with grad_output, tensors and settings; one gradient for
             each tensor, None for an absent one. Made of differentiable ops, not of autograd: it runs under functorch.
         statistics: names of what the op returns after its output, each [output channels] in the type that the library
             computes in. Backward gets them after the tensors.
+        refuses: the reason, a constant, why no kernel can take a valid `Call`; None where one can.
     """
 
     def __init__(
@@ -87,17 +89,21 @@ class Operator:
         formula: Callable[..., Any],
         formula_of_backward: Callable[..., Tensors],
         statistics: str = "",
+        refuses: Callable[[Call], str | None] = lambda call: None,
     ) -> None:
         self.name = name
         words = tensors.split()
-        self.names = tuple(word.rstrip("?+~") for word in words)
+        self.names = tuple(word.rstrip("?+=~") for word in words)
         self.optional = tuple("?" in word for word in words)
         self.wide = tuple("+" in word for word in words)
+        self.widened = tuple("+" in word and "=" not in word for word in words)
+        self.own_dtype = tuple(i for i, word in enumerate(words) if "=" in word)
         self.own_format = tuple(i for i, word in enumerate(words) if "~" in word)
         self.count = len(self.names)
         self.statistics = tuple(statistics.split())
         self.check = check
         self.params = params
+        self.refuses = refuses
         self.formula = formula
         self.formula_of_backward = formula_of_backward
         self._plan = lru_cache(maxsize=4096)(self._make_plan)
@@ -190,15 +196,15 @@ class Operator:
         self._check_dtypes(dtypes)
         output_shape = self._check_shapes(shapes, config[:-1])
         assert dtypes[0] is not None
-        backend = _backend.choose(self.name, device_type, dtypes[0], config[-1]).name
+        call = Call(shapes, config[:-1])
+        backend = _backend.choose(self.name, device_type, dtypes[0], config[-1], self.refuses(call)).name
         params = None
         if backend == "cpu":
-            flags = {
-                f"{self.names[i]}_channels_last": flag
-                for i, flag in zip(self.own_format, channels_last[1:], strict=True)
-            }
-            code = _native.DTYPE_CODES[dtypes[0]]
-            params = self.params(Call(shapes, config[:-1]), dtype=code, channels_last=channels_last[0], **flags)
+            codes = [None if dtype is None else _native.DTYPE_CODES[dtype] for dtype in dtypes]
+            more: dict[str, Any] = {f"{self.names[i]}_dtype": codes[i] for i in self.own_dtype}
+            for i, flag in zip(self.own_format, channels_last[1:], strict=True):
+                more[f"{self.names[i]}_channels_last"] = flag
+            params = self.params(call, dtype=codes[0], channels_last=channels_last[0], **more)
         memory_format = torch.channels_last if channels_last[0] else torch.contiguous_format
         return _Plan(params, output_shape, memory_format, _wide(dtypes[0]))
 
@@ -282,7 +288,7 @@ class Operator:
             _empty_gradient(tensor, plan.wide if wide else tensor.dtype, i == 0 or i in self.own_format)
             if want and tensor is not None
             else None
-            for i, (tensor, wide, want) in enumerate(zip(tensors, self.wide, wanted, strict=True))
+            for i, (tensor, wide, want) in enumerate(zip(tensors, self.widened, wanted, strict=True))
         ]
         kernel = getattr(_native.library(), f"{self.name}_backward_cpu")
         grad_output = grad_output.contiguous(memory_format=plan.memory_format)
@@ -329,26 +335,23 @@ class Operator:
 
     def _dense(self, tensors: Tensors) -> tuple[Tensors, tuple[bool, ...]]:
         """The tensors as the library reads them, and which of those with a memory format are channels_last."""
-        dense = [tensor if tensor is None else tensor.contiguous() for tensor in tensors[1:]]
-        dense.insert(0, tensors[0])
-        flags = []
-        for i in (0, *self.own_format):
-            tensor = tensors[i]
-            flag = False
-            if tensor is not None and tensor.dim() == 4 and not tensor.is_contiguous():
-                tensor = _native.dense(tensor)
-                flag = not tensor.is_contiguous()
-            dense[i] = tensor
-            flags.append(flag)
+        dense, flags = [], []
+        for i, tensor in enumerate(tensors):
+            keeps = i == 0 or i in self.own_format
+            if tensor is not None and not tensor.is_contiguous():
+                tensor = _native.dense(tensor) if keeps and tensor.dim() == 4 else tensor.contiguous()
+            dense.append(tensor)
+            if keeps:
+                flags.append(tensor is not None and not tensor.is_contiguous())
         return tuple(dense), tuple(flags)
 
     def _widened(self, tensors: Tensors, dtype: torch.dtype) -> Tensors:
-        """The tensors, those marked "+" in the type that the library computes in."""
+        """The tensors, those marked "+" alone in the type that the library computes in."""
         if tensors[0].dtype == dtype:
             return tensors
         return tuple(
             tensor.to(dtype) if wide and tensor is not None else tensor
-            for tensor, wide in zip(tensors, self.wide, strict=True)
+            for tensor, wide in zip(tensors, self.widened, strict=True)
         )
 
     # Derivatives

@@ -7,7 +7,7 @@ for case in cases("deform_conv2d", "bench"):
 
 from __future__ import annotations
 
-from cellops.testing import deform_conv2d, eca, frelu, squeeze_excite
+from cellops.testing import deform_conv2d, eca, frelu, offset_sample2d, squeeze_excite
 from cellops.testing._case import Arguments, Case, maker, off_grid
 from cellops.testing._check import (
     HALF_ERROR_RATIO,
@@ -35,6 +35,7 @@ __all__ = [
 
 CASES: list[Case] = [
     *deform_conv2d.CASES,
+    *offset_sample2d.CASES,
     *frelu.CASES,
     *squeeze_excite.CASES,
     *eca.CASES,
