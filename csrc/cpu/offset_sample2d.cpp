@@ -3,94 +3,101 @@
 //
 // Lanes hold pixels where the offset lies in planes, channels where it lies channels_last. The input is staged in
 // either case; what else lies the other way passes through scratch, a block of channels at a time.
-#include "offset_sample2d_order.h"
+#include "offset_sample2d_points.h"
 
 namespace cellops::CELLOPS_ISA {
 namespace {
 
-template <class S>
-struct Corners {
-  Vec<S> top_left, top_right, bottom_left, bottom_right;
-  Corners(const Tile<S>& tile, int i) {
-    unzip(load(tile.upper + 2 * i), load(tile.upper + 2 * i + kLanes<S>), top_left, top_right);
-    unzip(load(tile.lower + 2 * i), load(tile.lower + 2 * i + kLanes<S>), bottom_left, bottom_right);
+template <class S, class T>
+CELLOPS_PHASE void sample(const Tile<S>& tile, Runs runs, const S* staged, T* output) {
+  for (int64_t run = 0; run < runs.count; ++run, output += runs.stride) {
+    for (int64_t i = 0; i < runs.length; i += kLanes<S>) {
+      const int64_t at = run * runs.step + i;
+      Vec<S> top_left, bottom_left, top_right, bottom_right;
+      load_quads(staged, tile.cell + at, top_left, bottom_left, top_right, bottom_right);
+      const Vec<S> y = load(tile.y + at), x = load(tile.x + at);
+      const Vec<S> bottom = y - floor_of<S>(y), right = x - floor_of<S>(x), left = 1 - right;
+      const Vec<S> value =
+          (1 - bottom) * (left * top_left + right * top_right) + bottom * (left * bottom_left + right * bottom_right);
+      store_some(output + i, value, runs.length - i);
+    }
   }
-};
-
-template <class S, class Order, class O, class T>
-inline void sample(Order order, const Grid<S>& grid, const S* staged, const O* offset, T* output) {
-  constexpr int lanes = kLanes<S>;
-  Tile<S> tile;
-  order.for_tiles([&](int points) {
-    for (int i = 0; i < points; i += lanes) order.template locate_vector<false>(offset, i, &tile);
-    fetch(grid, staged, points, &tile);
-    for (int i = 0; i < points; i += lanes) {
-      const Corners<S> v(tile, i);
-      const Vec<S> bottom = load(tile.bottom + i), right = load(tile.right + i), top = 1 - bottom, left = 1 - right;
-      const Vec<S> value = top * (left * v.top_left + right * v.top_right) +
-                           bottom * (left * v.bottom_left + right * v.bottom_right);
-      store_some(output + order.at(i), value, order.lanes(i));
-    }
-  });
 }
 
-// sums: [plane][row][column][2], what each cell's left and right corner receive. staged or sums, and with it
-// grad_offset, may be null.
-template <class S, class Order, class O, class T>
-inline void differentiate(Order order, const Grid<S>& grid, const S* staged, const O* offset, const T* grad_output,
-                          S* sums, O* grad_offset) {
-  constexpr int lanes = kLanes<S>;
-  const Vec<S> zero = {};
-  Tile<S> tile;
-  order.for_tiles([&](int points) {
-    for (int i = 0; i < points; i += lanes) order.template locate_vector<true>(offset, i, &tile);
-    if (grad_offset) fetch(grid, staged, points, &tile);
-    for (int i = 0; i < points; i += lanes) {
-      Vec<S> grad = load_some(grad_output + order.at(i), order.lanes(i));
-      Vec<S> bottom = load(tile.bottom + i), right = load(tile.right + i);
-      const auto known = (bottom == bottom) & (right == right);
-      grad = known ? grad : zero, bottom = known ? bottom : zero, right = known ? right : zero;
-      const Vec<S> top = 1 - bottom, left = 1 - right;
+// The offset's gradient where it is wanted, and what the corners receive.
+template <class S, class O, class T>
+CELLOPS_PHASE void differentiate(const Grid<S>& grid, Tile<S>* tile, Runs runs, const S* staged, const T* grad_output,
+                                 O* grad_offset) {
+  const Vec<S> zero = {}, last_row = grid.last_row, last_column = grid.last_column;
+  for (int64_t run = 0; run < runs.count; ++run, grad_output += runs.stride) {
+    for (int64_t i = 0; i < runs.length; i += kLanes<S>) {
+      const int64_t count = runs.length - i, at = run * runs.step + i;
+      Vec<S> y = load(tile->y + at), x = load(tile->x + at);
+      const auto known = (y == y) & (x == x);
+      y = known ? y : zero, x = known ? x : zero;
+      const Vec<S> grad = known ? load_some(grad_output + i, count) : zero;
+      const Vec<S> bottom = y - floor_of<S>(y), right = x - floor_of<S>(x), top = 1 - bottom, left = 1 - right;
       if (grad_offset) {
-        const Corners<S> v(tile, i);
-        VecInt<S> free_y, free_x;
-        __builtin_memcpy(&free_y, tile.free_y + i, sizeof(free_y));
-        __builtin_memcpy(&free_x, tile.free_x + i, sizeof(free_x));
-        const Vec<S> dy = left * (v.bottom_left - v.top_left) + right * (v.bottom_right - v.top_right);
-        const Vec<S> dx = top * (v.top_right - v.top_left) + bottom * (v.bottom_right - v.bottom_left);
-        order.store_shift(grad_offset, i, free_y ? grad * dy : zero, free_x ? grad * dx : zero);
+        Vec<S> top_left, bottom_left, top_right, bottom_right;
+        load_quads(staged, tile->cell + at, top_left, bottom_left, top_right, bottom_right);
+        const Vec<S> dy = grad * (left * (bottom_left - top_left) + right * (bottom_right - top_right));
+        const Vec<S> dx = grad * (top * (top_right - top_left) + bottom * (bottom_right - bottom_left));
+        store_shifts<S>(grad_offset + run * runs.shift_stride, i, count, runs.other,
+                        (y > zero) & (y < last_row) ? dy : zero, (x > zero) & (x < last_column) ? dx : zero);
       }
-      if (sums) {
-        const Vec<S> above = grad * top, below = grad * bottom;
-        Vec<S> a, b;
-        zip(above * left, above * right, a, b);
-        store(tile.upper + 2 * i, a), store(tile.upper + 2 * i + lanes, b);
-        zip(below * left, below * right, a, b);
-        store(tile.lower + 2 * i, a), store(tile.lower + 2 * i + lanes, b);
-      }
+      const Vec<S> above = grad * top, below = grad * bottom;
+      store_quads(tile->received + 4 * at, above * left, above * right, below * left, below * right);
     }
-    if (!sums) return;
-    for (int i = 0; i < points; ++i) {
-      S *upper = sums + 2 * tile.cell[i], *lower = upper + 2 * grid.row;
-      store_pair(upper, load_pair(upper) + load_pair(tile.upper + 2 * i));
-      store_pair(lower, load_pair(lower) + load_pair(tile.lower + 2 * i));
-    }
-  });
+  }
 }
 
-// A plane of the input's gradient from its sums, before whose first lies a zero.
+// sums: [plane][row][column][4], what the corners of each cell receive: upper left, upper right, lower left, lower
+// right.
+template <class S>
+CELLOPS_PHASE void scatter(const Tile<S>& tile, Runs runs, S* sums) {
+  const int64_t length = round_up(runs.length, kLanes<S>);  // behind the last point: zeros
+  for (int64_t run = 0; run < runs.count; ++run) {
+    const int32_t* cell = tile.cell + run * runs.step;
+    const S* received = tile.received + 4 * run * runs.step;
+    for (int64_t i = 0; i < length; ++i) add_quad(sums + 4 * int64_t(cell[i]), received + 4 * i);
+  }
+}
+
+// Lanes: the upper left and upper right sums of `row`, joined with the lower ones of the row above it.
+template <class S>
+CELLOPS_INLINE void join_rows(const S* row, const S* above, Vec<S>& left, Vec<S>& right) {
+  constexpr int lanes = kLanes<S>;
+  if constexpr (sizeof(S) == 4) {
+    using Pairs = Vec<double>;  // as bits
+    Pairs joined[4], first, second, unused;
+    for (int k = 0; k < 4; ++k) joined[k] = bit_cast<Pairs>(load(row + k * lanes) + load(above + 2 + k * lanes));
+    unzip(joined[0], joined[1], first, unused);
+    unzip(joined[2], joined[3], second, unused);
+    unzip(bit_cast<Vec<S>>(first), bit_cast<Vec<S>>(second), left, right);
+  } else {
+    for (int i = 0; i < lanes; ++i) {
+      left[i] = row[4 * i] + above[4 * i + 2], right[i] = row[4 * i + 1] + above[4 * i + 3];
+    }
+  }
+}
+
+// A plane of the input's gradient from its sums; the row before the first is zero.
 template <class S, class T>
 inline void gather_sums(const Grid<S>& grid, const S* sums, T* to) {
   constexpr int lanes = kLanes<S>;
-  const T* end = to + grid.height * grid.width;
-  for (int64_t y = 0; y < grid.height; ++y, sums += 2 * grid.row, to += grid.width) {
-    for (int64_t x = 0; x < grid.width; x += lanes) {
-      Vec<S> from_left, from_right;  // as the right corner of the cell before, as the left corner of its own
-      unzip(load(sums + 2 * x - 1), load(sums + 2 * x - 1 + lanes), from_left, from_right);
+  const int64_t height = grid.height, width = grid.width, row = grid.row;
+  const T* end = to + height * width;
+  for (int64_t y = 0; y < height; ++y, sums += 4 * row, to += width) {
+    Vec<S> before = {};
+    for (int64_t x = 0; x < width; x += lanes) {
+      Vec<S> left, right;
+      join_rows(sums + 4 * x, sums + 4 * (x - row), left, right);
+      const Vec<S> total = left + shift_in(before, right);
+      before = right;
       if (to + x + lanes <= end) {
-        store(to + x, from_left + from_right);  // past a row's end, where the next will lie
+        store(to + x, total);  // past a row's end, where the next will lie
       } else {
-        store_some(to + x, from_left + from_right, grid.width - x);
+        store_some(to + x, total, width - x);
       }
     }
   }
@@ -109,26 +116,26 @@ class Worker {
         by_channels_(p.offset_channels_last && !p.interleaved && grid.plane < int64_t(1) << 27),
         turn_offset_(p.offset_channels_last && !by_channels_),
         turn_data_(by_channels_ != p.channels_last),
-        planes_(by_channels_ || turn_offset_ || p.channels_last ? kBlockPlanes : 1),
-        staged_(planes_ * grid.plane + kLanes<S>),
-        line_(p.channels_last && sizeof(T) == 2 ? kBlockPlanes * p.width : 0),
+        data_stride_(turn_data_ ? kBlockPlanes : p.channels),
+        other_(by_channels_ || p.interleaved ? 0 : pixels_),
+        planes_(planes_of_block(p)),
+        staged_(2 * planes_ * grid.plane),
+        lines_(p.channels_last ? 3 * kBlockPlanes * p.width : 0),
         offset_(turn_offset_ ? 2 * planes_ * pixels_ : 0),
         data_(turn_data_ ? planes_ * pixels_ : 0),
         grad_offset_(turn_offset_ && backward ? 2 * planes_ * pixels_ : 0),
-        sums_(backward ? kPad + 2 * (planes_ * grid.plane + kLanes<S>) : 0) {
+        sums_(backward ? 4 * (grid.row + planes_ * grid.plane + kLanes<S>) : 0) {
     if (failed()) return;
     staged_.zero();
     sums_.zero();
   }
 
   bool failed() const {
-    return staged_.failed() || line_.failed() || offset_.failed() || data_.failed() || grad_offset_.failed() ||
+    return staged_.failed() || lines_.failed() || offset_.failed() || data_.failed() || grad_offset_.failed() ||
            sums_.failed();
   }
 
-  static int64_t blocks(const OffsetSample2dParams& p) {
-    return p.batch * (p.channels_last || p.offset_channels_last ? div_up(p.channels, kBlockPlanes) : p.channels);
-  }
+  static int64_t blocks(const OffsetSample2dParams& p) { return p.batch * div_up(p.channels, planes_of_block(p)); }
 
   void forward(int64_t block, const OffsetSample2dForward& io) {
     start(block);
@@ -136,13 +143,10 @@ class Worker {
     const O* offset = offset_planes(static_cast<const O*>(io.offset));
     T* output = static_cast<T*>(io.output) + data_at_;
     T* to = turn_data_ ? data_.get() : output;
-    if (by_channels_) {
-      sample(channel_order(), grid_, staged_.get(), offset, to);
-    } else {
-      for (int64_t c = 0; c < channels_; ++c) {
-        sample(pixel_order(), grid_, staged_.get() + c * grid_.plane, offset + 2 * c * pixels_, to + c * pixels_);
-      }
-    }
+    for_tiles([&](int64_t channel, int64_t pixel, const Runs& runs, const Origin<S>& origin) {
+      locate_tile(runs, origin, offset + shift_at(channel, pixel));
+      sample(tile_, runs, staged_.get() + 2 * channel * grid_.plane, to + data_at(channel, pixel));
+    });
     if (!turn_data_) return;
     if (by_channels_) {
       rows_to_planes(channels_, pixels_, to, kBlockPlanes, output, pixels_);
@@ -156,7 +160,7 @@ class Worker {
     if (io.grad_offset) stage(static_cast<const T*>(io.input));
     const O* offset = offset_planes(static_cast<const O*>(io.offset));
     O* grad_offset = static_cast<O*>(io.grad_offset);
-    O* grad_shift = !grad_offset ? nullptr : turn_offset_ ? grad_offset_.get() : grad_offset + offset_at_;
+    O* grad_shifts = !grad_offset ? nullptr : turn_offset_ ? grad_offset_.get() : grad_offset + offset_at_;
     const T* grad_output = static_cast<const T*>(io.grad_output) + data_at_;
     if (turn_data_ && by_channels_) {
       planes_to_rows(channels_, 0, pixels_, grad_output, pixels_, data_.get(), kBlockPlanes);
@@ -164,27 +168,25 @@ class Worker {
       rows_to_planes(channels_, pixels_, grad_output, p_.channels, data_.get(), pixels_);
     }
     const T* grad = turn_data_ ? data_.get() : grad_output;
-    S* sums = io.grad_input ? sums_.get() + kPad : nullptr;
-    if (sums) __builtin_memset(sums, 0, size_t(2 * planes_ * grid_.plane) * sizeof(S));
-    if (by_channels_) {
-      differentiate(channel_order(), grid_, staged_.get(), offset, grad, sums, grad_shift);
-    } else {
-      for (int64_t c = 0; c < channels_; ++c) {
-        differentiate(pixel_order(), grid_, staged_.get() + c * grid_.plane, offset + 2 * c * pixels_,
-                      grad + c * pixels_, sums ? sums + 2 * c * grid_.plane : nullptr,
-                      grad_shift ? grad_shift + 2 * c * pixels_ : nullptr);
-      }
-    }
-    if (grad_shift && turn_offset_) {
-      planes_to_rows(2 * channels_, 0, pixels_, grad_shift, pixels_, grad_offset + offset_at_, 2 * p_.channels);
+    S* sums = io.grad_input ? sums_.get() + 4 * grid_.row : nullptr;  // behind a row of zeros
+    if (sums) __builtin_memset(sums, 0, size_t(4 * planes_ * grid_.plane) * sizeof(S));
+    for_tiles([&](int64_t channel, int64_t pixel, const Runs& runs, const Origin<S>& origin) {
+      const int64_t at = shift_at(channel, pixel);
+      locate_tile(runs, origin, offset + at);
+      differentiate(grid_, &tile_, runs, staged_.get() + 2 * channel * grid_.plane, grad + data_at(channel, pixel),
+                    grad_shifts ? grad_shifts + at : nullptr);
+      if (sums) scatter(tile_, runs, sums + 4 * channel * grid_.plane);
+    });
+    if (grad_shifts && turn_offset_) {
+      planes_to_rows(2 * channels_, 0, pixels_, grad_shifts, pixels_, grad_offset + offset_at_, 2 * p_.channels);
     }
     if (!sums) return;
     T* grad_input = static_cast<T*>(io.grad_input) + data_at_;
     for (int64_t c = 0; c < channels_; ++c) {
       if (p_.channels_last) {
-        gather_sums(grid_, sums + 2 * c * grid_.plane, staged_.get() + c * pixels_);
+        gather_sums(grid_, sums + 4 * c * grid_.plane, staged_.get() + c * pixels_);
       } else {
-        gather_sums(grid_, sums + 2 * c * grid_.plane, grad_input + c * pixels_);
+        gather_sums(grid_, sums + 4 * c * grid_.plane, grad_input + c * pixels_);
       }
     }
     if (p_.channels_last) {
@@ -193,7 +195,10 @@ class Worker {
   }
 
  private:
-  static constexpr int64_t kPad = 64 / sizeof(S);  // zeros before the sums
+  static int64_t planes_of_block(const OffsetSample2dParams& p) {
+    if (p.channels_last || p.offset_channels_last) return kBlockPlanes;
+    return max_of(1, kTilePoints / round_up(p.height * p.width, kLanes<S>));
+  }
 
   void start(int64_t block) {
     const int64_t blocks = div_up(p_.channels, planes_), image = block / blocks, first = block % blocks * planes_;
@@ -204,13 +209,12 @@ class Worker {
   }
 
   void stage(const T* input) {
-    const T* end = input + p_.batch * p_.channels * pixels_;
     input += data_at_;
     if (p_.channels_last) {
-      stage_rows(grid_, channels_, input, p_.channels, line_.get(), staged_.get());
+      stage_rows(grid_, channels_, input, p_.channels, lines_.get(), staged_.get());
     } else {
       for (int64_t c = 0; c < channels_; ++c) {
-        stage_plane(grid_, input + c * pixels_, end, staged_.get() + c * grid_.plane);
+        stage_plane(grid_, input + c * pixels_, staged_.get() + 2 * c * grid_.plane);
       }
     }
   }
@@ -222,22 +226,59 @@ class Worker {
     return offset_.get();
   }
 
-  ChannelOrder<S> channel_order() const {
-    return ChannelOrder<S>(grid_, channels_, p_.channels, turn_data_ ? kBlockPlanes : p_.channels);
+  // body(channel of the block, pixel, runs, origin) for each tile of the block, from that channel and pixel on.
+  template <class Body>
+  void for_tiles(const Body& body) const {
+    const int64_t slots = round_up(pixels_, kLanes<S>), whole = kTilePoints / slots;  // planes that fit in a tile
+    if (!by_channels_ && whole > 0) {
+      for (int64_t c = 0; c < channels_; c += whole) {
+        const Runs runs{min_of(whole, channels_ - c), pixels_, slots, pixels_, 2 * pixels_, other_};
+        body(c, 0, runs, Origin<S>{0, grid_.y.get(), grid_.x.get()});
+      }
+      return;
+    }
+    const int64_t step = by_channels_ ? kTilePoints / kBlockPlanes : kTilePoints;
+    for (int64_t c = 0; c < (by_channels_ ? 1 : channels_); ++c) {
+      for (int64_t row = 0; row < p_.height; row += grid_.rows) {
+        const int64_t pixels = min_of(grid_.rows, p_.height - row) * p_.width;
+        for (int64_t p = 0; p < pixels; p += step) {
+          const int64_t count = min_of(step, pixels - p);
+          const Runs by_channels{count, channels_, kBlockPlanes, data_stride_, 2 * p_.channels, other_};
+          const Runs by_pixels{1, count, 0, 0, 0, other_};
+          body(c, row * p_.width + p, by_channels_ ? by_channels : by_pixels,
+               Origin<S>{S(row), grid_.y.get() + p, grid_.x.get() + p});
+        }
+      }
+    }
   }
-  PixelOrder<S> pixel_order() const { return PixelOrder<S>(grid_, p_.interleaved); }
+  void locate_tile(const Runs& runs, const Origin<S>& origin, const O* offset) {
+    if (by_channels_) {
+      locate<true>(grid_, runs, origin, offset, &tile_);
+    } else {
+      locate<false>(grid_, runs, origin, offset, &tile_);
+    }
+  }
+  int64_t data_at(int64_t channel, int64_t pixel) const {
+    return by_channels_ ? pixel * data_stride_ : channel * pixels_ + pixel;
+  }
+  int64_t shift_at(int64_t channel, int64_t pixel) const {
+    return by_channels_ ? 2 * pixel * p_.channels : 2 * channel * pixels_ + (other_ ? pixel : 2 * pixel);
+  }
 
   const OffsetSample2dParams& p_;
   const Grid<S>& grid_;
   const int64_t pixels_;
   const bool by_channels_, turn_offset_, turn_data_;
-  const int64_t planes_;  // of a block
-  const Buffer<S> staged_, line_;
+  const int64_t data_stride_;  // from one run of channels to the next in data
+  const int64_t other_;        // from dy to dx, 0 where they are pairs
+  const int64_t planes_;       // of a block
+  const Buffer<S> staged_, lines_;
   const Buffer<O> offset_;
   const Buffer<T> data_;
   const Buffer<O> grad_offset_;
   const Buffer<S> sums_;
   int64_t channels_ = 0, data_at_ = 0, offset_at_ = 0;  // of the block at hand
+  Tile<S> tile_;
 };
 
 // work(worker, block) for every block, each by one thread.
