@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 import cellops
 from cellops import _native
-from cellops.ops import eca, frelu, squeeze_excite
+from cellops.ops import eca, frelu, offset_sample2d, squeeze_excite
 from cellops.ops._operator import Operator
 from cellops.testing import Case, cases, forward_and_gradients
 
 OPERATORS: dict[str, Operator] = {
+    "offset_sample2d": offset_sample2d._operator,
     "frelu": frelu._operator,
     "frelu_batch_norm": frelu._batch_norm_operator,
     "squeeze_excite": squeeze_excite._operator,
@@ -197,7 +198,9 @@ def test_compiled_and_dynamic(case: Case) -> None:
     compiled = torch.compile(of_tensors(case, arguments), fullgraph=True, dynamic=True)
     leaves = [tensor.requires_grad_() for tensor in tensors]
     for size in (2, 5):
-        leaves[0] = torch.randn(size, *tensors[0].shape[1:], requires_grad=True)
+        for i, name in enumerate(OPERATORS[case.op].names):
+            if name in ("input", "offset"):
+                leaves[i] = torch.randn(size, *tensors[i].shape[1:], requires_grad=True)
         found = torch.autograd.grad(compiled(*leaves).square().sum(), leaves)
         wanted = torch.autograd.grad(of_tensors(case, arguments)(*leaves).square().sum(), leaves)
         for one, other in zip(found, wanted, strict=True):
@@ -205,7 +208,9 @@ def test_compiled_and_dynamic(case: Case) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", [cellops.SqueezeExcite(8, rd_channels=4), cellops.EfficientChannelAttention(8)], ids=["se", "eca"]
+    "module",
+    [cellops.ConvOffset2d(8), cellops.SqueezeExcite(8, rd_channels=4), cellops.EfficientChannelAttention(8)],
+    ids=["conv_offset", "se", "eca"],
 )
 def test_exported_program_trains_and_names_no_backend(module: nn.Module) -> None:
     input = torch.randn(2, 8, 5, 6)
@@ -226,7 +231,7 @@ def test_exported_program_trains_and_names_no_backend(module: nn.Module) -> None
 @each_op
 def test_errors_name_the_argument(case: Case) -> None:
     arguments = case.make()
-    weight = next(name for name in OPERATORS[case.op].names if name.startswith("weight"))
+    weight = OPERATORS[case.op].names[1]
     with pytest.raises(ValueError, match="input must have 4 dimensions"):
         case.function(**{**arguments, "input": arguments["input"][0]})
     with pytest.raises(ValueError, match=f"{weight} must have shape"):

@@ -10,8 +10,8 @@ from cellops.ops.offset_sample2d import check_layout, offset_sample2d
 class ConvOffset2d(nn.Module):
     """Predicts an offset for every pixel of every channel and samples the input there: HQNet's layer.
 
-    The child `conv` is a 3x3 convolution from C to 2C channels without bias, drawn from N(0, init_std): the layer starts
-    close to the identity.
+    The child `conv` is a 3x3 convolution from C to 2C channels without bias, drawn from N(0, init_std): the layer
+    starts close to the identity.
 
     Args:
         channels: C.

@@ -19,9 +19,9 @@ from cellops.reference import offset_sample2d as reference
 def offset_sample2d(input: Tensor, offset: Tensor, layout: str = "planar", *, backend: str | None = None) -> Tensor:
     """Sample every channel bilinearly at its own offsets, as deformable networks with a `ConvOffset2d` do.
 
-    Values and derivatives are those of `grid_sample(mode="bilinear", padding_mode="border", align_corners=True)`: points
-    are clamped to the image, infinite ones too; an offset has its right derivative inside the image, and none where its
-    point is clamped or exactly at a bound. A NaN offset gives a NaN sample and adds nothing to the gradients.
+    Values and derivatives are those of `grid_sample(mode="bilinear", padding_mode="border", align_corners=True)`:
+    points are clamped to the image, infinite ones too; an offset has its right derivative inside the image, and none
+    where its point is clamped or exactly at a bound. A NaN offset gives a NaN sample and adds nothing to the gradients.
 
     Args:
         input: [N, C, H, W], NCHW or channels_last; the output keeps its memory format.
@@ -68,7 +68,7 @@ def _params(call: Call, **common: Any) -> Any:
 
 def _refuses(call: Call) -> str | None:
     _, _, height, width = call.shapes[0]
-    return "an image has about 2^31 pixels or more" if (height + 1) * (width + 1) >= 2**31 else None
+    return "an image has about 2^31 pixels or more" if (height + 1) * (width + 8) >= 2**31 else None
 
 
 _operator = Operator(
