@@ -15,7 +15,14 @@ def lines(results: Results) -> list[str]:
     text: list[str] = []
     for labels, group in groupby(sorted(timed, key=_labels), key=_labels):
         text += ["", f"{' '.join(labels)}: milliseconds (times ours)", *_time_table(list(group))]
-    text += _copies(results) + _skipped(results) + _overhead(results) + _memory(results) + _targets(results)
+    text += (
+        _speed(results)
+        + _copies(results)
+        + _skipped(results)
+        + _overhead(results)
+        + _memory(results)
+        + _targets(results)
+    )
     return text
 
 
@@ -49,6 +56,22 @@ def _time_table(records: Results) -> list[str]:
         cells = ["-" if mean is None else f"({mean:.2f}x)" for mean in means]
         rows.append(["geometric mean", layout, "", *cells, "", "", ""])
     return table(rows)
+
+
+def _speed(results: Results) -> list[str]:
+    text = []
+    for op, group in groupby([record for record in results if record["kind"] == "speed"], key=lambda one: one["op"]):
+        records = list(group)
+        peers = [name for name in _union(records, "variants") if name != "cellops"]
+        rows = [[f"{op}: milliseconds (times ours)", "cellops", *peers]]
+        for record in records:
+            label = " ".join(record[key] for key in ("case", "dtype", "layout", "direction"))
+            medians = {name: timing["median"] for name, timing in record["variants"].items()}
+            ours = medians["cellops"]
+            figures = [f"{1e3 * medians[peer]:.3f} ({medians[peer] / ours:.2f}x)" for peer in peers]
+            rows.append([label, f"{1e3 * ours:.3f}", *figures])
+        text += ["", *table(rows)]
+    return text
 
 
 def _copies(results: Results) -> list[str]:

@@ -50,7 +50,7 @@ def _machine(results: dict[str, Any]) -> str:
         own = [record for record in records if record["op"] == op]
         if select(own, kind="time"):
             parts += [_summary(op, own), _shapes(op, own)]
-        parts += [_overhead(own), _memory(own)]
+        parts += [_speed(op, own), _overhead(own), _memory(own)]
     parts.append(_copies(records))
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -115,6 +115,25 @@ def _shapes(op: str, records: Results) -> str:
     return (
         f"`{op}`, float32, 3x3, padding 1, as many output as input channels, mask and bias: median milliseconds "
         "(peers with NCHW input).\n\n" + _table(cells)
+    )
+
+
+def _speed(op: str, records: Results) -> str:
+    """Milliseconds of each shape, and how many times faster than each peer."""
+    chosen = select(records, kind="speed")
+    if not chosen:
+        return ""
+    peers = [name for name in chosen[0]["variants"] if name not in ("cellops", "copy")]
+    cells = [["shape", "dtype", "layout", "direction", "cellops, ms", *(f"over {peer}" for peer in peers), "copies"]]
+    for record in chosen:
+        medians = {name: timing["median"] for name, timing in record["variants"].items()}
+        ours = medians["cellops"]
+        row = [record["case"].split("_")[-1], record["dtype"], record["layout"], record["direction"]]
+        cells.append([*row, f"{1e3 * ours:.3f}", *(f"{medians[peer] / ours:.2f}x" for peer in peers)])
+        cells[-1].append(f"{ours / medians['copy']:.1f}")
+    return (
+        f"`{op}`: speed over each peer (below 1 is slower), and its time in copies of the input. The peer's grid is "
+        "ready-made.\n\n" + _table(cells)
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 Record = dict[str, Any]
@@ -55,9 +56,9 @@ def select(results: Results, **labels: str) -> Results:
     ]
 
 
-def median_ratio(results: Results, above: str, below: str, **labels: str) -> float | None:
+def median_ratio(results: Results, above: str, below: str, *, kind: str = "time", **labels: str) -> float | None:
     """Geometric mean over shapes of the median of `above` over that of `below`; None unless every shape has both."""
-    chosen = select(results, kind="time", **labels)
+    chosen = select(results, kind=kind, **labels)
     if not all(name in record["variants"] for record in chosen for name in (above, below)):
         return None
     timings = [record["variants"] for record in chosen]
@@ -112,6 +113,23 @@ def _deform_conv2d() -> list[Target]:
     return targets
 
 
+def _offset_sample2d() -> list[Target]:
+    op, targets = "offset_sample2d", []
+    for direction in ("forward", "forward+backward"):
+        for layout in ("NCHW", "channels_last"):
+            value = partial(
+                median_ratio,
+                above="grid_sample",
+                below="cellops",
+                kind="speed",
+                dtype="float32",
+                layout=layout,
+                direction=direction,
+            )
+            targets.append(Target(op, f"{direction}, {layout}: speed over grid_sample", 4.0, True, value))
+    return targets
+
+
 def _copies(direction: str, layout: str) -> Callable[[Results], float | None]:
     def value(results: Results) -> float | None:
         chosen = select(results, kind="copies", dtype="float32", direction=direction, layout=layout)
@@ -140,4 +158,4 @@ def _space(unit: str) -> str:
     return "" if unit == "x" else " "
 
 
-TARGETS = [*_deform_conv2d(), *_attention("squeeze_excite"), *_attention("eca")]
+TARGETS = [*_deform_conv2d(), *_offset_sample2d(), *_attention("squeeze_excite"), *_attention("eca")]
