@@ -9,7 +9,8 @@ namespace cellops::CELLOPS_ISA {
 namespace {
 
 template <class S, class T>
-CELLOPS_PHASE void sample(const Tile<S>& tile, Runs runs, const S* staged, T* output) {
+CELLOPS_PHASE void sample(const Tile<S>& tile, const Runs& given, const S* staged, T* output) {
+  const Runs runs = given;
   for (int64_t run = 0; run < runs.count; ++run, output += runs.stride) {
     for (int64_t i = 0; i < runs.length; i += kLanes<S>) {
       const int64_t at = run * runs.step + i;
@@ -26,8 +27,9 @@ CELLOPS_PHASE void sample(const Tile<S>& tile, Runs runs, const S* staged, T* ou
 
 // The offset's gradient where it is wanted, and what the corners receive.
 template <class S, class O, class T>
-CELLOPS_PHASE void differentiate(const Grid<S>& grid, Tile<S>* tile, Runs runs, const S* staged, const T* grad_output,
-                                 O* grad_offset) {
+CELLOPS_PHASE void differentiate(const Grid<S>& grid, Tile<S>* tile, const Runs& given, const S* staged,
+                                 const T* grad_output, O* grad_offset) {
+  const Runs runs = given;
   const Vec<S> zero = {}, last_row = grid.last_row, last_column = grid.last_column;
   for (int64_t run = 0; run < runs.count; ++run, grad_output += runs.stride) {
     for (int64_t i = 0; i < runs.length; i += kLanes<S>) {
@@ -54,7 +56,8 @@ CELLOPS_PHASE void differentiate(const Grid<S>& grid, Tile<S>* tile, Runs runs, 
 // sums: [plane][row][column][4], what the corners of each cell receive: upper left, upper right, lower left, lower
 // right.
 template <class S>
-CELLOPS_PHASE void scatter(const Tile<S>& tile, Runs runs, S* sums) {
+CELLOPS_PHASE void scatter(const Tile<S>& tile, const Runs& given, S* sums) {
+  const Runs runs = given;
   const int64_t length = round_up(runs.length, kLanes<S>);  // behind the last point: zeros
   for (int64_t run = 0; run < runs.count; ++run) {
     const int32_t* cell = tile.cell + run * runs.step;
@@ -118,7 +121,10 @@ class Worker {
         turn_data_(by_channels_ != p.channels_last),
         data_stride_(turn_data_ ? kBlockPlanes : p.channels),
         other_(by_channels_ || p.interleaved ? 0 : pixels_),
+        slots_(round_up(pixels_, kLanes<S>)),
+        whole_(kTilePoints / slots_),
         planes_(planes_of_block(p)),
+        blocks_(div_up(p.channels, planes_)),
         staged_(2 * planes_ * grid.plane),
         lines_(p.channels_last ? 3 * kBlockPlanes * p.width : 0),
         offset_(turn_offset_ ? 2 * planes_ * pixels_ : 0),
@@ -201,7 +207,7 @@ class Worker {
   }
 
   void start(int64_t block) {
-    const int64_t blocks = div_up(p_.channels, planes_), image = block / blocks, first = block % blocks * planes_;
+    const int64_t image = block / blocks_, first = block % blocks_ * planes_;
     channels_ = min_of(planes_, p_.channels - first);
     const int64_t at = image * p_.channels * pixels_;
     data_at_ = at + first * (p_.channels_last ? 1 : pixels_);
@@ -229,10 +235,9 @@ class Worker {
   // body(channel of the block, pixel, runs, origin) for each tile of the block, from that channel and pixel on.
   template <class Body>
   void for_tiles(const Body& body) const {
-    const int64_t slots = round_up(pixels_, kLanes<S>), whole = kTilePoints / slots;  // planes that fit in a tile
-    if (!by_channels_ && whole > 0) {
-      for (int64_t c = 0; c < channels_; c += whole) {
-        const Runs runs{min_of(whole, channels_ - c), pixels_, slots, pixels_, 2 * pixels_, other_};
+    if (!by_channels_ && whole_ > 0) {
+      for (int64_t c = 0; c < channels_; c += whole_) {
+        const Runs runs{min_of(whole_, channels_ - c), pixels_, slots_, pixels_, 2 * pixels_, other_};
         body(c, 0, runs, Origin<S>{0, grid_.y.get(), grid_.x.get()});
       }
       return;
@@ -269,9 +274,10 @@ class Worker {
   const Grid<S>& grid_;
   const int64_t pixels_;
   const bool by_channels_, turn_offset_, turn_data_;
-  const int64_t data_stride_;  // from one run of channels to the next in data
-  const int64_t other_;        // from dy to dx, 0 where they are pairs
-  const int64_t planes_;       // of a block
+  const int64_t data_stride_;      // from one run of channels to the next in data
+  const int64_t other_;            // from dy to dx, 0 where they are pairs
+  const int64_t slots_, whole_;    // points of a tile that a plane takes, and planes that fit in a tile
+  const int64_t planes_, blocks_;  // planes of a block, blocks of an image
   const Buffer<S> staged_, lines_;
   const Buffer<O> offset_;
   const Buffer<T> data_;

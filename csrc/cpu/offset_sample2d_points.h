@@ -107,7 +107,10 @@ struct Origin {
 #endif
 
 template <bool Channels, class S, class O>
-CELLOPS_PHASE void locate(const Grid<S>& grid, Runs runs, Origin<S> origin, const O* offset, Tile<S>* tile) {
+CELLOPS_PHASE void locate(const Grid<S>& grid, const Runs& given, const Origin<S>& origin, const O* offset,
+                          Tile<S>* tile) {
+  const Runs runs = given;
+  const S *from_y = origin.y, *from_x = origin.x;
   using I = VecInt<S>;
   using Int = typename IntOf<S>::type;
   using Index = typename VectorOf<int32_t, 4 * kLanes<S>>::type;
@@ -124,8 +127,8 @@ CELLOPS_PHASE void locate(const Grid<S>& grid, Runs runs, Origin<S> origin, cons
     for (int64_t i = 0; i < runs.length; i += lanes) {
       Vec<S> dy, dx;
       load_shifts<S>(offset, i, runs.length - i, runs.other, dy, dx);
-      Vec<S> y = (Channels ? broadcast(origin.y[run]) : load(origin.y + i)) + first_row + dy;
-      Vec<S> x = (Channels ? broadcast(origin.x[run]) : load(origin.x + i)) + dx;
+      Vec<S> y = (Channels ? broadcast(from_y[run]) : load(from_y + i)) + first_row + dy;
+      Vec<S> x = (Channels ? broadcast(from_x[run]) : load(from_x + i)) + dx;
       y = smaller_of<S>(last_row, larger_of<S>(zero, y));  // these keep NaN
       x = smaller_of<S>(last_column, larger_of<S>(zero, x));
       store(to_y + i, y), store(to_x + i, x);
