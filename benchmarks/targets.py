@@ -138,8 +138,8 @@ def _copies(direction: str, layout: str) -> Callable[[Results], float | None]:
     return value
 
 
-def _attention(op: str) -> list[Target]:
-    limits = {"forward": 1.25, "forward+backward": 3.5}
+def _in_copies(op: str, evaluation: float, training: float) -> list[Target]:
+    limits = {"forward": evaluation, "forward+backward": training}
     return [
         Target(
             op, f"{direction}, {layout}: copies of the input", limit, False, _copies(direction, layout), unit="copies"
@@ -158,4 +158,10 @@ def _space(unit: str) -> str:
     return "" if unit == "x" else " "
 
 
-TARGETS = [*_deform_conv2d(), *_offset_sample2d(), *_attention("squeeze_excite"), *_attention("eca")]
+TARGETS = [
+    *_deform_conv2d(),
+    *_offset_sample2d(),
+    *_in_copies("frelu", 1.5, 7.0),
+    *_in_copies("squeeze_excite", 1.25, 3.5),
+    *_in_copies("eca", 1.25, 3.5),
+]

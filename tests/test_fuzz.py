@@ -20,6 +20,7 @@ from cellops.testing import Case, assert_close_to_reference, forward_and_gradien
 from cellops.testing.deform_conv2d import deform_conv2d_case
 from cellops.testing.eca import eca_case
 from cellops.testing.frelu import frelu_case
+from cellops.testing.offset_sample2d import offset_sample2d_case
 from cellops.testing.squeeze_excite import squeeze_excite_case
 
 pytestmark = pytest.mark.skipif(_native.error is not None, reason=f"no compiled library: {_native.error}")
@@ -63,6 +64,16 @@ def deform_conv2d_sizes(draw: Any) -> dict[str, Any]:
 
 FUZZED: dict[str, tuple[Callable[..., Case], st.SearchStrategy[dict[str, Any]]]] = {
     "deform_conv2d": (deform_conv2d_case, deform_conv2d_sizes()),
+    "offset_sample2d": (
+        offset_sample2d_case,
+        st.fixed_dictionaries(
+            {
+                **image,
+                "layout": st.sampled_from(["planar", "interleaved"]),
+                "spread": st.sampled_from([0.5, 3.0, 30.0]),
+            }
+        ),
+    ),
     "frelu": (frelu_case, st.fixed_dictionaries({**image, "kernel": odd, "affine": st.booleans()})),
     "frelu_batch_norm": (
         functools.partial(frelu_case, batch_norm=True),
