@@ -9,11 +9,13 @@ from cellops.nn import (
     DeformConv2dPack,
     EfficientChannelAttention,
     FReLU,
+    GroupConv1x1,
     SqueezeExcite,
 )
 from cellops.ops.deform_conv2d import deform_conv2d
 from cellops.ops.eca import eca
 from cellops.ops.frelu import frelu
+from cellops.ops.group_conv1x1 import group_conv1x1
 from cellops.ops.offset_sample2d import offset_sample2d
 from cellops.ops.squeeze_excite import squeeze_excite
 
@@ -23,12 +25,14 @@ __all__ = [
     "DeformConv2dPack",
     "EfficientChannelAttention",
     "FReLU",
+    "GroupConv1x1",
     "SqueezeExcite",
     "__version__",
     "deform_conv2d",
     "eca",
     "explain",
     "frelu",
+    "group_conv1x1",
     "offset_sample2d",
     "squeeze_excite",
     "testing",

@@ -23,6 +23,8 @@ OPS: dict[str, tuple[str, ...]] = {
     "frelu_batch_norm": ("cpu",),
     "squeeze_excite": ("cpu",),
     "eca": ("cpu",),
+    "group_conv1x1": ("cpu",),
+    "group_conv1x1_batch_norm": ("cpu",),
 }
 """The kernels each op has, the preferred of a device first. Every op has the reference beside them."""
 

@@ -217,6 +217,67 @@ struct EcaBackward {
   void* grad_weight;  // or null
 };
 
+// Grouped 1x1 convolution: output = shuffle(act(scale * conv(input) + shift)). The shuffle writes channel
+// i * (O / G) + j of the convolution to output channel j * G + i.
+struct GroupConv1x1Params {
+  int64_t batch, in_channels, out_channels, pixels, groups;
+  Activation activation;
+  bool shuffle;
+  double eps;  // of the batch normalisation; the plain op has none
+  Dtype dtype;
+  bool channels_last;  // input, output and their gradients
+  static constexpr const char* kFields[] = {"batch",      "in_channels", "out_channels", "pixels", "groups",
+                                            "activation", "shuffle",     "eps",          "dtype",  "channels_last"};
+};
+
+// Of the type that the op computes in, not of dtype: scale, shift, gamma, beta, mean, var and their gradients.
+struct GroupConv1x1Forward {
+  const void* input;   // [N, C, pixels]
+  const void* weight;  // [O, C / G]
+  const void* scale;   // [O], or null for 1
+  const void* shift;   // [O], or null for 0
+  void* output;        // [N, O, pixels]
+};
+
+struct GroupConv1x1Backward {
+  const void* grad_output;
+  const void* input;
+  const void* weight;
+  const void* scale;
+  const void* shift;
+  // Each may be null when not wanted.
+  void* grad_input;
+  void* grad_weight;
+  void* grad_scale;
+  void* grad_shift;
+};
+
+// The same with scale and shift from gamma, beta and the batch's own mean and (biased) variance of the convolution.
+struct GroupConv1x1BatchNormForward {
+  const void* input;
+  const void* weight;
+  const void* gamma;  // [O], or null for 1
+  const void* beta;   // [O], or null for 0
+  void* output;
+  void* mean;  // [O]
+  void* var;   // [O]
+};
+
+struct GroupConv1x1BatchNormBackward {
+  const void* grad_output;
+  const void* input;
+  const void* weight;
+  const void* gamma;
+  const void* beta;
+  const void* mean;
+  const void* var;
+  // Each may be null when not wanted.
+  void* grad_input;
+  void* grad_weight;
+  void* grad_gamma;
+  void* grad_beta;
+};
+
 // <op>_cpu(params, tensors, threads) for every line of ops.inc. Throws std::bad_alloc where scratch memory is lacking.
 #define X(name, Params, Tensors) void name##_cpu(const Params&, const Tensors&, int threads);
 #include "cpu/ops.inc"

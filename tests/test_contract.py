@@ -21,7 +21,17 @@ from cellops.testing import (
 FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _native.DTYPE_CODES}
 
-SECOND_ORDER = ("plain", "v1", "crossed_groups", "offset_basic", "offset_interleaved")
+SECOND_ORDER = (
+    "plain",
+    "v1",
+    "crossed_groups",
+    "offset_basic",
+    "offset_interleaved",
+    "group_conv1x1_basic",
+    "group_conv1x1_bn_basic",
+    "frelu_basic",
+    "frelu_bn_basic",
+)
 """Cases that check second derivatives on every backend; they come from the reference, which checks all of its own."""
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import cellops
 from cellops import _native
-from cellops.ops import eca, frelu, offset_sample2d, squeeze_excite
+from cellops.ops import deform_conv2d, eca, frelu, group_conv1x1, offset_sample2d, squeeze_excite
 from cellops.ops._operator import Operator
 from cellops.testing import Case, cases, forward_and_gradients
 
@@ -23,6 +23,8 @@ OPERATORS: dict[str, Operator] = {
     "frelu_batch_norm": frelu._batch_norm_operator,
     "squeeze_excite": squeeze_excite._operator,
     "eca": eca._operator,
+    "group_conv1x1": group_conv1x1._operator,
+    "group_conv1x1_batch_norm": group_conv1x1._batch_norm_operator,
 }
 BASIC = [case for case in cases(None, "small") if case.op in OPERATORS and case.name.endswith("_basic")]
 each_op = pytest.mark.parametrize("case", BASIC, ids=str)

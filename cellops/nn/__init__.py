@@ -3,6 +3,7 @@
 from cellops.nn.deform_conv2d import DeformConv2d, DeformConv2dPack
 from cellops.nn.eca import EfficientChannelAttention
 from cellops.nn.frelu import FReLU
+from cellops.nn.group_conv1x1 import GroupConv1x1
 from cellops.nn.offset_sample2d import ConvOffset2d
 from cellops.nn.squeeze_excite import SqueezeExcite
 
@@ -12,5 +13,6 @@ __all__ = [
     "DeformConv2dPack",
     "EfficientChannelAttention",
     "FReLU",
+    "GroupConv1x1",
     "SqueezeExcite",
 ]

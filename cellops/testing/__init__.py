@@ -7,7 +7,7 @@ for case in cases("deform_conv2d", "bench"):
 
 from __future__ import annotations
 
-from cellops.testing import deform_conv2d, eca, frelu, offset_sample2d, squeeze_excite
+from cellops.testing import deform_conv2d, eca, frelu, group_conv1x1, offset_sample2d, squeeze_excite
 from cellops.testing._case import Arguments, Case, maker, off_grid
 from cellops.testing._check import (
     HALF_ERROR_RATIO,
@@ -39,6 +39,7 @@ CASES: list[Case] = [
     *frelu.CASES,
     *squeeze_excite.CASES,
     *eca.CASES,
+    *group_conv1x1.CASES,
 ]
 """Every case of every op. `small` cases stay off the kinks of their op, so that finite differences hold."""
 

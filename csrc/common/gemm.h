@@ -111,4 +111,86 @@ inline void multiply_outer(int64_t rows, int64_t columns, int64_t depth, const t
   }
 }
 
+#if defined(__AVX512F__) || defined(__aarch64__)
+inline constexpr int kTileRows = 8, kDotRows = 4;
+#else
+inline constexpr int kTileRows = 4, kDotRows = 2;
+#endif
+inline constexpr int kTileVectors = 3, kDotColumns = 4;
+
+// C[rows][columns] = A[rows][depth] * B[depth][columns], all as they lie, of few or many rows: none is computed in
+// vain. Rows of A lie a_row apart and its columns a_step. `columns` is a multiple of the lanes.
+template <class S, int Rows = kTileRows>
+inline void multiply_tile(int64_t rows, int64_t columns, int64_t depth, const S* a, int64_t a_row, int64_t a_step,
+                          const S* b, int64_t b_step, S* c, int64_t c_row) {
+  constexpr int64_t lanes = kLanes<S>, panel = kTileVectors * lanes;
+  int64_t n = 0, r = 0;
+  for (; n + panel <= columns; n += panel) {
+    for (r = 0; r + Rows <= rows; r += Rows) {
+      micro_kernel<Multiply<S>, Rows, kTileVectors, false>(depth, a + r * a_row, a_row, a_step, b + n, b_step,
+                                                           c + r * c_row + n, c_row);
+    }
+  }
+  for (; n < columns; n += lanes) {
+    for (r = 0; r + Rows <= rows; r += Rows) {
+      micro_kernel<Multiply<S>, Rows, 1, false>(depth, a + r * a_row, a_row, a_step, b + n, b_step, c + r * c_row + n,
+                                                c_row);
+    }
+  }
+  if constexpr (Rows > 1) {
+    if (r < rows) {
+      multiply_tile<S, Rows / 2>(rows - r, columns, depth, a + r * a_row, a_row, a_step, b, b_step, c + r * c_row,
+                                 c_row);
+    }
+  }
+}
+
+// C[r][j] += the product of row r of A and row j of B, each `depth` numbers long, a multiple of the lanes.
+template <class S, int Rows, int Columns>
+inline void dot_kernel(int64_t depth, const S* a, int64_t a_row, const S* b, int64_t b_row, S* c, int64_t c_row) {
+  Vec<S> sum[Rows][Columns] = {};
+  for (int64_t k = 0; k < depth; k += kLanes<S>) {
+    Vec<S> column[Columns];
+#pragma GCC unroll 4
+    for (int j = 0; j < Columns; ++j) column[j] = load(b + j * b_row + k);
+#pragma GCC unroll 4
+    for (int r = 0; r < Rows; ++r) {
+      const Vec<S> row = load(a + r * a_row + k);
+#pragma GCC unroll 4
+      for (int j = 0; j < Columns; ++j) sum[r][j] += row * column[j];
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < Rows; ++r) {
+    if constexpr (Columns == 4) {
+      S sums[4];
+      sums_of(sum[r][0], sum[r][1], sum[r][2], sum[r][3], sums);
+      for (int j = 0; j < 4; ++j) c[r * c_row + j] += sums[j];
+    } else {
+      for (int j = 0; j < Columns; ++j) c[r * c_row + j] += sum_of<S>(sum[r][j]);
+    }
+  }
+}
+
+// C[rows][columns] += A[rows][depth] * B[columns][depth]^T, all as they lie; `depth` is a multiple of the lanes.
+template <class S, int Rows = kDotRows>
+inline void multiply_dots(int64_t rows, int64_t columns, int64_t depth, const S* a, int64_t a_row, const S* b,
+                          int64_t b_row, S* c, int64_t c_row) {
+  int64_t r = 0;
+  for (; r + Rows <= rows; r += Rows) {
+    int64_t j = 0;
+    for (; j + kDotColumns <= columns; j += kDotColumns) {
+      dot_kernel<S, Rows, kDotColumns>(depth, a + r * a_row, a_row, b + j * b_row, b_row, c + r * c_row + j, c_row);
+    }
+    for (; j < columns; ++j) {
+      dot_kernel<S, Rows, 1>(depth, a + r * a_row, a_row, b + j * b_row, b_row, c + r * c_row + j, c_row);
+    }
+  }
+  if constexpr (Rows > 1) {
+    if (r < rows) {
+      multiply_dots<S, 1>(rows - r, columns, depth, a + r * a_row, a_row, b, b_row, c + r * c_row, c_row);
+    }
+  }
+}
+
 }  // namespace cellops::CELLOPS_ISA

@@ -1,0 +1,81 @@
+"""The module of `group_conv1x1`."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from cellops.nn import _batch_norm
+from cellops.ops.group_conv1x1 import ACTIVATION_CODES, group_conv1x1, group_conv1x1_batch_norm
+from cellops.reference.group_conv1x1 import ACTIVATIONS
+
+
+class GroupConv1x1(nn.Module):
+    """Grouped 1x1 convolution, batch normalisation, activation and channel shuffle in one; children `conv` and `bn`.
+
+    In training the convolution is normalised by its batch, in evaluation by the running statistics, which are folded
+    into scale and shift. A child that is not what it was made as (SyncBatchNorm, a frozen one) or has hooks is called.
+
+    Args:
+        in_channels: C.
+        out_channels: O.
+        groups: a divisor of C and O.
+        norm: whether `bn` normalises the convolution; without it `bn` is None.
+        activation: "none", "relu", "relu6", "gelu" (with the error function), "silu" or "hardswish".
+        shuffle: whether to shuffle the channels at the end, as `torch.channel_shuffle` does.
+        bias: whether the convolution has a bias.
+
+    Raises:
+        ValueError: `groups` does not divide both channel counts, or `activation` is unknown.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        groups: int,
+        norm: bool = True,
+        activation: str = "relu",
+        shuffle: bool = False,
+        bias: bool = False,
+    ) -> None:
+        super().__init__()
+        for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
+            if groups < 1 or channels % groups:
+                raise ValueError(f"{name} must be a multiple of groups = {groups}, got {channels}")
+        if activation not in ACTIVATION_CODES:
+            raise ValueError(f"activation must be one of {', '.join(map(repr, ACTIVATION_CODES))}, got {activation!r}")
+        self.groups = groups
+        self.activation = activation
+        self.shuffle = shuffle
+        self.conv = nn.Conv2d(in_channels, out_channels, 1, groups=groups, bias=bias)
+        self.bn = nn.BatchNorm2d(out_channels) if norm else None
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[N, C, H, W] -> [N, O, H, W].
+
+        Raises:
+            ValueError: in training, one value per channel; else the errors are those of `cellops.group_conv1x1`.
+        """
+        conv, bn, settings = self.conv, self.bn, (self.groups, self.activation, self.shuffle)
+        if not _batch_norm.can_fuse(conv, bn):
+            return self._compose(input)
+        if bn is None:
+            return group_conv1x1(input, conv.weight, None, conv.bias, *settings)
+        if not _batch_norm.uses_batch_statistics(bn):
+            return group_conv1x1(input, conv.weight, *_batch_norm.folded(bn, conv.bias), *settings)
+        shape = input.shape
+        _batch_norm.check_batch(shape[:1] + conv.weight.shape[:1] + shape[2:])
+        gamma, beta = _batch_norm.affine(bn, conv.bias)
+        output, mean, var = group_conv1x1_batch_norm(input, conv.weight, gamma, beta, bn.eps, *settings)
+        _batch_norm.update_running_statistics(bn, mean, var, conv.bias, shape[0] * shape[2] * shape[3])
+        return output
+
+    def _compose(self, input: Tensor) -> Tensor:
+        output = self.conv(input)
+        if self.bn is not None:
+            output = self.bn(output)
+        output = ACTIVATIONS[self.activation](output)
+        return nn.functional.channel_shuffle(output, self.groups) if self.shuffle else output
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation!r}, shuffle={self.shuffle}"
