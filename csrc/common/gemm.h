@@ -118,29 +118,30 @@ inline constexpr int kTileRows = 4, kDotRows = 2;
 #endif
 inline constexpr int kTileVectors = 3, kDotColumns = 4;
 
-// C[rows][columns] = A[rows][depth] * B[depth][columns], all as they lie, of few or many rows: none is computed in
-// vain. Rows of A lie a_row apart and its columns a_step. `columns` is a multiple of the lanes.
-template <class S, int Rows = kTileRows>
+// C[rows][columns] (+)= A[rows][depth] * B[depth][columns], all as they lie; no row is computed in vain, be they few.
+// Rows of A lie a_row apart and its columns a_step. `columns` is a multiple of the lanes.
+template <class S, bool Accumulate, int Rows, int Vectors>
 inline void multiply_tile(int64_t rows, int64_t columns, int64_t depth, const S* a, int64_t a_row, int64_t a_step,
                           const S* b, int64_t b_step, S* c, int64_t c_row) {
-  constexpr int64_t lanes = kLanes<S>, panel = kTileVectors * lanes;
-  int64_t n = 0, r = 0;
+  constexpr int64_t lanes = kLanes<S>, panel = Vectors * lanes;
+  int64_t n = 0;
   for (; n + panel <= columns; n += panel) {
-    for (r = 0; r + Rows <= rows; r += Rows) {
-      micro_kernel<Multiply<S>, Rows, kTileVectors, false>(depth, a + r * a_row, a_row, a_step, b + n, b_step,
+    for (int64_t r = 0; r + Rows <= rows; r += Rows) {
+      micro_kernel<Multiply<S>, Rows, Vectors, Accumulate>(depth, a + r * a_row, a_row, a_step, b + n, b_step,
                                                            c + r * c_row + n, c_row);
     }
   }
   for (; n < columns; n += lanes) {
-    for (r = 0; r + Rows <= rows; r += Rows) {
-      micro_kernel<Multiply<S>, Rows, 1, false>(depth, a + r * a_row, a_row, a_step, b + n, b_step, c + r * c_row + n,
-                                                c_row);
+    for (int64_t r = 0; r + Rows <= rows; r += Rows) {
+      micro_kernel<Multiply<S>, Rows, 1, Accumulate>(depth, a + r * a_row, a_row, a_step, b + n, b_step,
+                                                     c + r * c_row + n, c_row);
     }
   }
   if constexpr (Rows > 1) {
-    if (r < rows) {
-      multiply_tile<S, Rows / 2>(rows - r, columns, depth, a + r * a_row, a_row, a_step, b, b_step, c + r * c_row,
-                                 c_row);
+    const int64_t done = rows / Rows * Rows;
+    if (done < rows) {
+      multiply_tile<S, Accumulate, Rows / 2, Vectors>(rows - done, columns, depth, a + done * a_row, a_row, a_step, b,
+                                                      b_step, c + done * c_row, c_row);
     }
   }
 }

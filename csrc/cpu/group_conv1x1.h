@@ -1,8 +1,8 @@
-// What forward and backward of the grouped 1x1 convolution share: the batch in tiles.
+// What the files of the grouped 1x1 convolution share: how the batch is cut, and what is done per channel.
 //
-// Every pixel of every image has a position, counted through. A tile is some neighbouring positions of some channels,
-// one row of numbers (of the compute type) for each channel. Lanes are positions, so no size of a group wastes any; the
-// two memory formats differ in how a tile is read and written, and in how many channels it is worth reading at once.
+// Every pixel of every image has a position, counted through. A tile is some neighbouring positions of the channels of
+// one or all groups. There are two kinds: by channel (a row of positions for each channel: lanes are positions, so no
+// size of a group wastes any) and by position (a row of channels for each position, as channels_last memory has them).
 #pragma once
 #include "../cellops.h"
 #include "../common/activation.h"
@@ -20,26 +20,24 @@ struct Channels {
 
 // The batch as tiles and the tiles as units of work, each for one thread.
 struct Tiling {
-  Tiling(const GroupConv1x1Params& p, int64_t bytes_of_number, int most_threads)
+  // most: positions in a tile, as long as its `channels` stay in the second cache. all_groups: whether a tile has them
+  // all, as it should where they share cache lines.
+  Tiling(const GroupConv1x1Params& p, int64_t most, int64_t channels, int64_t bytes_of_number, bool all_groups,
+         int most_threads)
       : groups(p.groups),
         pixels(p.pixels),
         positions(p.batch * p.pixels),
         in{p.in_channels, p.in_channels / p.groups, 1},
         out{p.out_channels, p.out_channels / p.groups, p.shuffle ? p.groups : 1},
-        by_position(p.channels_last || p.pixels == 1) {
-    constexpr int64_t kStep = 48;                    // whole panels of multiply_tile, of every vector width
-    constexpr int64_t kMost = 240, kBytes = 196608;  // a tile of input and one of output: they stay in the second cache
-    rows_in = by_position ? in.count : in.of_group;
-    rows_out = by_position ? out.count : out.of_group;
-    tile = kBytes / ((rows_in + rows_out) * bytes_of_number) / kStep * kStep;
-    tile = max_of(kStep, min_of(min_of(tile, kMost), round_up(positions, kStep)));
-    stride = tile + 16;  // so that rows do not meet in one set of the first cache
+        rows_of_memory(p.channels_last || p.pixels == 1),
+        unit_groups(all_groups ? groups : 1) {
+    constexpr int64_t kStep = 48, kBytes = 196608;
+    tile = min_of(most, kBytes / (channels * bytes_of_number)) / kStep * kStep;
+    tile = max_of(kStep, min_of(tile, round_up(positions, kStep)));
     const int64_t work = positions * max_of(max_of(in.count, out.count), out.count * in.of_group / 16);
     threads = int(max_of(1, min_of(work / 16384, most_threads)));
-    // All groups of a tile, where they share its cache lines; else so many tiles of a group that threads have 8 units.
-    unit_groups = by_position ? groups : 1;
     const int64_t tiles = div_up(positions, tile) * (groups / unit_groups);
-    unit_positions = by_position ? tile : tile * max_of(1, min_of(16, tiles / (8 * threads)));
+    unit_positions = all_groups ? tile : tile * max_of(1, min_of(16, tiles / (8 * threads)));
     units = div_up(positions, unit_positions) * (groups / unit_groups);
   }
 
@@ -56,92 +54,41 @@ struct Tiling {
     }
   }
 
-  // Where the rows of a group begin in a tile, and how far they lie apart.
-  int64_t row_of(const Channels& side, int64_t group) const { return by_position ? side.first(group) * stride : 0; }
-  int64_t row_step(const Channels& side) const { return by_position ? side.step * stride : stride; }
-
   const int64_t groups, pixels, positions;
   const Channels in, out;
-  const bool by_position;     // memory is [positions][channels]
-  int64_t rows_in, rows_out;  // of a tile
-  int64_t tile, stride;       // positions in a tile, and from one of its rows to the next
+  const bool rows_of_memory;  // memory is [positions][channels]
+  const int64_t unit_groups;
+  int64_t tile;  // positions
   int threads;
-  int64_t unit_groups, unit_positions, units;
+  int64_t unit_positions, units;
 };
 
-// Positions by position: from 16 rows of memory, which half types pass in the compute type.
-inline constexpr int64_t kRowsAtOnce = 16;
+// Whether a tensor is too large for the caches to hold until it is read: then it is written past them.
 template <class T>
-inline int64_t staging_size(const Tiling& t) {
-  return sizeof(T) == 2 ? kRowsAtOnce * max_of(t.in.count, t.out.count) : 0;
+inline bool is_streamed(int64_t elements) {
+  return elements * int64_t(sizeof(T)) >= (int64_t(8) << 20);
 }
 
-// The parts of a tile that lie in one image each: body(image, pixel, offset in the tile, length).
-template <class Body>
-inline void for_images_of_tile(int64_t pixels, int64_t position, int64_t count, const Body& body) {
-  for (int64_t offset = 0; offset < count;) {
-    const int64_t image = (position + offset) / pixels, pixel = (position + offset) % pixels;
-    const int64_t length = min_of(count - offset, pixels - pixel);
-    body(image, pixel, offset, length);
-    offset += length;
+// The weight [O][C / G], and each group's block transposed.
+template <class S>
+struct Weights {
+  explicit Weights(const Tiling& t)
+      : group_in(t.in.of_group), group_out(t.out.of_group), rows(t.out.count * group_in), columns(rows.count()) {}
+  bool failed() const { return rows.failed() || columns.failed(); }
+  template <class T>
+  void set(const T* weight) const {
+    const int64_t size = group_in * group_out;
+    convert_row(rows.count(), weight, rows.get());
+    for (int64_t at = 0; at < rows.count(); at += size) {
+      transpose(group_out, group_in, rows.get() + at, group_in, columns.get() + at, group_out);
+    }
   }
-}
+  const S* of(int64_t group) const { return rows.get() + group * group_in * group_out; }
+  const S* transposed_of(int64_t group) const { return columns.get() + group * group_in * group_out; }
 
-// Reads a tile from a tensor; fills it with zeros up to whole vectors.
-template <class T, class S>
-inline void load_tile(const Tiling& t, const Channels& side, const T* tensor, int64_t group, int64_t position,
-                      int64_t count, S* tile, S* staging) {
-  const int64_t rows = t.by_position ? side.count : side.of_group;
-  if (t.by_position) {
-    for (int64_t i = 0; i < count; i += kRowsAtOnce) {
-      const int64_t some = min_of(kRowsAtOnce, count - i);
-      const T* from = tensor + (position + i) * side.count;
-      if constexpr (sizeof(T) == 2) {
-        convert_row(some * side.count, from, staging);
-        transpose(some, side.count, staging, side.count, tile + i, t.stride);
-      } else {
-        transpose(some, side.count, from, side.count, tile + i, t.stride);
-      }
-    }
-  } else {
-    for_images_of_tile(t.pixels, position, count, [&](int64_t image, int64_t pixel, int64_t offset, int64_t length) {
-      const T* from = tensor + (image * side.count + side.first(group)) * t.pixels + pixel;
-      for (int64_t j = 0; j < rows; ++j) {
-        convert_row(length, from + j * side.step * t.pixels, tile + j * t.stride + offset);
-      }
-    });
-  }
-  const int64_t whole = round_up(count, kLanes<S>);
-  if (count == whole) return;
-  for (int64_t j = 0; j < rows; ++j) {
-    for (int64_t i = count; i < whole; ++i) tile[j * t.stride + i] = 0;
-  }
-}
-
-// Writes a tile to a tensor.
-template <class T, class S>
-inline void store_tile(const Tiling& t, const Channels& side, const S* tile, int64_t group, int64_t position,
-                       int64_t count, T* tensor, S* staging) {
-  if (t.by_position) {
-    for (int64_t i = 0; i < count; i += kRowsAtOnce) {
-      const int64_t some = min_of(kRowsAtOnce, count - i);
-      T* to = tensor + (position + i) * side.count;
-      if constexpr (sizeof(T) == 2) {
-        transpose(side.count, some, tile + i, t.stride, staging, side.count);
-        convert_row(some * side.count, staging, to);
-      } else {
-        transpose(side.count, some, tile + i, t.stride, to, side.count);
-      }
-    }
-    return;
-  }
-  for_images_of_tile(t.pixels, position, count, [&](int64_t image, int64_t pixel, int64_t offset, int64_t length) {
-    T* to = tensor + (image * side.count + side.first(group)) * t.pixels + pixel;
-    for (int64_t j = 0; j < side.of_group; ++j) {
-      convert_row(length, tile + j * t.stride + offset, to + j * side.step * t.pixels);
-    }
-  });
-}
+  const int64_t group_in, group_out;
+  const Buffer<S> rows, columns;
+};
 
 // What follows the convolution: act(scale * (convolution - centre) + shift), per output channel.
 template <class S>
@@ -171,11 +118,54 @@ struct Affine {
   const Buffer<S> centre, scale, shift;
 };
 
-// Zero in the lanes from `count` on.
+// The gradient to the convolution z from that behind the affine step, grad' = slope * grad:
+// affine.scale * grad' + of_apart * (z - affine.centre) + constant. The last two are what a normalisation by the batch
+// adds, zero without one.
 template <class S>
-CELLOPS_INLINE Vec<S> keep_first(Vec<S> value, int64_t count) {
-  for (int i = 0; i < kLanes<S>; ++i) value[i] = i < count ? value[i] : S(0);
-  return value;
-}
+struct Chain {
+  explicit Chain(int64_t channels) : affine(channels), of_apart(channels), constant(channels) {}
+  bool failed() const { return affine.failed() || of_apart.failed() || constant.failed(); }
+  const Affine<S> affine;
+  const Buffer<S> of_apart, constant;
+};
+
+// Sums over positions per channel: of grad' and of grad' * (z - centre).
+struct Sums {
+  explicit Sums(int64_t channels) : grad(channels), product(channels) {}
+  bool failed() const { return grad.failed() || product.failed(); }
+  void zero() const { grad.zero(), product.zero(); }
+  void add(const Sums& other) const {
+    for (int64_t o = 0; o < grad.count(); ++o) {
+      grad.get()[o] += other.grad.get()[o];
+      product.get()[o] += other.product.get()[o];
+    }
+  }
+  const Buffer<double> grad, product;
+};
+
+// What both kinds of tile do with a vector: the same channel, or neighbouring ones, in its lanes.
+template <class S>
+struct AffineLanes {
+  Vec<S> centre, scale, shift;
+  template <Activation A>
+  CELLOPS_INLINE Vec<S> activated(Vec<S> z) const {
+    return activate<A, S>((z - centre) * scale + shift);
+  }
+};
+
+template <class S>
+struct ChainLanes {
+  AffineLanes<S> affine;
+  Vec<S> of_apart, constant;
+  // grad' from the gradient, and z - centre.
+  template <Activation A>
+  CELLOPS_INLINE Vec<S> through_activation(Vec<S> z, Vec<S> grad, Vec<S>* apart) const {
+    *apart = z - affine.centre;
+    return activation_slope<A, S>(*apart * affine.scale + affine.shift) * grad;
+  }
+  CELLOPS_INLINE Vec<S> through_affine(Vec<S> grad, Vec<S> apart) const {
+    return grad * affine.scale + (apart * of_apart + constant);
+  }
+};
 
 }  // namespace cellops::CELLOPS_ISA

@@ -1,0 +1,275 @@
+// Tiles by channel, of any sizes in either memory format. Planes of float and double are read where they lie; half
+// types and channels_last memory pass through a tile of the compute type.
+#pragma once
+#include "group_conv1x1.h"
+
+namespace cellops::CELLOPS_ISA {
+
+// Zero in the lanes from `count` on.
+template <class S>
+CELLOPS_INLINE Vec<S> keep_first(Vec<S> value, int64_t count) {
+  for (int i = 0; i < kLanes<S>; ++i) value[i] = i < count ? value[i] : S(0);
+  return value;
+}
+
+// Reads and writes one thread's tiles of one side of the convolution.
+template <class T>
+class PlaneAccess {
+ public:
+  using S = Compute<T>;
+  PlaneAccess(const Tiling& t, const Channels& side)
+      : t_(t),
+        side_(side),
+        stride_(t.tile + 16),  // so that rows do not meet in one set of the first cache
+        tile_((t.rows_of_memory ? side.count : side.of_group) * stride_),
+        staging_(t.rows_of_memory ? kRowsAtOnce * side.count : 0) {}
+  bool failed() const { return tile_.failed() || staging_.failed(); }
+
+  // Where the rows of a group are written, and how far they lie apart.
+  S* row_of(int64_t group) const { return tile_.get() + (t_.rows_of_memory ? side_.first(group) * stride_ : 0); }
+  int64_t row_step() const { return t_.rows_of_memory ? side_.step * stride_ : stride_; }
+  // Where the rows of a group are read after `read`.
+  const S* read_row_of(int64_t group) const { return direct_ ? direct_ : row_of(group); }
+  int64_t read_row_step() const { return direct_ ? side_.step * t_.pixels : row_step(); }
+
+  // Takes a tile of the tensor: whole vectors of one image where they lie, others as a copy with zeros at its end.
+  void read(const T* tensor, int64_t group, int64_t position, int64_t count) {
+    const int64_t image = position / t_.pixels, pixel = position % t_.pixels;
+    direct_ = nullptr;
+    if constexpr (sizeof(T) == sizeof(S)) {
+      if (!t_.rows_of_memory && count % kLanes<S> == 0 && pixel + count <= t_.pixels) {
+        direct_ = plane(tensor, image, group) + pixel;
+        return;
+      }
+    }
+    const int64_t rows = t_.rows_of_memory ? side_.count : side_.of_group, whole = round_up(count, kLanes<S>);
+    if (t_.rows_of_memory) {
+      for (int64_t i = 0; i < count; i += kRowsAtOnce) {
+        const int64_t some = min_of(kRowsAtOnce, count - i);
+        const T* from = tensor + (position + i) * side_.count;
+        if constexpr (sizeof(T) == sizeof(S)) {
+          transpose(some, side_.count, from, side_.count, tile_.get() + i, stride_);
+        } else {
+          convert_row(some * side_.count, from, staging_.get());
+          transpose(some, side_.count, staging_.get(), side_.count, tile_.get() + i, stride_);
+        }
+      }
+    } else {
+      for_images(position, count, [&](int64_t image, int64_t pixel, int64_t offset, int64_t length) {
+        const T* from = plane(tensor, image, group) + pixel;
+        for (int64_t j = 0; j < rows; ++j) {
+          convert_row(length, from + j * side_.step * t_.pixels, tile_.get() + j * stride_ + offset);
+        }
+      });
+    }
+    for (int64_t j = 0; j < rows && count < whole; ++j) {
+      for (int64_t i = count; i < whole; ++i) tile_.get()[j * stride_ + i] = 0;
+    }
+  }
+
+  // Asks for some columns of a part of the rows, of a tile that is read where it lies.
+  CELLOPS_INLINE void prefetch(int64_t from, int64_t columns, int64_t part, int64_t parts) const {
+    if (!direct_) return;
+    const int64_t end = side_.of_group * (part + 1) / parts;
+    for (int64_t j = side_.of_group * part / parts; j < end; ++j) {
+      const S* row = direct_ + j * side_.step * t_.pixels + from;
+      for (int64_t i = 0; i < columns; i += 64 / int64_t(sizeof(S))) __builtin_prefetch(row + i);
+    }
+  }
+
+  void write(int64_t group, int64_t position, int64_t count, bool streamed, T* tensor) const {
+    if (t_.rows_of_memory) {
+      for (int64_t i = 0; i < count; i += kRowsAtOnce) {
+        const int64_t some = min_of(kRowsAtOnce, count - i);
+        transpose(side_.count, some, tile_.get() + i, stride_, staging_.get(), side_.count);
+        write_row(some * side_.count, staging_.get(), streamed, tensor + (position + i) * side_.count);
+      }
+      return;
+    }
+    for_images(position, count, [&](int64_t image, int64_t pixel, int64_t offset, int64_t length) {
+      T* to = plane(tensor, image, group) + pixel;
+      for (int64_t j = 0; j < side_.of_group; ++j) {
+        write_row(length, tile_.get() + j * stride_ + offset, streamed, to + j * side_.step * t_.pixels);
+      }
+    });
+  }
+
+ private:
+  static constexpr int64_t kRowsAtOnce = 16;
+
+  static void write_row(int64_t count, const S* from, bool streamed, T* to) {
+    if (streamed) {
+      stream_row(count, from, to);
+    } else {
+      convert_row(count, from, to);
+    }
+  }
+
+  template <class Pointer>
+  Pointer plane(Pointer tensor, int64_t image, int64_t group) const {
+    return tensor + (image * side_.count + side_.first(group)) * t_.pixels;
+  }
+
+  // The parts of a tile that lie in one image each: body(image, pixel, offset in the tile, length).
+  template <class Body>
+  void for_images(int64_t position, int64_t count, const Body& body) const {
+    for (int64_t offset = 0; offset < count;) {
+      const int64_t image = (position + offset) / t_.pixels, pixel = (position + offset) % t_.pixels;
+      const int64_t length = min_of(count - offset, t_.pixels - pixel);
+      body(image, pixel, offset, length);
+      offset += length;
+    }
+  }
+
+  const Tiling& t_;
+  const Channels& side_;
+  const int64_t stride_;
+  const Buffer<S> tile_, staging_;
+  const S* direct_ = nullptr;
+};
+
+template <class T>
+class ByChannel {
+ public:
+  using S = Compute<T>;
+
+  static Tiling tiling(const GroupConv1x1Params& p, int threads) {
+    const bool all = p.channels_last || p.pixels == 1;
+    return Tiling(p, 240, (p.in_channels + p.out_channels) / (all ? 1 : p.groups), sizeof(S), all, threads);
+  }
+
+  ByChannel(const Tiling& t, const Weights<S>& weights, bool backward)
+      : t_(t),
+        weights_(weights),
+        in_(t, t.in),
+        out_(t, t.out),
+        stride_(t.tile + 16),
+        convolution_(backward ? t.out.of_group * stride_ : 0) {}
+  bool failed() const { return in_.failed() || out_.failed() || convolution_.failed(); }
+
+  void read(const T* input, const T* grad_output, int64_t group, int64_t position, int64_t count) {
+    group_ = group, position_ = position, count_ = count;
+    in_.read(input, group, position, count);
+    if (grad_output) out_.read(grad_output, group, position, count);
+  }
+
+  // Forward: the convolution of a group, in the place of its output.
+  void convolve(int64_t group) { multiply(group, out_.row_of(group), out_.row_step(), false); }
+
+  // Mean and sum of squared deviations of each channel of it.
+  void find_moments(int64_t group, S* means, S* squares) const {
+    for (int64_t j = 0; j < t_.out.of_group; ++j) {
+      const S* row = out_.row_of(group) + j * out_.row_step();
+      Vec<S> sum{};
+      for_vectors([&](int64_t i, int64_t valid) { sum += masked(load(row + i), valid); });
+      means[j] = sum_of<S>(sum) / S(count_);
+      Vec<S> square{};
+      for_vectors([&](int64_t i, int64_t valid) {
+        const Vec<S> apart = masked(load(row + i) - means[j], valid);
+        square += apart * apart;
+      });
+      squares[j] = sum_of<S>(square);
+    }
+  }
+
+  template <Activation A>
+  void activate(int64_t group, const Affine<S>& affine) {
+    for (int64_t j = 0; j < t_.out.of_group; ++j) {
+      const AffineLanes<S> lanes = lanes_of(affine, group * t_.out.of_group + j);
+      S* row = out_.row_of(group) + j * out_.row_step();
+      for (int64_t i = 0; i < count_; i += kLanes<S>) store(row + i, lanes.template activated<A>(load(row + i)));
+    }
+  }
+
+  void write_output(int64_t group, bool streamed, T* output) const {
+    if (is_last(group)) out_.write(group_, position_, count_, streamed, output);
+  }
+
+  // Backward: the convolution again, the sums and, with Apply, the gradient to the convolution.
+  template <Activation A, bool Sum, bool Apply>
+  void chain(int64_t group, const Chain<S>& chain, const Sums& sums) {
+    multiply(group, convolution_.get(), stride_, true);
+    const S* grads = out_.read_row_of(group);
+    for (int64_t j = 0; j < t_.out.of_group; ++j) {
+      const int64_t o = group * t_.out.of_group + j;
+      const ChainLanes<S> lanes{lanes_of(chain.affine, o), broadcast(chain.of_apart.get()[o]),
+                                broadcast(chain.constant.get()[o])};
+      const S *row = convolution_.get() + j * stride_, *grad_row = grads + j * out_.read_row_step();
+      S* result = out_.row_of(group) + j * out_.row_step();
+      Vec<S> grad_sum{}, product_sum{};
+      for_vectors([&](int64_t i, int64_t valid) {
+        Vec<S> apart;
+        const Vec<S> grad =
+            masked(lanes.template through_activation<A>(load(row + i), load(grad_row + i), &apart), valid);
+        if constexpr (Sum) {
+          grad_sum += grad;
+          product_sum += masked(grad * apart, valid);
+        }
+        if constexpr (Apply) store(result + i, masked(lanes.through_affine(grad, apart), valid));
+      });
+      if constexpr (Sum) {
+        sums.grad.get()[o] += sum_of<S>(grad_sum);
+        sums.product.get()[o] += sum_of<S>(product_sum);
+      }
+    }
+  }
+
+  void add_grad_weight(int64_t group, S* grad_weight) const {
+    multiply_dots(t_.out.of_group, t_.in.of_group, round_up(count_, kLanes<S>), out_.row_of(group), out_.row_step(),
+                  in_.read_row_of(group), in_.read_row_step(), grad_weight, t_.in.of_group);
+  }
+
+  // The gradient to the input; may take the input's place.
+  void convolve_back(int64_t group, bool streamed, T* grad_input) {
+    multiply_tile<S, false, kTileRows, kTileVectors>(t_.in.of_group, round_up(count_, kLanes<S>), t_.out.of_group,
+                                                     weights_.of(group), 1, t_.in.of_group, out_.row_of(group),
+                                                     out_.row_step(), in_.row_of(group), in_.row_step());
+    if (is_last(group)) in_.write(group_, position_, count_, streamed, grad_input);
+  }
+
+ private:
+  // A tile is written when it has all its groups.
+  bool is_last(int64_t group) const { return group + 1 == group_ + t_.unit_groups; }
+
+  void multiply(int64_t group, S* to, int64_t to_step, bool with_gradient) const {
+    constexpr int64_t kPanel = kTileVectors * kLanes<S>;
+    const int64_t columns = round_up(count_, kLanes<S>), depth = t_.in.of_group, outs = t_.out.of_group;
+    const int64_t parts = div_up(outs, kTileRows);
+    for (int64_t n = 0; n < columns; n += kPanel) {
+      const int64_t some = min_of(kPanel, columns - n);
+      for (int64_t part = 0; part < parts; ++part) {
+        const int64_t r = part * kTileRows;
+        in_.prefetch(n + 2 * kPanel, kPanel, part, parts);
+        if (with_gradient) out_.prefetch(n, kPanel, part, parts);
+        multiply_tile<S, false, kTileRows, kTileVectors>(min_of(kTileRows, outs - r), some, depth,
+                                                         weights_.of(group) + r * depth, depth, 1,
+                                                         in_.read_row_of(group) + n, in_.read_row_step(),
+                                                         to + r * to_step + n, to_step);
+      }
+    }
+  }
+
+  template <class Body>
+  CELLOPS_INLINE void for_vectors(const Body& body) const {
+    constexpr int64_t lanes = kLanes<S>;
+    int64_t i = 0;
+    for (; i + lanes <= count_; i += lanes) body(i, lanes);
+    if (i < count_) body(i, count_ - i);
+  }
+  static CELLOPS_INLINE Vec<S> masked(Vec<S> value, int64_t valid) {
+    return valid < kLanes<S> ? keep_first<S>(value, valid) : value;
+  }
+  static AffineLanes<S> lanes_of(const Affine<S>& affine, int64_t channel) {
+    return {broadcast(affine.centre.get()[channel]), broadcast(affine.scale.get()[channel]),
+            broadcast(affine.shift.get()[channel])};
+  }
+
+  const Tiling& t_;
+  const Weights<S>& weights_;
+  PlaneAccess<T> in_, out_;
+  const int64_t stride_;
+  const Buffer<S> convolution_;
+  int64_t group_ = 0, position_ = 0, count_ = 0;
+};
+
+}  // namespace cellops::CELLOPS_ISA

@@ -1,0 +1,178 @@
+// Tiles by position: channels_last memory, where it lies, of groups that are whole vectors of channels on either side.
+#pragma once
+#include "group_conv1x1.h"
+
+namespace cellops::CELLOPS_ISA {
+
+template <class T>
+class ByPosition {
+ public:
+  using S = Compute<T>;
+
+  static bool fits(const GroupConv1x1Params& p) {
+    const int64_t in = p.in_channels / p.groups, out = p.out_channels / p.groups;
+    return (p.channels_last || p.pixels == 1) && !(p.shuffle && p.groups > 1) && in % kLanes<S> == 0 &&
+           out % kLanes<S> == 0;
+  }
+
+  static Tiling tiling(const GroupConv1x1Params& p, int threads) {
+    return Tiling(p, 96, p.in_channels + p.out_channels, sizeof(S), true, threads);
+  }
+
+  ByPosition(const Tiling& t, const Weights<S>& weights, bool backward)
+      : t_(t),
+        weights_(weights),
+        in_(sizeof(T) == sizeof(S) ? 0 : t.tile * t.in.count),
+        grads_(sizeof(T) == sizeof(S) || !backward ? 0 : t.tile * t.out.count),
+        convolution_(t.tile * t.out.of_group),
+        result_(backward ? t.tile * t.in.of_group : 0) {}
+  bool failed() const { return in_.failed() || grads_.failed() || convolution_.failed() || result_.failed(); }
+
+  void read(const T* input, const T* grad_output, int64_t, int64_t position, int64_t count) {
+    position_ = position, count_ = count;
+    x_ = take(input + position * t_.in.count, t_.in.count, in_);
+    next_in_ = reinterpret_cast<const char*>(input + min_of(position + count, t_.positions) * t_.in.count);
+    next_in_bytes_ = min_of(count, t_.positions - position - count) * t_.in.count * int64_t(sizeof(T));
+    if (!grad_output) return;
+    g_ = take(grad_output + position * t_.out.count, t_.out.count, grads_);
+    next_out_ = reinterpret_cast<const char*>(grad_output + min_of(position + count, t_.positions) * t_.out.count);
+    next_out_bytes_ = min_of(count, t_.positions - position - count) * t_.out.count * int64_t(sizeof(T));
+  }
+
+  void convolve(int64_t group) {
+    constexpr int64_t kSome = 2 * kRows;
+    const int64_t outs = t_.out.of_group, ins = t_.in.of_group;
+    for (int64_t i = 0; i < count_; i += kSome) {
+      prefetch(group * count_ + i, min_of(kSome, count_ - i));
+      multiply_tile<S, false, kRows, kPanelVectors>(
+          min_of(kSome, count_ - i), outs, ins, x_ + i * t_.in.count + t_.in.first(group), t_.in.count, 1,
+          weights_.transposed_of(group), outs, convolution_.get() + i * outs, outs);
+    }
+  }
+
+  void find_moments(int64_t, S* means, S* squares) const {
+    const int64_t outs = t_.out.of_group;
+    for (int64_t j = 0; j < outs; j += kLanes<S>) {
+      const S* column = convolution_.get() + j;
+      Vec<S> sum{}, square{};
+      for (int64_t i = 0; i < count_; ++i) sum += load(column + i * outs);
+      const Vec<S> mean = sum / S(count_);
+      for (int64_t i = 0; i < count_; ++i) {
+        const Vec<S> apart = load(column + i * outs) - mean;
+        square += apart * apart;
+      }
+      store(means + j, mean);
+      store(squares + j, square);
+    }
+  }
+
+  template <Activation A>
+  void activate(int64_t group, const Affine<S>& affine) {
+    const int64_t outs = t_.out.of_group;
+    for (int64_t j = 0; j < outs; j += kLanes<S>) {
+      const AffineLanes<S> lanes = lanes_of(affine, group * outs + j);
+      S* column = convolution_.get() + j;
+      for (int64_t i = 0; i < count_; ++i) {
+        store(column + i * outs, lanes.template activated<A>(load(column + i * outs)));
+      }
+    }
+  }
+
+  template <Activation A, bool Sum, bool Apply>
+  void chain(int64_t group, const Chain<S>& chain, const Sums& sums) {
+    convolve(group);
+    const int64_t outs = t_.out.of_group;
+    for (int64_t j = 0; j < outs; j += kLanes<S>) {
+      const int64_t o = group * outs + j;
+      const ChainLanes<S> lanes{lanes_of(chain.affine, o), load(chain.of_apart.get() + o),
+                                load(chain.constant.get() + o)};
+      S* column = convolution_.get() + j;
+      const S* grads = g_ + o;
+      Vec<S> grad_sum{}, product_sum{};
+      for (int64_t i = 0; i < count_; ++i) {
+        Vec<S> apart;
+        const Vec<S> grad =
+            lanes.template through_activation<A>(load(column + i * outs), load(grads + i * t_.out.count), &apart);
+        if constexpr (Sum) {
+          grad_sum += grad;
+          product_sum += grad * apart;
+        }
+        if constexpr (Apply) store(column + i * outs, lanes.through_affine(grad, apart));
+      }
+      if constexpr (Sum) {
+        for (int k = 0; k < kLanes<S>; ++k) {
+          sums.grad.get()[o + k] += grad_sum[k];
+          sums.product.get()[o + k] += product_sum[k];
+        }
+      }
+    }
+  }
+
+  void add_grad_weight(int64_t group, S* grad_weight) const {
+    const int64_t outs = t_.out.of_group, ins = t_.in.of_group;
+    multiply_tile<S, true, kTileRows, kTileVectors>(outs, ins, count_, convolution_.get(), 1, outs,
+                                                    x_ + t_.in.first(group), t_.in.count, grad_weight, ins);
+  }
+
+  void convolve_back(int64_t group, bool streamed, T* grad_input) {
+    const int64_t outs = t_.out.of_group, ins = t_.in.of_group;
+    multiply_tile<S, false, kRows, kPanelVectors>(count_, ins, outs, convolution_.get(), outs, 1, weights_.of(group),
+                                                  ins, result_.get(), ins);
+    write(t_.in, group, result_.get(), streamed, grad_input);
+  }
+
+  void write_output(int64_t group, bool streamed, T* output) const {
+    write(t_.out, group, convolution_.get(), streamed, output);
+  }
+
+ private:
+  const S* take(const T* rows, int64_t channels, const Buffer<S>& buffer) const {
+    if constexpr (sizeof(T) == sizeof(S)) {
+      return rows;
+    } else {
+      convert_row(count_ * channels, rows, buffer.get());
+      return buffer.get();
+    }
+  }
+
+  // Asks for a part of the next tile, `share` of group count * tile of them, from `at` on.
+  CELLOPS_INLINE void prefetch(int64_t at, int64_t share) const {
+    const int64_t parts = t_.groups * count_;
+    for (int64_t i = next_in_bytes_ * at / parts; i < next_in_bytes_ * (at + share) / parts; i += 64) {
+      __builtin_prefetch(next_in_ + i);
+    }
+    for (int64_t i = next_out_bytes_ * at / parts; i < next_out_bytes_ * (at + share) / parts; i += 64) {
+      __builtin_prefetch(next_out_ + i);
+    }
+  }
+
+  void write(const Channels& side, int64_t group, const S* rows, bool streamed, T* tensor) const {
+    constexpr int64_t lanes = kLanes<S>;
+    T* to = tensor + position_ * side.count + side.first(group);
+    streamed = streamed && reinterpret_cast<uintptr_t>(to) % (lanes * sizeof(T)) == 0;
+    for (int64_t i = 0; i < count_; ++i, to += side.count) {
+      for (int64_t j = 0; j < side.of_group; j += lanes, rows += lanes) {
+        if (streamed) {
+          stream(to + j, load(rows));
+        } else {
+          store(to + j, load(rows));
+        }
+      }
+    }
+  }
+
+  static AffineLanes<S> lanes_of(const Affine<S>& affine, int64_t channel) {
+    return {load(affine.centre.get() + channel), load(affine.scale.get() + channel),
+            load(affine.shift.get() + channel)};
+  }
+
+  const Tiling& t_;
+  const Weights<S>& weights_;
+  const Buffer<S> in_, grads_, convolution_, result_;
+  const S *x_ = nullptr, *g_ = nullptr;
+  const char *next_in_ = nullptr, *next_out_ = nullptr;
+  int64_t next_in_bytes_ = 0, next_out_bytes_ = 0;
+  int64_t position_ = 0, count_ = 0;
+};
+
+}  // namespace cellops::CELLOPS_ISA
