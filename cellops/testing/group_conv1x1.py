@@ -61,6 +61,15 @@ def _both(name: str, why: str, **changes: Any) -> list[Case]:
     return [group_conv1x1_case(name, why, batch_norm=batch_norm, **changes) for batch_norm in (False, True)]
 
 
+_LAYER: dict[str, Any] = {
+    "batch": 16,
+    "in_channels": 128,
+    "out_channels": 128,
+    "height": 56,
+    "width": 56,
+    "groups": 8,
+}
+
 CASES: list[Case] = [
     *_both("basic", "two groups, sizes that differ from each other"),
     *_both("plain", "no scale, shift or activation", affine=False, activation="none"),
@@ -111,14 +120,31 @@ CASES: list[Case] = [
         tags="edge",
     ),
     *_both(
-        "16x128x56x56",
-        "a bottleneck's expansion as ShuffleNet groups it, the layer of the targets",
-        batch=16,
-        in_channels=128,
-        out_channels=128,
-        height=56,
-        width=56,
-        groups=8,
-        tags="real bench",
+        "vectors",
+        "groups that are whole vectors of channels on either side, which channels_last memory keeps where they are",
+        batch=5,
+        in_channels=64,
+        out_channels=96,
+        height=9,
+        width=7,
+        activation="relu6",
+        tags="edge",
+    ),
+    *_both(
+        "vectors_dense",
+        "the same of one group, of more channels than a block has columns",
+        batch=2,
+        in_channels=80,
+        out_channels=48,
+        height=11,
+        width=13,
+        groups=1,
+        activation="gelu",
+        shuffle=True,
+        tags="edge",
+    ),
+    group_conv1x1_case("16x128x56x56", "a grouped bottleneck, the layer of the targets", tags="real bench", **_LAYER),
+    group_conv1x1_case(
+        "16x128x56x56", "a grouped bottleneck, the layer of the targets", batch_norm=True, tags="real", **_LAYER
     ),
 ]

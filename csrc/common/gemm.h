@@ -35,20 +35,15 @@ struct MultiplyPairs {  // pairs of bfloat16, summed in float32
 };
 #endif
 
-// The rows of A lie a_row units apart and its columns a_step: a_step == 1 reads rows (A as it lies), a_row == 1
-// reads columns (A transposed). Three rows share a pointer: more would not fit an x86 address.
-template <class M, int Rows, int Vectors, bool Accumulate>
-inline void micro_kernel(int64_t depth, const typename M::Unit* a, int64_t a_row, int64_t a_step,
-                         const typename M::Unit* b, int64_t b_step, typename M::Sum* c, int64_t c_row) {
+// sum[r][n] += sum_k A[r][k] * B[k][n] of a block in registers. The rows of A lie a_row units apart and its columns
+// a_step: a_step == 1 reads rows (A as it lies), a_row == 1 reads columns (A transposed). Three rows share a pointer:
+// more would not fit an x86 address.
+template <class M, int Rows, int Vectors>
+CELLOPS_INLINE void multiply_block(int64_t depth, const typename M::Unit* a, int64_t a_row, int64_t a_step,
+                                   const typename M::Unit* b, int64_t b_step,
+                                   Vec<typename M::Sum> (&sum)[Rows][Vectors]) {
   using S = typename M::Sum;
-  constexpr int lanes = kLanes<S>;
-  Vec<S> sum[Rows][Vectors];
-#pragma GCC unroll 16
-  for (int r = 0; r < Rows; ++r) {
-#pragma GCC unroll 4
-    for (int v = 0; v < Vectors; ++v) sum[r][v] = Accumulate ? load(c + r * c_row + v * lanes) : Vec<S>{};
-  }
-  constexpr int pointers = (Rows + 2) / 3;
+  constexpr int lanes = kLanes<S>, pointers = (Rows + 2) / 3;
   const typename M::Unit* rows[pointers];
   for (int i = 0; i < pointers; ++i) rows[i] = a + 3 * i * a_row;
   for (int64_t k = 0; k < depth; ++k) {
@@ -64,6 +59,20 @@ inline void micro_kernel(int64_t depth, const typename M::Unit* a, int64_t a_row
     for (int i = 0; i < pointers; ++i) rows[i] += a_step;
     b += b_step;
   }
+}
+
+template <class M, int Rows, int Vectors, bool Accumulate>
+inline void micro_kernel(int64_t depth, const typename M::Unit* a, int64_t a_row, int64_t a_step,
+                         const typename M::Unit* b, int64_t b_step, typename M::Sum* c, int64_t c_row) {
+  using S = typename M::Sum;
+  constexpr int lanes = kLanes<S>;
+  Vec<S> sum[Rows][Vectors];
+#pragma GCC unroll 16
+  for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < Vectors; ++v) sum[r][v] = Accumulate ? load(c + r * c_row + v * lanes) : Vec<S>{};
+  }
+  multiply_block<M>(depth, a, a_row, a_step, b, b_step, sum);
 #pragma GCC unroll 16
   for (int r = 0; r < Rows; ++r) {
 #pragma GCC unroll 4
@@ -118,32 +127,49 @@ inline constexpr int kTileRows = 4, kDotRows = 2;
 #endif
 inline constexpr int kTileVectors = 3, kDotColumns = 4;
 
-// C[rows][columns] (+)= A[rows][depth] * B[depth][columns], all as they lie; no row is computed in vain, be they few.
-// Rows of A lie a_row apart and its columns a_step. `columns` is a multiple of the lanes.
-template <class S, bool Accumulate, int Rows, int Vectors>
-inline void multiply_tile(int64_t rows, int64_t columns, int64_t depth, const S* a, int64_t a_row, int64_t a_step,
-                          const S* b, int64_t b_step, S* c, int64_t c_row) {
+// The product of A[rows][depth] and B[depth][columns] as they lie, in blocks of at most Rows rows and Vectors vectors;
+// no row is computed in vain, be they few. Calls finish(row, column, vector) for every vector of it. Rows of A lie
+// a_row apart and its columns a_step. `columns` is a multiple of the lanes.
+template <class S, int Rows, int Vectors, class Finish>
+inline void multiply_blocks(int64_t rows, int64_t columns, int64_t depth, const S* a, int64_t a_row, int64_t a_step,
+                            const S* b, int64_t b_step, const Finish& finish, int64_t row = 0, int64_t column = 0) {
   constexpr int64_t lanes = kLanes<S>, panel = Vectors * lanes;
   int64_t n = 0;
   for (; n + panel <= columns; n += panel) {
     for (int64_t r = 0; r + Rows <= rows; r += Rows) {
-      micro_kernel<Multiply<S>, Rows, Vectors, Accumulate>(depth, a + r * a_row, a_row, a_step, b + n, b_step,
-                                                           c + r * c_row + n, c_row);
+      Vec<S> sum[Rows][Vectors] = {};
+      multiply_block<Multiply<S>>(depth, a + r * a_row, a_row, a_step, b + n, b_step, sum);
+#pragma GCC unroll 16
+      for (int i = 0; i < Rows; ++i) {
+#pragma GCC unroll 4
+        for (int v = 0; v < Vectors; ++v) finish(row + r + i, column + n + v * lanes, sum[i][v]);
+      }
     }
   }
-  for (; n < columns; n += lanes) {
-    for (int64_t r = 0; r + Rows <= rows; r += Rows) {
-      micro_kernel<Multiply<S>, Rows, 1, Accumulate>(depth, a + r * a_row, a_row, a_step, b + n, b_step,
-                                                     c + r * c_row + n, c_row);
+  if constexpr (Vectors > 1) {
+    if (n < columns) {
+      multiply_blocks<S, Rows, 1>(rows / Rows * Rows, columns - n, depth, a, a_row, a_step, b + n, b_step, finish, row,
+                                  column + n);
     }
   }
   if constexpr (Rows > 1) {
     const int64_t done = rows / Rows * Rows;
     if (done < rows) {
-      multiply_tile<S, Accumulate, Rows / 2, Vectors>(rows - done, columns, depth, a + done * a_row, a_row, a_step, b,
-                                                      b_step, c + done * c_row, c_row);
+      multiply_blocks<S, Rows / 2, Vectors>(rows - done, columns, depth, a + done * a_row, a_row, a_step, b, b_step,
+                                            finish, row + done, column);
     }
   }
+}
+
+// The same to C[rows][columns], whose rows lie c_row apart, or added to it.
+template <class S, bool Accumulate, int Rows, int Vectors>
+inline void multiply_tile(int64_t rows, int64_t columns, int64_t depth, const S* a, int64_t a_row, int64_t a_step,
+                          const S* b, int64_t b_step, S* c, int64_t c_row) {
+  multiply_blocks<S, Rows, Vectors>(rows, columns, depth, a, a_row, a_step, b, b_step,
+                                    [&](int64_t r, int64_t n, Vec<S> sum) __attribute__((always_inline)) {
+                                      S* to = c + r * c_row + n;
+                                      store(to, Accumulate ? load(to) + sum : sum);
+                                    });
 }
 
 // C[r][j] += the product of row r of A and row j of B, each `depth` numbers long, a multiple of the lanes.

@@ -49,17 +49,6 @@ inline void convert_row(int64_t count, const From* from, To* to) {
   for (; i < count; ++i) from_compute(to + i, to_compute(from[i]));
 }
 
-// The same past the cache.
-template <class To, class From>
-inline void stream_row(int64_t count, const From* from, To* to) {
-  constexpr int64_t lanes = kLanes<Compute<From>>, bytes = lanes * int64_t(sizeof(To));
-  const int64_t off = int64_t(reinterpret_cast<uintptr_t>(to) % bytes);
-  int64_t i = off % int64_t(sizeof(To)) ? count : min_of(count, (bytes - off) % bytes / int64_t(sizeof(To)));
-  convert_row(i, from, to);
-  for (; i + lanes <= count; i += lanes) stream(to + i, load(from + i));
-  convert_row(count - i, from + i, to + i);
-}
-
 #if defined(__AVX512BF16__)
 // Two vectors of floats to bfloat16, woven: even[0], odd[0], even[1], odd[1], ...
 CELLOPS_INLINE __m512i weave(Vec<float> even, Vec<float> odd) {

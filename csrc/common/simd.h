@@ -3,7 +3,7 @@
 // variant and nothing here instantiates a std:: template: the linker must never merge code across variants.
 #pragma once
 #include <cstdint>
-#if defined(__SSE2__)
+#if defined(__F16C__) || defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
@@ -211,30 +211,6 @@ CELLOPS_INLINE void store_first<float, Vec<float>>(float* to, Vec<float> value, 
   _mm512_mask_storeu_ps(to, __mmask16((1u << count) - 1), bit_cast<__m512>(value));
 }
 #endif
-
-// Stores past the cache, for what is too large to stay in it: the line is not read first. `to` is aligned to the size
-// of what is stored. fence_streams() comes before other threads may read.
-template <class T, class V>
-CELLOPS_INLINE void stream(T* to, V value) {
-#if defined(__SSE2__)
-  alignas(64) T stored[sizeof(V) / sizeof(Compute<T>)];
-  store(stored, value);
-  constexpr int bytes = int(sizeof(stored));
-#if defined(__AVX512F__)
-  if constexpr (bytes == 64) return _mm512_stream_si512((__m512i*)to, *(const __m512i*)stored);
-#endif
-#if defined(__AVX__)
-  if constexpr (bytes == 32) return _mm256_stream_si256((__m256i*)to, *(const __m256i*)stored);
-#endif
-  if constexpr (bytes == 16) return _mm_stream_si128((__m128i*)to, *(const __m128i*)stored);
-#endif
-  store(to, value);
-}
-CELLOPS_INLINE void fence_streams() {
-#if defined(__SSE2__)
-  _mm_sfence();
-#endif
-}
 
 // Sixteen-byte quarters, for the shuffles that every instruction set has.
 template <class S>

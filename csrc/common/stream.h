@@ -63,4 +63,21 @@ CELLOPS_INLINE void each_written(int64_t count, bool streamed, const Vector& vec
   if (i < count) vector(count - lanes, false);
 }
 
+// Writes `count` numbers in a run; streamed in whole lines.
+template <class T, class S>
+inline void store_run(int64_t count, const S* from, T* to, bool streamed) {
+  constexpr int lanes = kLanes<S>, line = int(kLine / sizeof(T));
+  int64_t i = 0;
+  if (streamed) {
+    const int64_t head = int64_t(-reinterpret_cast<uintptr_t>(to) % kLine / sizeof(T));
+    for (; i < min_of(head, count); ++i) from_compute(to + i, from[i]);
+    for (; i + line <= count; i += line) {
+#pragma GCC unroll 16
+      for (int k = 0; k < line; k += lanes) put(to + i + k, load(from + i + k), true);
+    }
+  }
+  for (; i + lanes <= count; i += lanes) store(to + i, load(from + i));
+  for (; i < count; ++i) from_compute(to + i, from[i]);
+}
+
 }  // namespace cellops::CELLOPS_ISA

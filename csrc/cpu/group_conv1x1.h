@@ -9,6 +9,7 @@
 #include "../common/gemm.h"
 #include "../common/layout.h"
 #include "../common/parallel.h"
+#include "../common/stream.h"
 
 namespace cellops::CELLOPS_ISA {
 
@@ -54,6 +55,13 @@ struct Tiling {
     }
   }
 
+  // Whether to write a tensor of this side past the caches; the call touches `bytes`.
+  template <class T>
+  bool streamed(const Channels& side, const T* tensor) const {
+    return streams(tensor, rows_of_memory ? side.count : pixels,
+                   positions * (in.count + out.count) * int64_t(sizeof(T)));
+  }
+
   const int64_t groups, pixels, positions;
   const Channels in, out;
   const bool rows_of_memory;  // memory is [positions][channels]
@@ -62,12 +70,6 @@ struct Tiling {
   int threads;
   int64_t unit_positions, units;
 };
-
-// Whether a tensor is too large for the caches to hold until it is read: then it is written past them.
-template <class T>
-inline bool is_streamed(int64_t elements) {
-  return elements * int64_t(sizeof(T)) >= (int64_t(8) << 20);
-}
 
 // The weight [O][C / G], and each group's block transposed.
 template <class S>

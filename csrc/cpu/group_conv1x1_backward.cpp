@@ -13,7 +13,7 @@ template <bool Sum, bool Apply, class Tile, class T>
 void run_pass(const Tiling& t, const Team& team, Tile& tile, Activation activation, const T* grad_output,
               const T* input, const Chain<Compute<T>>& chain, const Sums& sums, T* grad_input,
               Compute<T>* grad_weight) {
-  const bool streamed = is_streamed<T>(t.positions * t.in.count);
+  const bool streamed = t.streamed(t.in, grad_input);
   with_activation(activation, [&](auto tag) {
     t.for_tiles(team, [&](int64_t first_group, int64_t position, int64_t count) {
       tile.read(input, grad_output, first_group, position, count);
@@ -26,7 +26,7 @@ void run_pass(const Tiling& t, const Team& team, Tile& tile, Activation activati
       }
     });
   });
-  fence_streams();
+  if (streamed) end_streams();
 }
 
 // What both ops have: buffers for the call, the passes, and the gradient to the weight.

@@ -30,17 +30,14 @@ class PlaneAccess {
   int64_t row_step() const { return t_.rows_of_memory ? side_.step * stride_ : stride_; }
   // Where the rows of a group are read after `read`.
   const S* read_row_of(int64_t group) const { return direct_ ? direct_ : row_of(group); }
-  int64_t read_row_step() const { return direct_ ? side_.step * t_.pixels : row_step(); }
+  int64_t read_row_step() const { return direct_ ? place_step() : row_step(); }
 
   // Takes a tile of the tensor: whole vectors of one image where they lie, others as a copy with zeros at its end.
   void read(const T* tensor, int64_t group, int64_t position, int64_t count) {
-    const int64_t image = position / t_.pixels, pixel = position % t_.pixels;
     direct_ = nullptr;
     if constexpr (sizeof(T) == sizeof(S)) {
-      if (!t_.rows_of_memory && count % kLanes<S> == 0 && pixel + count <= t_.pixels) {
-        direct_ = plane(tensor, image, group) + pixel;
-        return;
-      }
+      direct_ = place(tensor, group, position, count);
+      if (direct_) return;
     }
     const int64_t rows = t_.rows_of_memory ? side_.count : side_.of_group, whole = round_up(count, kLanes<S>);
     if (t_.rows_of_memory) {
@@ -67,12 +64,20 @@ class PlaneAccess {
     }
   }
 
-  // Asks for some columns of a part of the rows, of a tile that is read where it lies.
-  CELLOPS_INLINE void prefetch(int64_t from, int64_t columns, int64_t part, int64_t parts) const {
+  // The first row of a tile in a tensor, if it consists of whole vectors of one image; the others follow at place_step.
+  template <class Pointer>
+  Pointer place(Pointer tensor, int64_t group, int64_t position, int64_t count) const {
+    const int64_t image = position / t_.pixels, pixel = position % t_.pixels;
+    if (t_.rows_of_memory || count % kLanes<S> != 0 || pixel + count > t_.pixels) return nullptr;
+    return plane(tensor, image, group) + pixel;
+  }
+  int64_t place_step() const { return side_.step * t_.pixels; }
+
+  // Asks for some columns of rows [first, last) of a tile that is read where it lies.
+  CELLOPS_INLINE void prefetch(int64_t from, int64_t columns, int64_t first, int64_t last) const {
     if (!direct_) return;
-    const int64_t end = side_.of_group * (part + 1) / parts;
-    for (int64_t j = side_.of_group * part / parts; j < end; ++j) {
-      const S* row = direct_ + j * side_.step * t_.pixels + from;
+    const S* row = direct_ + first * place_step() + from;
+    for (int64_t j = first; j < min_of(last, side_.of_group); ++j, row += place_step()) {
       for (int64_t i = 0; i < columns; i += 64 / int64_t(sizeof(S))) __builtin_prefetch(row + i);
     }
   }
@@ -82,28 +87,20 @@ class PlaneAccess {
       for (int64_t i = 0; i < count; i += kRowsAtOnce) {
         const int64_t some = min_of(kRowsAtOnce, count - i);
         transpose(side_.count, some, tile_.get() + i, stride_, staging_.get(), side_.count);
-        write_row(some * side_.count, staging_.get(), streamed, tensor + (position + i) * side_.count);
+        store_run(some * side_.count, staging_.get(), tensor + (position + i) * side_.count, streamed);
       }
       return;
     }
     for_images(position, count, [&](int64_t image, int64_t pixel, int64_t offset, int64_t length) {
       T* to = plane(tensor, image, group) + pixel;
       for (int64_t j = 0; j < side_.of_group; ++j) {
-        write_row(length, tile_.get() + j * stride_ + offset, streamed, to + j * side_.step * t_.pixels);
+        store_run(length, tile_.get() + j * stride_ + offset, to + j * side_.step * t_.pixels, streamed);
       }
     });
   }
 
  private:
   static constexpr int64_t kRowsAtOnce = 16;
-
-  static void write_row(int64_t count, const S* from, bool streamed, T* to) {
-    if (streamed) {
-      stream_row(count, from, to);
-    } else {
-      convert_row(count, from, to);
-    }
-  }
 
   template <class Pointer>
   Pointer plane(Pointer tensor, int64_t image, int64_t group) const {
@@ -173,16 +170,20 @@ class ByChannel {
   }
 
   template <Activation A>
-  void activate(int64_t group, const Affine<S>& affine) {
+  void activate(int64_t group, const Affine<S>& affine, bool streamed, T* output) {
+    T* place = out_.place(output, group, position_, count_);
     for (int64_t j = 0; j < t_.out.of_group; ++j) {
       const AffineLanes<S> lanes = lanes_of(affine, group * t_.out.of_group + j);
       S* row = out_.row_of(group) + j * out_.row_step();
-      for (int64_t i = 0; i < count_; i += kLanes<S>) store(row + i, lanes.template activated<A>(load(row + i)));
+      if (place) {
+        T* to = place + j * out_.place_step();
+        for (int64_t i = 0; i < count_; i += kLanes<S>)
+          put(to + i, lanes.template activated<A>(load(row + i)), streamed);
+      } else {
+        for (int64_t i = 0; i < count_; i += kLanes<S>) store(row + i, lanes.template activated<A>(load(row + i)));
+      }
     }
-  }
-
-  void write_output(int64_t group, bool streamed, T* output) const {
-    if (is_last(group)) out_.write(group_, position_, count_, streamed, output);
+    if (!place && is_last(group)) out_.write(group_, position_, count_, streamed, output);
   }
 
   // Backward: the convolution again, the sums and, with Apply, the gradient to the convolution.
@@ -221,9 +222,21 @@ class ByChannel {
 
   // The gradient to the input; may take the input's place.
   void convolve_back(int64_t group, bool streamed, T* grad_input) {
-    multiply_tile<S, false, kTileRows, kTileVectors>(t_.in.of_group, round_up(count_, kLanes<S>), t_.out.of_group,
-                                                     weights_.of(group), 1, t_.in.of_group, out_.row_of(group),
-                                                     out_.row_step(), in_.row_of(group), in_.row_step());
+    const int64_t ins = t_.in.of_group, columns = round_up(count_, kLanes<S>);
+    const auto product = [&](const auto& finish) {
+      multiply_blocks<S, kTileRows, kTileVectors>(ins, columns, t_.out.of_group, weights_.of(group), 1, ins,
+                                                  out_.row_of(group), out_.row_step(), finish);
+    };
+    if (T* place = in_.place(grad_input, group, position_, count_)) {
+      const int64_t step = in_.place_step();
+      product([=](int64_t c, int64_t n, Vec<S> value)
+                  __attribute__((always_inline)) { put(place + c * step + n, value, streamed); });
+      return;
+    }
+    S* rows = in_.row_of(group);
+    const int64_t step = in_.row_step();
+    product([=](int64_t c, int64_t n, Vec<S> value)
+                __attribute__((always_inline)) { store(rows + c * step + n, value); });
     if (is_last(group)) in_.write(group_, position_, count_, streamed, grad_input);
   }
 
@@ -231,20 +244,19 @@ class ByChannel {
   // A tile is written when it has all its groups.
   bool is_last(int64_t group) const { return group + 1 == group_ + t_.unit_groups; }
 
+  // Meanwhile it asks for the input of the panel after the next, and for the gradient where that is wanted after this.
   void multiply(int64_t group, S* to, int64_t to_step, bool with_gradient) const {
     constexpr int64_t kPanel = kTileVectors * kLanes<S>;
     const int64_t columns = round_up(count_, kLanes<S>), depth = t_.in.of_group, outs = t_.out.of_group;
-    const int64_t parts = div_up(outs, kTileRows);
+    const int64_t share = div_up(depth * kTileRows, round_up(outs, kTileRows));  // rows of input to a block of output
     for (int64_t n = 0; n < columns; n += kPanel) {
       const int64_t some = min_of(kPanel, columns - n);
-      for (int64_t part = 0; part < parts; ++part) {
-        const int64_t r = part * kTileRows;
-        in_.prefetch(n + 2 * kPanel, kPanel, part, parts);
-        if (with_gradient) out_.prefetch(n, kPanel, part, parts);
-        multiply_tile<S, false, kTileRows, kTileVectors>(min_of(kTileRows, outs - r), some, depth,
-                                                         weights_.of(group) + r * depth, depth, 1,
-                                                         in_.read_row_of(group) + n, in_.read_row_step(),
-                                                         to + r * to_step + n, to_step);
+      for (int64_t r = 0, c = 0; r < outs; r += kTileRows, c += share) {
+        in_.prefetch(n + 2 * kPanel, kPanel, c, c + share);
+        if (with_gradient) out_.prefetch(n, some, r, r + kTileRows);
+        multiply_tile<S, false, kTileRows, kTileVectors>(
+            min_of(kTileRows, outs - r), some, depth, weights_.of(group) + r * depth, depth, 1,
+            in_.read_row_of(group) + n, in_.read_row_step(), to + r * to_step + n, to_step);
       }
     }
   }

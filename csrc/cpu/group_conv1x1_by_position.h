@@ -16,7 +16,7 @@ class ByPosition {
   }
 
   static Tiling tiling(const GroupConv1x1Params& p, int threads) {
-    return Tiling(p, 96, p.in_channels + p.out_channels, sizeof(S), true, threads);
+    return Tiling(p, 48, p.in_channels + p.out_channels, sizeof(S), true, threads);
   }
 
   ByPosition(const Tiling& t, const Weights<S>& weights, bool backward)
@@ -24,9 +24,8 @@ class ByPosition {
         weights_(weights),
         in_(sizeof(T) == sizeof(S) ? 0 : t.tile * t.in.count),
         grads_(sizeof(T) == sizeof(S) || !backward ? 0 : t.tile * t.out.count),
-        convolution_(t.tile * t.out.of_group),
-        result_(backward ? t.tile * t.in.of_group : 0) {}
-  bool failed() const { return in_.failed() || grads_.failed() || convolution_.failed() || result_.failed(); }
+        convolution_(t.tile * t.out.of_group) {}
+  bool failed() const { return in_.failed() || grads_.failed() || convolution_.failed(); }
 
   void read(const T* input, const T* grad_output, int64_t, int64_t position, int64_t count) {
     position_ = position, count_ = count;
@@ -67,13 +66,14 @@ class ByPosition {
   }
 
   template <Activation A>
-  void activate(int64_t group, const Affine<S>& affine) {
+  void activate(int64_t group, const Affine<S>& affine, bool streamed, T* output) {
     const int64_t outs = t_.out.of_group;
     for (int64_t j = 0; j < outs; j += kLanes<S>) {
       const AffineLanes<S> lanes = lanes_of(affine, group * outs + j);
-      S* column = convolution_.get() + j;
+      const S* column = convolution_.get() + j;
+      T* to = output + position_ * t_.out.count + group * outs + j;
       for (int64_t i = 0; i < count_; ++i) {
-        store(column + i * outs, lanes.template activated<A>(load(column + i * outs)));
+        put(to + i * t_.out.count, lanes.template activated<A>(load(column + i * outs)), streamed);
       }
     }
   }
@@ -115,14 +115,12 @@ class ByPosition {
   }
 
   void convolve_back(int64_t group, bool streamed, T* grad_input) {
-    const int64_t outs = t_.out.of_group, ins = t_.in.of_group;
-    multiply_tile<S, false, kRows, kPanelVectors>(count_, ins, outs, convolution_.get(), outs, 1, weights_.of(group),
-                                                  ins, result_.get(), ins);
-    write(t_.in, group, result_.get(), streamed, grad_input);
-  }
-
-  void write_output(int64_t group, bool streamed, T* output) const {
-    write(t_.out, group, convolution_.get(), streamed, output);
+    const int64_t outs = t_.out.of_group, ins = t_.in.of_group, step = t_.in.count;
+    T* to = grad_input + position_ * step + t_.in.first(group);
+    multiply_blocks<S, kRows, kPanelVectors>(count_, ins, outs, convolution_.get(), outs, 1, weights_.of(group), ins,
+                                             [=](int64_t i, int64_t c, Vec<S> value) __attribute__((always_inline)) {
+                                               put(to + i * step + c, value, streamed);
+                                             });
   }
 
  private:
@@ -146,21 +144,6 @@ class ByPosition {
     }
   }
 
-  void write(const Channels& side, int64_t group, const S* rows, bool streamed, T* tensor) const {
-    constexpr int64_t lanes = kLanes<S>;
-    T* to = tensor + position_ * side.count + side.first(group);
-    streamed = streamed && reinterpret_cast<uintptr_t>(to) % (lanes * sizeof(T)) == 0;
-    for (int64_t i = 0; i < count_; ++i, to += side.count) {
-      for (int64_t j = 0; j < side.of_group; j += lanes, rows += lanes) {
-        if (streamed) {
-          stream(to + j, load(rows));
-        } else {
-          store(to + j, load(rows));
-        }
-      }
-    }
-  }
-
   static AffineLanes<S> lanes_of(const Affine<S>& affine, int64_t channel) {
     return {load(affine.centre.get() + channel), load(affine.scale.get() + channel),
             load(affine.shift.get() + channel)};
@@ -168,7 +151,7 @@ class ByPosition {
 
   const Tiling& t_;
   const Weights<S>& weights_;
-  const Buffer<S> in_, grads_, convolution_, result_;
+  const Buffer<S> in_, grads_, convolution_;
   const S *x_ = nullptr, *g_ = nullptr;
   const char *next_in_ = nullptr, *next_out_ = nullptr;
   int64_t next_in_bytes_ = 0, next_out_bytes_ = 0;
