@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import cellops
 from cellops import _native
-from cellops.ops import deform_conv2d, eca, frelu, group_conv1x1, offset_sample2d, squeeze_excite
+from cellops.ops import eca, frelu, group_conv1x1, offset_sample2d, squeeze_excite
 from cellops.ops._operator import Operator
 from cellops.testing import Case, cases, forward_and_gradients
 
