@@ -122,7 +122,7 @@ struct Affine {
 
 // The gradient to the convolution z from that behind the affine step, grad' = slope * grad:
 // affine.scale * grad' + of_apart * (z - affine.centre) + constant. The last two are what a normalisation by the batch
-// adds, zero without one.
+// adds: two passes, one for the sums and one to apply them. A pass that does both has no such normalisation.
 template <class S>
 struct Chain {
   explicit Chain(int64_t channels) : affine(channels), of_apart(channels), constant(channels) {}
@@ -165,8 +165,10 @@ struct ChainLanes {
     *apart = z - affine.centre;
     return activation_slope<A, S>(*apart * affine.scale + affine.shift) * grad;
   }
+  // The gradient to z. Without a normalisation by the batch nothing but grad' counts, not even where z is infinite.
+  template <bool OfBatch>
   CELLOPS_INLINE Vec<S> through_affine(Vec<S> grad, Vec<S> apart) const {
-    return grad * affine.scale + (apart * of_apart + constant);
+    return OfBatch ? grad * affine.scale + (apart * of_apart + constant) : grad * affine.scale;
   }
 };
 

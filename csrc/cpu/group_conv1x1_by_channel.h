@@ -206,7 +206,7 @@ class ByChannel {
           grad_sum += grad;
           product_sum += masked(grad * apart, valid);
         }
-        if constexpr (Apply) store(result + i, masked(lanes.through_affine(grad, apart), valid));
+        if constexpr (Apply) store(result + i, masked(lanes.template through_affine<!Sum>(grad, apart), valid));
       });
       if constexpr (Sum) {
         sums.grad.get()[o] += sum_of<S>(grad_sum);

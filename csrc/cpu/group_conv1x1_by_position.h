@@ -97,7 +97,7 @@ class ByPosition {
           grad_sum += grad;
           product_sum += grad * apart;
         }
-        if constexpr (Apply) store(column + i * outs, lanes.through_affine(grad, apart));
+        if constexpr (Apply) store(column + i * outs, lanes.template through_affine<!Sum>(grad, apart));
       }
       if constexpr (Sum) {
         for (int k = 0; k < kLanes<S>; ++k) {

@@ -1,0 +1,306 @@
+"""Grouped 1x1 convolution beside the composition of PyTorch's modules that it stands for, and values at the edges."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import cellops
+from cellops import GroupConv1x1, group_conv1x1
+from cellops.ops.group_conv1x1 import group_conv1x1_batch_norm
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda x: x,
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "hardswish": F.hardswish,
+}
+each_layout = pytest.mark.parametrize(
+    "layout", [pytest.param(torch.contiguous_format, id="nchw"), pytest.param(torch.channels_last, id="channels_last")]
+)
+each_activation = pytest.mark.parametrize("activation", list(ACTIVATIONS))
+
+
+class Composition(nn.Module):
+    """The modules one after the other, with the children's names of `GroupConv1x1`."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        groups: int,
+        norm: bool = True,
+        activation: str = "relu",
+        shuffle: bool = False,
+        bias: bool = False,
+    ) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, 1, groups=groups, bias=bias)
+        self.bn = nn.BatchNorm2d(out_channels) if norm else nn.Identity()
+        self.activation = ACTIVATIONS[activation]
+        self.shuffle = nn.ChannelShuffle(groups) if shuffle else nn.Identity()
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.shuffle(self.activation(self.bn(self.conv(input))))
+
+
+def pair(change: Callable[[nn.Module], object] = lambda module: None, **options: Any) -> list[nn.Module]:
+    """Ours and the composition, 12 channels to 18 in 3 groups, with the same random parameters, changed alike."""
+    torch.manual_seed(0)
+    theirs = Composition(12, 18, 3, **options)
+    for tensor in theirs.parameters():
+        nn.init.normal_(tensor)
+    if isinstance(theirs.bn, nn.BatchNorm2d):
+        nn.init.normal_(theirs.bn.running_mean)
+        nn.init.uniform_(theirs.bn.running_var, 0.5, 2.0)
+    ours = GroupConv1x1(12, 18, 3, **options)
+    ours.load_state_dict(theirs.state_dict())
+    for module in (ours, theirs):
+        change(module)
+    return [ours, theirs]
+
+
+def assert_same(ours: nn.Module, theirs: nn.Module, layout: torch.memory_format, steps: int = 3) -> None:
+    """The same outputs, gradients and buffers over some batches."""
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(steps):
+        input = torch.randn(3, 12, 9, 7, generator=generator).contiguous(memory_format=layout)
+        inputs = [input.clone(memory_format=torch.preserve_format).requires_grad_() for _ in range(2)]
+        outputs = [module(leaf) for module, leaf in zip((ours, theirs), inputs, strict=True)]
+        torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-4, atol=1e-5)
+        assert outputs[0].is_contiguous(memory_format=layout)
+        for output in outputs:
+            output.square().sum().backward()
+        torch.testing.assert_close(inputs[0].grad, inputs[1].grad, rtol=1e-3, atol=1e-4)
+    wanted = dict(theirs.named_parameters())
+    for name, parameter in ours.named_parameters():
+        torch.testing.assert_close(parameter.grad, wanted[name].grad, rtol=1e-3, atol=1e-3)
+    for name, buffer in ours.named_buffers():
+        torch.testing.assert_close(buffer, dict(theirs.named_buffers())[name], rtol=1e-4, atol=1e-5)
+
+
+def cumulative(module: nn.Module) -> None:
+    module.bn.momentum = None
+
+
+def without_affine(module: nn.Module) -> None:
+    module.bn = nn.BatchNorm2d(18, affine=False)
+
+
+def without_buffers(module: nn.Module) -> None:
+    module.bn = nn.BatchNorm2d(18, track_running_stats=False)
+
+
+def untracked(module: nn.Module) -> None:
+    module.bn.track_running_stats = False
+
+
+CHANGES = {
+    "plain": lambda module: module,
+    "eval": nn.Module.eval,
+    "frozen": lambda module: module.bn.eval(),
+    "cumulative": cumulative,
+    "without_affine": without_affine,
+    "without_affine_eval": lambda module: (without_affine(module), module.eval()),
+    "without_buffers": without_buffers,
+    "without_buffers_eval": lambda module: (without_buffers(module), module.eval()),
+    "untracked": untracked,
+}
+
+
+@each_layout
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("change", list(CHANGES))
+def test_same_as_the_composition(change: str, bias: bool, layout: torch.memory_format) -> None:
+    assert_same(*pair(CHANGES[change], bias=bias, shuffle=True), layout)
+
+
+@each_activation
+@pytest.mark.parametrize("shuffle", [False, True], ids=["", "shuffle"])
+@pytest.mark.parametrize("norm", [False, True], ids=["", "norm"])
+def test_activation_and_shuffle(norm: bool, shuffle: bool, activation: str) -> None:
+    ours, theirs = pair(activation=activation, shuffle=shuffle, norm=norm, bias=not norm)
+    assert_same(ours, theirs, torch.contiguous_format)
+
+
+def fused_calls(module: nn.Module, input: Tensor) -> int:
+    """How many children are called: none where the module runs fused."""
+    calls = []
+    watched = copy.deepcopy(module)
+    for child in (watched.conv, watched.bn):
+        forward = child.forward
+        child.forward = lambda *args, forward=forward: (calls.append(1), forward(*args))[1]
+    watched(input)
+    return len(calls)
+
+
+def test_children_that_were_changed_or_are_watched_are_called() -> None:
+    input = torch.randn(2, 12, 5, 5)
+    assert fused_calls(GroupConv1x1(12, 18, 3), input) == 0
+
+    for child in ("conv", "bn"):
+        seen: list[int] = []
+        ours, theirs = pair(shuffle=True, activation="gelu")
+        for module in (ours, theirs):
+            getattr(module, child).register_forward_hook(lambda *_, seen=seen: seen.append(1))
+        assert_same(ours, theirs, torch.contiguous_format, steps=1)
+        assert len(seen) == 2
+
+    class Frozen(nn.BatchNorm2d):
+        def forward(self, input: Tensor) -> Tensor:
+            return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, False)
+
+    def freeze(module: nn.Module) -> None:
+        state = module.bn.state_dict()
+        module.bn = Frozen(18)
+        module.bn.load_state_dict(state)
+
+    ours, theirs = pair(freeze)
+    assert fused_calls(ours, input) == 2
+    assert_same(ours, theirs, torch.contiguous_format, steps=1)
+    converted = nn.SyncBatchNorm.convert_sync_batchnorm(GroupConv1x1(12, 18, 3)).eval()
+    assert fused_calls(converted, input) == 2
+
+
+def test_one_value_per_channel_raises_as_batch_norm_does() -> None:
+    ours, theirs = pair()
+    before = copy.deepcopy(ours.state_dict())
+    with pytest.raises(ValueError) as expected:
+        theirs(torch.randn(1, 12, 1, 1))
+    with pytest.raises(ValueError) as found:
+        ours(torch.randn(1, 12, 1, 1))
+    assert str(found.value) == str(expected.value)
+    for name, tensor in ours.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    ours.eval()(torch.randn(1, 12, 1, 1))
+
+
+def test_empty_batch_leaves_the_running_statistics() -> None:
+    ours, theirs = pair()
+    for module in (ours, theirs):
+        assert module(torch.randn(0, 12, 4, 4)).shape == (0, 18, 4, 4)
+    for name, buffer in ours.named_buffers():
+        assert torch.equal(buffer, dict(theirs.named_buffers())[name]), name
+
+
+def test_keys_copies_and_errors() -> None:
+    module = GroupConv1x1(12, 18, 3, bias=True)
+    assert list(module.state_dict()) == list(Composition(12, 18, 3, bias=True).state_dict())
+    assert list(GroupConv1x1(12, 18, 3, norm=False).state_dict()) == ["conv.weight"]
+    input = torch.randn(2, 12, 5, 4)
+    assert torch.equal(copy.deepcopy(module)(input), module(input))
+    assert "activation='relu', shuffle=False" in repr(module)
+    with pytest.raises(ValueError, match="in_channels must be a multiple of groups = 5, got 12"):
+        GroupConv1x1(12, 15, 5)
+    with pytest.raises(ValueError, match="out_channels must be a multiple of groups = 4, got 18"):
+        GroupConv1x1(12, 18, 4)
+    with pytest.raises(ValueError, match="activation must be one of 'none', .*, got 'tanh'"):
+        GroupConv1x1(12, 18, 3, activation="tanh")
+
+
+def test_errors_of_the_op() -> None:
+    input, weight = torch.randn(2, 12, 5, 4), torch.randn(18, 4, 1, 1)
+    with pytest.raises(ValueError, match="groups must be a divisor of the input's 12 channels, got 5"):
+        group_conv1x1(input, weight, groups=5)
+    with pytest.raises(ValueError, match="groups must be a divisor of the input's 12 channels, got 0"):
+        group_conv1x1(input, weight, groups=0)
+    with pytest.raises(ValueError, match="groups must be a divisor of the weight's 16 output channels, got 3"):
+        group_conv1x1(input, weight[:16], groups=3)
+    with pytest.raises(ValueError, match=r"weight must have shape \(18, 6, 1, 1\), got \(18, 4, 1, 1\)"):
+        group_conv1x1(input, weight, groups=2)
+    with pytest.raises(ValueError, match="activation must be one of .* got 'tanh'"):
+        group_conv1x1(input, weight, groups=3, activation="tanh")
+    with pytest.raises(ValueError, match=r"scale must have shape \(18,\), got \(12,\)"):
+        group_conv1x1(input, weight, torch.ones(12), groups=3)
+    with pytest.raises(ValueError, match=r"beta must have shape \(18,\), got \(1,\)"):
+        group_conv1x1_batch_norm(input, weight, None, torch.ones(1), groups=3)
+    with pytest.raises(TypeError, match="shift must be torch.float32 like the input, got torch.float64"):
+        group_conv1x1(input, weight, None, torch.ones(18).double(), groups=3)
+
+
+@each_layout
+@pytest.mark.parametrize("training", [True, False])
+def test_half_types_keep_running_statistics_in_float32(training: bool, layout: torch.memory_format) -> None:
+    """Under autocast, as `nn.BatchNorm2d`: half activations beside float32 parameters."""
+    ours, theirs = (module.train(training) for module in pair(shuffle=True))
+    input = torch.randn(3, 12, 9, 7).contiguous(memory_format=layout)
+    wanted = theirs(input)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = ours(input.bfloat16())
+    assert output.dtype == torch.bfloat16 and ours.bn.running_var.dtype == torch.float32
+    torch.testing.assert_close(output.float(), wanted, rtol=0.05, atol=0.05)
+    torch.testing.assert_close(ours.bn.running_var, theirs.bn.running_var, rtol=0.02, atol=0.02)
+    ours.bfloat16()(input.bfloat16()).sum().backward()
+    assert ours.conv.weight.grad.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_compiled(training: bool) -> None:
+    ours, theirs = (module.train(training) for module in pair(activation="silu", shuffle=True))
+    ours.compile(fullgraph=True)
+    assert_same(ours, theirs, torch.contiguous_format, steps=2)
+
+
+@each_layout
+@each_activation
+def test_values_and_slopes_at_kinks_and_far_out(activation: str, layout: torch.memory_format) -> None:
+    """What PyTorch's activation gives, NaN, infinities and both kinks of relu6 and hardswish among them."""
+    points = [-float("inf"), -1e30, -100.0, -10.0, -3.0, -1e-3, 0.0, 0.5, 3.0, 6.0, 90.0, 1e30, float("nan")]
+    for channels in (1, 32):  # by channel, and whole vectors of channels by position
+        values = torch.tensor(points).reshape(1, 1, 1, -1).repeat(1, channels, 1, 1).contiguous(memory_format=layout)
+        weight = torch.ones(channels, 1, 1, 1) if channels == 1 else torch.eye(channels)[:, :, None, None]
+        if channels > 1:
+            values = values.nan_to_num(0.0, 0.0, 0.0)  # a dense product carries these to every channel
+        ours, theirs = (values.clone(memory_format=torch.preserve_format).requires_grad_() for _ in range(2))
+        found, wanted = group_conv1x1(ours, weight, activation=activation), ACTIVATIONS[activation](theirs)
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6, equal_nan=True)
+        for output in (found, wanted):
+            output.sum().backward()
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+@each_layout
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("size", [(4, 3), (32, 16)], ids=str)
+def test_a_value_that_is_not_finite_stays_in_its_group_and_pixel(
+    size: tuple[int, int], value: float, layout: torch.memory_format
+) -> None:
+    """Gradients too: what fills up a tile must not carry it elsewhere."""
+    generator = torch.Generator().manual_seed(2)
+    ins, outs = size
+    for pixel in (0, 34):
+        input = torch.randn(2, 2 * ins, 5, 7, generator=generator)
+        input[1, ins - 1].view(-1)[pixel] = value
+        arguments = {
+            "input": input.contiguous(memory_format=layout),
+            "weight": torch.randn(2 * outs, ins, 1, 1, generator=generator),
+            "scale": torch.randn(2 * outs, generator=generator),
+            "shift": torch.randn(2 * outs, generator=generator),
+        }
+        found, wanted = (
+            cellops.testing.forward_and_gradients(
+                lambda b=b, **kw: group_conv1x1(**kw, groups=2, activation="silu", backend=b), arguments
+            )
+            for b in (None, "reference")
+        )
+        assert found["output"].isfinite().sum() >= found["output"].numel() - outs
+        for name, tensor in found.items():
+            torch.testing.assert_close(tensor, wanted[name], rtol=1e-4, atol=1e-4, equal_nan=True, msg=name)
+
+
+@each_layout
+@pytest.mark.parametrize("channels", [5, 32])
+def test_variance_of_values_far_from_zero(channels: int, layout: torch.memory_format) -> None:
+    """A mean a thousand deviations away: sums of squares in float32 would leave nothing of the variance."""
+    input = (torch.randn(4, channels, 30, 31) + 1000).contiguous(memory_format=layout)
+    mean, var = group_conv1x1_batch_norm(input, torch.eye(channels)[:, :, None, None])[1:]
+    torch.testing.assert_close(mean.double(), input.double().mean((0, 2, 3)), rtol=1e-6, atol=0)
+    torch.testing.assert_close(var.double(), input.double().var((0, 2, 3), unbiased=False), rtol=1e-4, atol=0)
