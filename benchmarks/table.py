@@ -170,7 +170,9 @@ def _copies(records: Results) -> str:
     cells = [["in copies of the input", "dtype", "layout", "direction", *names]]
     for record in chosen:
         figures = [f"{record['copies'][name]:.2f}" if name in record["copies"] else "–" for name in names]
-        cells.append([f"`{record['op']}`", record["dtype"], record["layout"], record["direction"], *figures])
+        several = len({other["case"] for other in chosen if other["op"] == record["op"]}) > 1
+        what = f"`{record['op']}`" + (f", {record['case'].rpartition('_')[0]}" if several else "")
+        cells.append([what, record["dtype"], record["layout"], record["direction"], *figures])
     shape = ", ".join(dict.fromkeys(record["case"].split("_")[-1] for record in chosen))
     return (
         f"Time in copies (`x.clone()` of the input in the same turns) at {shape}; forward is evaluation.\n\n"

@@ -164,4 +164,5 @@ TARGETS = [
     *_in_copies("frelu", 1.5, 7.0),
     *_in_copies("squeeze_excite", 1.25, 3.5),
     *_in_copies("eca", 1.25, 3.5),
+    *_in_copies("spatial_attention", 1.25, 3.5),
 ]

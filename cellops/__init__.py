@@ -10,6 +10,7 @@ from cellops.nn import (
     EfficientChannelAttention,
     FReLU,
     GroupConv1x1,
+    SpatialAttention,
     SqueezeExcite,
 )
 from cellops.ops.deform_conv2d import deform_conv2d
@@ -17,6 +18,7 @@ from cellops.ops.eca import eca
 from cellops.ops.frelu import frelu
 from cellops.ops.group_conv1x1 import group_conv1x1
 from cellops.ops.offset_sample2d import offset_sample2d
+from cellops.ops.spatial_attention import spatial_attention
 from cellops.ops.squeeze_excite import squeeze_excite
 
 __all__ = [
@@ -26,6 +28,7 @@ __all__ = [
     "EfficientChannelAttention",
     "FReLU",
     "GroupConv1x1",
+    "SpatialAttention",
     "SqueezeExcite",
     "__version__",
     "deform_conv2d",
@@ -34,6 +37,7 @@ __all__ = [
     "frelu",
     "group_conv1x1",
     "offset_sample2d",
+    "spatial_attention",
     "squeeze_excite",
     "testing",
 ]

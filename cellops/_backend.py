@@ -25,6 +25,7 @@ OPS: dict[str, tuple[str, ...]] = {
     "eca": ("cpu",),
     "group_conv1x1": ("cpu",),
     "group_conv1x1_batch_norm": ("cpu",),
+    "spatial_attention": ("cpu",),
 }
 """The kernels each op has, the preferred of a device first. Every op has the reference beside them."""
 

@@ -278,6 +278,34 @@ struct GroupConv1x1BatchNormBackward {
   void* grad_beta;
 };
 
+// Spatial attention: output = input * sigmoid(a map of one number for each pixel).
+struct SpatialAttentionParams {
+  int64_t batch, channels, height, width, kernel;
+  bool pool;  // the map is a convolution of the channels' maximum and mean; else of the channels themselves
+  Dtype dtype;
+  bool channels_last;  // input, output and their gradients
+  static constexpr const char* kFields[] = {"batch",  "channels", "height", "width",
+                                            "kernel", "pool",     "dtype",  "channels_last"};
+};
+
+struct SpatialAttentionForward {
+  const void* input;   // [N, C, H, W]
+  const void* weight;  // [1, pool ? 2 : C, kernel, kernel]
+  const void* bias;    // [1], or null
+  void* output;        // [N, C, H, W]
+};
+
+struct SpatialAttentionBackward {
+  const void* grad_output;
+  const void* input;
+  const void* weight;
+  const void* bias;
+  // Each may be null when not wanted.
+  void* grad_input;
+  void* grad_weight;
+  void* grad_bias;
+};
+
 // <op>_cpu(params, tensors, threads) for every line of ops.inc. Throws std::bad_alloc where scratch memory is lacking.
 #define X(name, Params, Tensors) void name##_cpu(const Params&, const Tensors&, int threads);
 #include "cpu/ops.inc"

@@ -31,6 +31,8 @@ SECOND_ORDER = (
     "group_conv1x1_bn_basic",
     "frelu_basic",
     "frelu_bn_basic",
+    "spatial_basic",
+    "spatial_pool3",
 )
 """Cases that check second derivatives on every backend; they come from the reference, which checks all of its own."""
 

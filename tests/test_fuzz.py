@@ -21,6 +21,7 @@ from cellops.testing.deform_conv2d import deform_conv2d_case
 from cellops.testing.eca import eca_case
 from cellops.testing.frelu import frelu_case
 from cellops.testing.offset_sample2d import offset_sample2d_case
+from cellops.testing.spatial_attention import spatial_attention_case
 from cellops.testing.squeeze_excite import squeeze_excite_case
 
 pytestmark = pytest.mark.skipif(_native.error is not None, reason=f"no compiled library: {_native.error}")
@@ -92,6 +93,12 @@ FUZZED: dict[str, tuple[Callable[..., Case], st.SearchStrategy[dict[str, Any]]]]
         ),
     ),
     "eca": (eca_case, st.fixed_dictionaries({**image, "kernel": odd})),
+    "spatial_attention": (
+        spatial_attention_case,
+        st.fixed_dictionaries(
+            {**image, "kernel": odd, "bias": st.booleans(), "mode": st.sampled_from(["conv", "pool"])}
+        ),
+    ),
 }
 """For each op what makes a case of it, and what to draw for that."""
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import cellops
 from cellops import _native
-from cellops.ops import eca, frelu, group_conv1x1, offset_sample2d, squeeze_excite
+from cellops.ops import eca, frelu, group_conv1x1, offset_sample2d, spatial_attention, squeeze_excite
 from cellops.ops._operator import Operator
 from cellops.testing import Case, cases, forward_and_gradients
 
@@ -25,6 +25,7 @@ OPERATORS: dict[str, Operator] = {
     "eca": eca._operator,
     "group_conv1x1": group_conv1x1._operator,
     "group_conv1x1_batch_norm": group_conv1x1._batch_norm_operator,
+    "spatial_attention": spatial_attention._operator,
 }
 BASIC = [case for case in cases(None, "small") if case.op in OPERATORS and case.name.endswith("_basic")]
 each_op = pytest.mark.parametrize("case", BASIC, ids=str)
@@ -211,8 +212,13 @@ def test_compiled_and_dynamic(case: Case) -> None:
 
 @pytest.mark.parametrize(
     "module",
-    [cellops.ConvOffset2d(8), cellops.SqueezeExcite(8, rd_channels=4), cellops.EfficientChannelAttention(8)],
-    ids=["conv_offset", "se", "eca"],
+    [
+        cellops.ConvOffset2d(8),
+        cellops.SqueezeExcite(8, rd_channels=4),
+        cellops.EfficientChannelAttention(8),
+        cellops.SpatialAttention(8, 3),
+    ],
+    ids=["conv_offset", "se", "eca", "spatial"],
 )
 def test_exported_program_trains_and_names_no_backend(module: nn.Module) -> None:
     input = torch.randn(2, 8, 5, 6)

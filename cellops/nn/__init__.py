@@ -5,6 +5,7 @@ from cellops.nn.eca import EfficientChannelAttention
 from cellops.nn.frelu import FReLU
 from cellops.nn.group_conv1x1 import GroupConv1x1
 from cellops.nn.offset_sample2d import ConvOffset2d
+from cellops.nn.spatial_attention import SpatialAttention
 from cellops.nn.squeeze_excite import SqueezeExcite
 
 __all__ = [
@@ -14,5 +15,6 @@ __all__ = [
     "EfficientChannelAttention",
     "FReLU",
     "GroupConv1x1",
+    "SpatialAttention",
     "SqueezeExcite",
 ]

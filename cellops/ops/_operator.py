@@ -283,7 +283,7 @@ class Operator:
         plan = self._plan_of("cpu", tensors, config, channels_last)
         self._check_grad_output(grad_output, tensors[0], plan.output_shape)
         if plan.params is None:
-            return self.backward_formula(grad_output, tensors, config[:-1], wanted)
+            return self.backward_formula(grad_output, given, config[:-1], wanted)
         gradients = [
             _empty_gradient(tensor, plan.wide if wide else tensor.dtype, i == 0 or i in self.own_format)
             if want and tensor is not None

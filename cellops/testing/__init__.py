@@ -7,7 +7,7 @@ for case in cases("deform_conv2d", "bench"):
 
 from __future__ import annotations
 
-from cellops.testing import deform_conv2d, eca, frelu, group_conv1x1, offset_sample2d, squeeze_excite
+from cellops.testing import deform_conv2d, eca, frelu, group_conv1x1, offset_sample2d, spatial_attention, squeeze_excite
 from cellops.testing._case import Arguments, Case, maker, off_grid
 from cellops.testing._check import (
     HALF_ERROR_RATIO,
@@ -40,6 +40,7 @@ CASES: list[Case] = [
     *squeeze_excite.CASES,
     *eca.CASES,
     *group_conv1x1.CASES,
+    *spatial_attention.CASES,
 ]
 """Every case of every op. `small` cases stay off the kinks of their op, so that finite differences hold."""
 

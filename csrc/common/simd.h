@@ -172,6 +172,13 @@ CELLOPS_INLINE void store(double* to, Vec<double> value) { *(VectorOf<double, kV
 CELLOPS_INLINE Vec<float> stored(const float*, Vec<float> value) { return value; }
 CELLOPS_INLINE Vec<double> stored(const double*, Vec<double> value) { return value; }
 CELLOPS_INLINE Half::type stored(const bfloat16*, Vec<float> value) {
+#if defined(__AVX512BF16__)
+  // The instruction gives what follows, bit for bit, but takes denormals (class 0x20) for zeros.
+  const __m512 floats = bit_cast<__m512>(value);
+  if (__builtin_expect(_mm512_fpclass_ps_mask(floats, 0x20) == 0, 1)) {
+    return bit_cast<Half::type>(_mm512_cvtneps_pbh(floats));
+  }
+#endif
   const Vec<uint32_t> bits = bit_cast<Vec<uint32_t>>(value);
   const Vec<uint32_t> rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16, quiet = bits >> 16 | 0x40u;
   return __builtin_convertvector(value == value ? rounded : quiet, Half::type);
@@ -231,19 +238,33 @@ CELLOPS_INLINE void transpose4(Quad<float>& a, Quad<float>& b, Quad<float>& c, Q
   d = CELLOPS_SHUFFLE4(ab_high, cd_high, 2, 3, 6, 7);
 }
 
-// Adds the 16-byte parts of a vector.
-template <class S>
-CELLOPS_INLINE Quad<S> fold(Vec<S> value) {
+struct Add {
+  template <class V>
+  CELLOPS_INLINE V operator()(V a, V b) const {
+    return a + b;
+  }
+};
+struct Greater {
+  template <class V>
+  CELLOPS_INLINE V operator()(V a, V b) const {
+    return a > b ? a : b;
+  }
+};
+
+// Joins the 16-byte parts of a vector.
+template <class S, class Join = Add>
+CELLOPS_INLINE Quad<S> fold(Vec<S> value, Join join = {}) {
 #if defined(__AVX512F__)
   const __m512i bits = bit_cast<__m512i>(value);
-  const auto half = bit_cast<typename VectorOf<S, 32>::type>(_mm512_castsi512_si256(bits)) +
-                    bit_cast<typename VectorOf<S, 32>::type>(_mm512_extracti64x4_epi64(bits, 1));
+  const auto half = join(bit_cast<typename VectorOf<S, 32>::type>(_mm512_castsi512_si256(bits)),
+                         bit_cast<typename VectorOf<S, 32>::type>(_mm512_extracti64x4_epi64(bits, 1)));
 #else
   const auto half = value;
+  (void)join;
 #endif
 #if defined(__AVX2__)
-  return bit_cast<Quad<S>>(_mm256_castsi256_si128(bit_cast<__m256i>(half))) +
-         bit_cast<Quad<S>>(_mm256_extracti128_si256(bit_cast<__m256i>(half), 1));
+  return join(bit_cast<Quad<S>>(_mm256_castsi256_si128(bit_cast<__m256i>(half))),
+              bit_cast<Quad<S>>(_mm256_extracti128_si256(bit_cast<__m256i>(half), 1)));
 #else
   return half;
 #endif
@@ -257,15 +278,29 @@ CELLOPS_INLINE S sum_of(Vec<S> value) {
   return total;
 }
 
-// sums[i] = the sum of the lanes of the i-th vector.
-CELLOPS_INLINE void sums_of(Vec<float> a, Vec<float> b, Vec<float> c, Vec<float> d, float* sums) {
-  Quad<float> qa = fold<float>(a), qb = fold<float>(b), qc = fold<float>(c), qd = fold<float>(d);
+// joined[i] = the lanes of the i-th vector, joined.
+template <class Join>
+CELLOPS_INLINE void join_lanes(Vec<float> a, Vec<float> b, Vec<float> c, Vec<float> d, float* joined, Join join) {
+  Quad<float> qa = fold<float>(a, join), qb = fold<float>(b, join), qc = fold<float>(c, join),
+              qd = fold<float>(d, join);
   transpose4(qa, qb, qc, qd);
-  *(VectorOf<float, 16>::unaligned*)sums = (qa + qb) + (qc + qd);
+  *(VectorOf<float, 16>::unaligned*)joined = join(join(qa, qb), join(qc, qd));
 }
-CELLOPS_INLINE void sums_of(Vec<double> a, Vec<double> b, Vec<double> c, Vec<double> d, double* sums) {
-  const Quad<double> qa = fold<double>(a), qb = fold<double>(b), qc = fold<double>(c), qd = fold<double>(d);
-  sums[0] = qa[0] + qa[1], sums[1] = qb[0] + qb[1], sums[2] = qc[0] + qc[1], sums[3] = qd[0] + qd[1];
+template <class Join>
+CELLOPS_INLINE void join_lanes(Vec<double> a, Vec<double> b, Vec<double> c, Vec<double> d, double* joined, Join join) {
+  const Quad<double> quads[4] = {fold<double>(a, join), fold<double>(b, join), fold<double>(c, join),
+                                 fold<double>(d, join)};
+  for (int i = 0; i < 4; ++i) joined[i] = join(quads[i][0], quads[i][1]);
+}
+
+// sums[i] and maxima[i] = that of the lanes of the i-th vector; which of two a maximum is beside a NaN is not said.
+template <class S>
+CELLOPS_INLINE void sums_of(Vec<S> a, Vec<S> b, Vec<S> c, Vec<S> d, S* sums) {
+  join_lanes(a, b, c, d, sums, Add{});
+}
+template <class S>
+CELLOPS_INLINE void maxima_of(Vec<S> a, Vec<S> b, Vec<S> c, Vec<S> d, S* maxima) {
+  join_lanes(a, b, c, d, maxima, Greater{});
 }
 
 }  // namespace cellops::CELLOPS_ISA

@@ -11,6 +11,7 @@
 #include "../cellops.h"
 #include "../common/parallel.h"
 #include "../common/simd.h"
+#include "../common/stream.h"
 
 namespace cellops::CELLOPS_ISA {
 
@@ -96,43 +97,50 @@ inline void sum_pixels(const T* a, const T* b, int64_t channels, int64_t pixels,
 // output = input * scale + shift for channels [begin, end); shift may be null.
 template <bool Shift, class T, class S>
 inline void scale_pixels(const T* input, const S* scale, const S* shift, int64_t channels, int64_t pixels,
-                         bool channels_last, int64_t begin, int64_t end, T* output) {
-  constexpr int lanes = kLanes<S>;
+                         bool channels_last, int64_t begin, int64_t end, T* output, bool streamed) {
   if (!channels_last) {
     for (int64_t c = begin; c < end; ++c) {
       const T* x = input + c * pixels;
       T* y = output + c * pixels;
-      const Vec<S> factor = broadcast(scale[c]), summand = broadcast(Shift ? shift[c] : S(0));
-      int64_t p = 0;
-      for (; p + lanes <= pixels; p += lanes) {
+      const S factor = scale[c], summand = Shift ? shift[c] : S(0);
+      const auto vector = [&](int64_t p, bool stream) {
         const Vec<S> value = load(x + p) * factor;
-        store(y + p, Shift ? value + summand : value);
-      }
-      for (; p < pixels; ++p) {
-        const S value = to_compute(x[p]) * scale[c];
-        from_compute(y + p, Shift ? value + shift[c] : value);
-      }
+        put(y + p, Shift ? value + summand : value, stream);
+      };
+      const auto scalar = [&](int64_t p) {
+        const S value = to_compute(x[p]) * factor;
+        from_compute(y + p, Shift ? value + summand : value);
+      };
+      each_written<T>(pixels, streamed, vector, scalar);
     }
     return;
   }
   for (int64_t p = 0; p < pixels; ++p) {
     const T* x = input + p * channels;
     T* y = output + p * channels;
-    int64_t c = begin;
-    for (; c + lanes <= end; c += lanes) {
+    const auto vector = [&](int64_t i, bool stream) {
+      const int64_t c = begin + i;
       const Vec<S> value = load(x + c) * load(scale + c);
-      store(y + c, Shift ? value + load(shift + c) : value);
-    }
-    for (; c < end; ++c) {
-      const S value = to_compute(x[c]) * scale[c];
-      from_compute(y + c, Shift ? value + shift[c] : value);
-    }
+      put(y + c, Shift ? value + load(shift + c) : value, stream);
+    };
+    const auto scalar = [&](int64_t i) {
+      const S value = to_compute(x[begin + i]) * scale[begin + i];
+      from_compute(y + begin + i, Shift ? value + shift[begin + i] : value);
+    };
+    each_written<T>(end - begin, streamed, vector, scalar);
   }
 }
 
-// A member's share of the channels, in whole vectors.
+// Whether to stream the output of a call on `tensors` tensors of its size.
+template <class T, class Params>
+inline bool attention_streams(const Params& p, const T* output, int64_t tensors) {
+  const int64_t bytes = tensors * p.batch * p.channels * p.pixels * int64_t(sizeof(T));
+  return streams(output, p.channels_last ? p.channels : p.pixels, bytes);
+}
+
+// A member's share of the channels, in whole vectors and lines of the cache.
 inline void share_channels(const Team& team, int64_t channels, int64_t* begin, int64_t* end) {
-  constexpr int64_t step = 16;
+  constexpr int64_t step = 32;
   team.share(div_up(channels, step), begin, end);
   *begin *= step, *end = min_of(*end * step, channels);
 }
@@ -142,6 +150,7 @@ inline void attend_forward(const Team& team, const Params& p, const T* input, T*
                            Compute<T>* scale, const Rule& rule) {
   using S = Compute<T>;
   const int64_t size = p.channels * p.pixels;
+  const bool streamed = attention_streams(p, output, 2);
   for_images(team, p.batch, [&](int64_t image, const Team& members) {
     int64_t begin, end;
     share_channels(members, p.channels, &begin, &end);
@@ -152,8 +161,9 @@ inline void attend_forward(const Team& team, const Params& p, const T* input, T*
     members.barrier();
     rule.forward(mean, scale);
     scale_pixels<false>(input + image * size, scale, scale, p.channels, p.pixels, p.channels_last, begin, end,
-                        output + image * size);
+                        output + image * size, streamed);
   });
+  end_streams();
 }
 
 // Scratch of a thread in backward: sums and their gradients.
@@ -171,6 +181,7 @@ inline void attend_backward(const Team& team, const Params& p, const T* grad_out
                             const Rule& rule) {
   using S = Compute<T>;
   const int64_t size = p.channels * p.pixels;
+  const bool streamed = attention_streams(p, grad_input, 3);
   for_images(team, p.batch, [&](int64_t image, const Team& members) {
     int64_t begin, end;
     share_channels(members, p.channels, &begin, &end);
@@ -183,8 +194,9 @@ inline void attend_backward(const Team& team, const Params& p, const T* grad_out
     if (!grad_input) return;
     for (int64_t c = begin; c < end; ++c) own.grad_mean.get()[c] /= S(p.pixels);
     scale_pixels<true>(grad, own.scale.get(), own.grad_mean.get(), p.channels, p.pixels, p.channels_last, begin, end,
-                       grad_input + image * size);
+                       grad_input + image * size, streamed);
   });
+  end_streams();
 }
 
 }  // namespace cellops::CELLOPS_ISA

@@ -1,0 +1,47 @@
+"""The module of `spatial_attention`."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from cellops.ops.spatial_attention import spatial_attention
+from cellops.reference.spatial_attention import MODES
+
+
+class SpatialAttention(nn.Module):
+    """Spatial attention: `sigmoid(conv(x)) * x` with one map for all channels, or CBAM's (Woo et al. 2018).
+
+    The child `conv` has a bias in both modes. Where a network's convolution has none, set `conv.bias` to None; where a
+    BatchNorm of one channel follows it, as in CBAM's own code, fold that into weight and bias. "pool" takes the
+    maximum's weights first: weights of timm's `SpatialAttn` need `weight.flip(1)`.
+
+    Args:
+        channels: C; "conv" needs it, "pool" takes any number of channels.
+        kernel_size: odd; None for 1 with "conv" and 7 with "pool".
+        mode: what the convolution sees: "conv", the channels; "pool", their maximum and their mean.
+
+    Raises:
+        ValueError: `mode` is unknown, `kernel_size` is even or less than 1, or `channels` is missing for "conv".
+    """
+
+    def __init__(self, channels: int | None = None, kernel_size: int | None = None, mode: str = "conv") -> None:
+        super().__init__()
+        if mode not in MODES:
+            raise ValueError(f"mode must be one of {', '.join(map(repr, MODES))}, got {mode!r}")
+        if kernel_size is None:
+            kernel_size = 1 if mode == "conv" else 7
+        if kernel_size < 1 or kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be odd and at least 1, got {kernel_size}")
+        if mode == "pool":
+            channels = 2
+        elif channels is None:
+            raise ValueError("channels must be given for mode='conv', got None")
+        self.mode = mode
+        self.conv = nn.Conv2d(channels, 1, kernel_size, padding=kernel_size // 2)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[N, C, H, W] -> [N, C, H, W]. Errors are those of `cellops.spatial_attention`."""
+        return spatial_attention(input, self.conv.weight, self.conv.bias, self.mode)
+
+    def extra_repr(self) -> str:
+        return f"mode={self.mode!r}"
