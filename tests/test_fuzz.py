@@ -63,6 +63,22 @@ def deform_conv2d_sizes(draw: Any) -> dict[str, Any]:
     }
 
 
+@st.composite
+def group_conv1x1_sizes(draw: Any, least_batch: int, activations: list[str]) -> dict[str, Any]:
+    groups, of_group = draw(st.integers(1, 4)), st.sampled_from([1, 2, 3, 5, 8, 11, 16, 32, 48])
+    return {
+        "batch": draw(st.integers(least_batch, 5)),
+        "in_channels": groups * draw(of_group),
+        "out_channels": groups * draw(of_group),
+        "height": draw(size),
+        "width": draw(size),
+        "groups": groups,
+        "activation": draw(st.sampled_from(activations)),
+        "shuffle": draw(st.booleans()),
+        "affine": draw(st.booleans()),
+    }
+
+
 FUZZED: dict[str, tuple[Callable[..., Case], st.SearchStrategy[dict[str, Any]]]] = {
     "deform_conv2d": (deform_conv2d_case, deform_conv2d_sizes()),
     "offset_sample2d": (
@@ -93,6 +109,14 @@ FUZZED: dict[str, tuple[Callable[..., Case], st.SearchStrategy[dict[str, Any]]]]
         ),
     ),
     "eca": (eca_case, st.fixed_dictionaries({**image, "kernel": odd})),
+    "group_conv1x1": (
+        group_conv1x1_case,
+        group_conv1x1_sizes(0, ["none", "relu", "relu6", "gelu", "silu", "hardswish"]),
+    ),
+    "group_conv1x1_batch_norm": (
+        functools.partial(group_conv1x1_case, batch_norm=True),
+        group_conv1x1_sizes(2, ["none", "gelu", "silu"]),  # those without kinks
+    ),
     "spatial_attention": (
         spatial_attention_case,
         st.fixed_dictionaries(

@@ -202,7 +202,7 @@ def test_keys_copies_and_errors() -> None:
         GroupConv1x1(12, 15, 5)
     with pytest.raises(ValueError, match="out_channels must be a multiple of groups = 4, got 18"):
         GroupConv1x1(12, 18, 4)
-    with pytest.raises(ValueError, match="activation must be one of 'none', .*, got 'tanh'"):
+    with pytest.raises(ValueError, match=r"activation must be one of 'none', .*, got 'tanh'"):
         GroupConv1x1(12, 18, 3, activation="tanh")
 
 
@@ -216,13 +216,13 @@ def test_errors_of_the_op() -> None:
         group_conv1x1(input, weight[:16], groups=3)
     with pytest.raises(ValueError, match=r"weight must have shape \(18, 6, 1, 1\), got \(18, 4, 1, 1\)"):
         group_conv1x1(input, weight, groups=2)
-    with pytest.raises(ValueError, match="activation must be one of .* got 'tanh'"):
+    with pytest.raises(ValueError, match=r"activation must be one of .* got 'tanh'"):
         group_conv1x1(input, weight, groups=3, activation="tanh")
     with pytest.raises(ValueError, match=r"scale must have shape \(18,\), got \(12,\)"):
         group_conv1x1(input, weight, torch.ones(12), groups=3)
     with pytest.raises(ValueError, match=r"beta must have shape \(18,\), got \(1,\)"):
         group_conv1x1_batch_norm(input, weight, None, torch.ones(1), groups=3)
-    with pytest.raises(TypeError, match="shift must be torch.float32 like the input, got torch.float64"):
+    with pytest.raises(TypeError, match=r"shift must be torch\.float32 like the input, got torch\.float64"):
         group_conv1x1(input, weight, None, torch.ones(18).double(), groups=3)
 
 

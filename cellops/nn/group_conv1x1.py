@@ -62,7 +62,8 @@ class GroupConv1x1(nn.Module):
         if bn is None:
             return group_conv1x1(input, conv.weight, None, conv.bias, *settings)
         if not _batch_norm.uses_batch_statistics(bn):
-            return group_conv1x1(input, conv.weight, *_batch_norm.folded(bn, conv.bias), *settings)
+            scale, shift = _batch_norm.folded(bn, conv.bias)
+            return group_conv1x1(input, conv.weight, scale, shift, *settings)
         shape = input.shape
         _batch_norm.check_batch(shape[:1] + conv.weight.shape[:1] + shape[2:])
         gamma, beta = _batch_norm.affine(bn, conv.bias)

@@ -77,7 +77,9 @@ class Rule {
       const int64_t row = j * p_.channels;
       const S x = before_.get()[j], through = dot(p_.channels, weights_.second.get() + row, grad_logits);
       const S gate = sigmoid(x);
-      const S grad = p_.activation == Activation::silu ? through * gate * (1 + x * (1 - gate)) : x <= 0 ? S(0) : through;
+      const S grad = p_.activation == Activation::silu ? through * gate * (1 + x * (1 - gate))
+                     : x <= 0                          ? S(0)
+                                                       : through;
       add_scaled(p_.channels, grad, weights_.first.get() + row, grad_mean);
       if (!add) continue;
       sums_->bias1.get()[j] += grad;
