@@ -165,4 +165,5 @@ TARGETS = [
     *_in_copies("squeeze_excite", 1.25, 3.5),
     *_in_copies("eca", 1.25, 3.5),
     *_in_copies("spatial_attention", 1.25, 3.5),
+    *_in_copies("group_conv1x1", 2.0, 7.0),
 ]

@@ -20,6 +20,7 @@ from cellops.testing import Case, assert_close_to_reference, forward_and_gradien
 from cellops.testing.deform_conv2d import deform_conv2d_case
 from cellops.testing.eca import eca_case
 from cellops.testing.frelu import frelu_case
+from cellops.testing.group_conv1x1 import group_conv1x1_case
 from cellops.testing.offset_sample2d import offset_sample2d_case
 from cellops.testing.spatial_attention import spatial_attention_case
 from cellops.testing.squeeze_excite import squeeze_excite_case

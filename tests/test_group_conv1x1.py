@@ -264,7 +264,8 @@ def test_values_and_slopes_at_kinks_and_far_out(activation: str, layout: torch.m
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6, equal_nan=True)
         for output in (found, wanted):
             output.sum().backward()
-        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-6, equal_nan=True)
+        number = ~values.isnan()  # PyTorch's own relu6 passes a gradient at NaN or not, by its place in the tensor
+        torch.testing.assert_close(ours.grad[number], theirs.grad[number], rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
 @each_layout

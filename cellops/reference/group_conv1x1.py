@@ -12,10 +12,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+
+def _relu6(x: Tensor) -> Tensor:
+    """`F.relu6`, whose slope at NaN depends on where in the tensor it stands; here it is 1."""
+    return torch.where(x <= 0, 0.0, torch.where(x >= 6, 6.0, x)).to(x.dtype)
+
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda x: x,
     "relu": F.relu,
-    "relu6": F.relu6,
+    "relu6": _relu6,
     "gelu": F.gelu,
     "silu": F.silu,
     "hardswish": F.hardswish,
