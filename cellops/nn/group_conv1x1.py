@@ -68,7 +68,9 @@ class GroupConv1x1(nn.Module):
         shape = input.shape
         _batch_norm.check_batch(shape[:1] + conv.weight.shape[:1] + shape[2:])
         gamma, beta = _batch_norm.affine(bn, conv.bias)
-        output, mean, var = group_conv1x1_batch_norm(input, conv.weight, gamma, beta, bn.eps, groups, activation, shuffle)
+        output, mean, var = group_conv1x1_batch_norm(
+            input, conv.weight, gamma, beta, bn.eps, groups, activation, shuffle
+        )
         _batch_norm.update_running_statistics(bn, mean, var, conv.bias, shape[0] * shape[2] * shape[3])
         return output
 
