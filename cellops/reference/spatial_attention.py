@@ -44,8 +44,8 @@ def spatial_attention_backward(
         through_max = torch.where(reached, through_max, torch.zeros((), dtype=source.dtype, device=input.device))
         grad_source = through_max + grad_source[:, 1:] / input.shape[1]
     grad_input = grad_output * scale.to(input.dtype) + grad_source.to(input.dtype)
-    columns = F.unfold(source, weight.shape[-2:], padding=half)  # [N, C * k * k, H * W]
-    grad_weight = (columns * grad_logits.flatten(2)).sum((0, 2)).reshape(weight.shape)
+    seen = F.unfold(grad_logits, weight.shape[-2:], padding=half).flip(1)  # [N, k * k, H * W], by the taps of a pixel
+    grad_weight = (source.flatten(2) @ seen.transpose(1, 2)).sum(0).reshape(weight.shape)
     grad_bias = None if bias is None else grad_logits.sum((0, 2, 3)).to(bias.dtype)
     return grad_input, grad_weight.to(weight.dtype), grad_bias
 

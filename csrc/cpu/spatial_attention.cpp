@@ -159,17 +159,20 @@ class Worker {
     }
   }
 
-  // body(part, i, taps): the taps of row i of the kernel, as the logits of row y see them.
+  // body(part, i, taps): the taps of row i of the kernel, as the logits of row y see them; outside the image, zeros.
   template <class Body>
   void each_kernel_row(const Window<S>& window, int64_t y, const Body& body) const {
     const int64_t parts = p_.pool ? 2 : 1, k = p_.kernel;
     for (int64_t part = 0; part < parts; ++part) {
-      for (int64_t i = max_of(0, shape_.half - y); i < min_of(k, p_.height + shape_.half - y); ++i) {
+      for (int64_t i = 0; i < k; ++i) {
         const int64_t row = y + i - shape_.half;
-        if (p_.pool) {
-          body(part, i, Taps<S>{k, window.padded(part, row), 1, weight_ + (part * k + i) * k, 1});
+        const S* weights = p_.pool ? weight_ + (part * k + i) * k : &kOne;
+        if (row < 0 || row >= p_.height) {
+          body(part, i, Taps<S>{k, zeros_.get(), 0, weights, p_.pool});
+        } else if (p_.pool) {
+          body(part, i, Taps<S>{k, window.padded(part, row), 1, weights, 1});
         } else {
-          body(part, i, Taps<S>{k, window.padded(i * k, row), window.map_step() + 1, &kOne, 0});
+          body(part, i, Taps<S>{k, window.padded(i * k, row), window.map_step() + 1, weights, 0});
         }
       }
     }
