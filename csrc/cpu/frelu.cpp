@@ -18,12 +18,29 @@ struct Scratch {
   const Buffer<S> taps;
 };
 
+// A unit's rows of a block: the larger of both sides. Compiled for the compute type, as all loops over windows are.
+template <int Kernel, class S>
+void activate_rows(const FreluWalk<S>& w, const FreluTaps<Kernel, S>& taps, Vec<S> m, Vec<S> a, Vec<S> b, const S* x,
+                   int64_t rows, S* y, FreluAhead& ahead) {
+  const int64_t pitch = w.pitch, result_pitch = w.result_pitch;
+  const S* corner = x - w.half * (pitch + w.step);
+  for_rows<2>(w, rows, w.flat, [&](int64_t at, int64_t to, const auto& only, auto block) CELLOPS_INLINE_LAMBDA {
+    Vec<S> convolved[block.count];
+    convolve<Kernel>(w.kernel, pitch, taps, corner + at, block, convolved);
+#pragma GCC unroll 2
+    for (int r = 0; r < block.count; ++r) {
+      const Vec<S> value = load(x + at + r * pitch), other = (convolved[r] - m) * a + b;
+      only.put(y + to + r * result_pitch, value > other ? value : other);
+      ahead.fetch();
+    }
+  });
+}
+
 // y = max(x, (conv(x) - mean) * scale + shift) on a thread's items, the last first: what the statistics have read last
 // may still be in a cache. Per-channel numbers are [padded].
 template <int Kernel, class T, class S>
 void activate(const Team& team, const FreluWalk<S>& w, const T* input, const S* weights, const S* mean, const S* scale,
               const S* shift, const Scratch<S>& own, T* output) {
-  const int64_t pitch = w.pitch, step = w.step, result_pitch = w.result_pitch;
   const bool streamed = w.streams(output);
   int64_t begin, end;
   team.share(w.items, &begin, &end);
@@ -36,18 +53,7 @@ void activate(const Team& team, const FreluWalk<S>& w, const T* input, const S* 
       for (int64_t u = 0; u < item.units; ++u) {
         const FreluTaps<Kernel, S> taps(w, weights, item.unit + u, false, own.taps.get());
         const Vec<S> m = w.of(mean, item.unit + u), a = w.of(scale, item.unit + u), b = w.of(shift, item.unit + u);
-        const S *x = own.input.at(u, w.half), *corner = own.input.at(u, 0) - w.half * step;
-        S* y = own.output.at(u, 0);
-        for_rows<2>(w, rows, w.flat, [&](int64_t at, int64_t to, const auto& only, auto block) CELLOPS_INLINE_LAMBDA {
-          Vec<S> convolved[block.count];
-          convolve<Kernel>(w.kernel, pitch, taps, corner + at, block, convolved);
-#pragma GCC unroll 2
-          for (int r = 0; r < block.count; ++r) {
-            const Vec<S> value = load(x + at + r * pitch), other = (convolved[r] - m) * a + b;
-            only.put(y + to + r * result_pitch, value > other ? value : other);
-            ahead.fetch();
-          }
-        });
+        activate_rows(w, taps, m, a, b, own.input.at(u, w.half), rows, own.output.at(u, 0), ahead);
       }
       store_rows(w, item, own.output, row, row + rows, output, streamed);
     }

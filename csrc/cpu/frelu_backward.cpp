@@ -80,11 +80,35 @@ struct Unit {
   const Vec<S> mean, scale, shift, by_value, by_one;
 };
 
+// The two sums of a unit's rows.
+template <int Kernel, class S>
+void sum_rows(const FreluWalk<S>& w, const Unit<Kernel, S>& unit, int64_t at_unit, const S* x, const S* grad,
+              int64_t rows, FreluAhead& ahead, FreluAhead& grad_ahead, const Sums& sums) {
+  const int64_t pitch = w.pitch;
+  const S* corner = x - w.half * (pitch + w.step);
+  Vec<S> sum = {}, product = {};
+  for_rows<2>(w, rows, false, [&](int64_t at, int64_t, const auto& only, auto block) CELLOPS_INLINE_LAMBDA {
+    Vec<S> z[block.count];
+    convolve<Kernel>(w.kernel, pitch, unit.taps, corner + at, block, z);
+#pragma GCC unroll 2
+    for (int r = 0; r < block.count; ++r) {
+      z[r] -= unit.mean;
+      const Vec<S> value = load(x + at + r * pitch), given = load(grad + at + r * pitch);
+      const Vec<S> through = only(through_other<S>(given, value, z[r] * unit.scale + unit.shift));
+      sum += through;
+      product += only(through * z[r]);
+      ahead.fetch();
+      grad_ahead.fetch();
+    }
+  });
+  w.add(sum, at_unit, sums.through());
+  w.add(product, at_unit, sums.products());
+}
+
 // The two sums that batch statistics need.
 template <int Kernel, class T, class S>
 void sum_gradients(const Team& team, const FreluWalk<S>& w, const T* grad_output, const T* input,
                    const Constants<S>& constants, const Scratch<S>& own, const Sums& sums) {
-  const int64_t pitch = w.pitch, step = w.step;
   int64_t begin, end;
   team.share(w.items, &begin, &end);
   for (int64_t i = begin; i < end; ++i) {
@@ -97,25 +121,7 @@ void sum_gradients(const Team& team, const FreluWalk<S>& w, const T* grad_output
       FreluAhead grad_ahead = ahead_of(w, item, row, 0, i + 1, grad_output);
       for (int64_t u = 0; u < item.units; ++u) {
         const Unit<Kernel, S> unit(w, constants, item.unit + u, own.taps.get());
-        const S *x = own.input.at(u, w.half), *corner = own.input.at(u, 0) - w.half * step;
-        const S* grad = own.grad.at(u, 0);
-        Vec<S> sum = {}, product = {};
-        for_rows<2>(w, rows, false, [&](int64_t at, int64_t, const auto& only, auto block) CELLOPS_INLINE_LAMBDA {
-          Vec<S> z[block.count];
-          convolve<Kernel>(w.kernel, pitch, unit.taps, corner + at, block, z);
-#pragma GCC unroll 2
-          for (int r = 0; r < block.count; ++r) {
-            z[r] -= unit.mean;
-            const Vec<S> value = load(x + at + r * pitch), given = load(grad + at + r * pitch);
-            const Vec<S> through = only(through_other<S>(given, value, z[r] * unit.scale + unit.shift));
-            sum += through;
-            product += only(through * z[r]);
-            ahead.fetch();
-            grad_ahead.fetch();
-          }
-        });
-        w.add(sum, item.unit + u, sums.through());
-        w.add(product, item.unit + u, sums.products());
+        sum_rows(w, unit, item.unit + u, own.input.at(u, w.half), own.grad.at(u, 0), rows, ahead, grad_ahead, sums);
       }
     }
   }
@@ -183,11 +189,26 @@ void grad_of_convolution(const FreluWalk<S>& w, const Unit<Kernel, S>& unit, int
   }
 }
 
+// What passes on x's side, and what the transposed convolution gives back.
+template <int Kernel, class S>
+void grad_of_input(const FreluWalk<S>& w, const FreluTaps<Kernel, S>& flipped, const S* convolved, const S* direct,
+                   int64_t rows, S* result) {
+  const int64_t pitch = w.pitch, result_pitch = w.result_pitch;
+  const S* corner = convolved - w.half * (pitch + w.step);
+  for_rows<2>(w, rows, w.flat, [&](int64_t at, int64_t to, const auto& only, auto block) CELLOPS_INLINE_LAMBDA {
+    Vec<S> sum[block.count];
+    convolve<Kernel>(w.kernel, pitch, flipped, corner + at, block, sum);
+#pragma GCC unroll 2
+    for (int r = 0; r < block.count; ++r) {
+      only.put(result + to + r * result_pitch, load(direct + at + r * pitch) + sum[r]);
+    }
+  });
+}
+
 template <int Kernel, bool Norm, class T, class S>
 void differentiate(const Team& team, const FreluWalk<S>& w, const T* grad_output, const T* input, T* grad_input,
                    const Constants<S>& constants, const Scratch<S>& own, const Sums* sums) {
   const int64_t half = w.half;
-  const int64_t pitch = w.pitch, step = w.step, result_pitch = w.result_pitch;
   const bool streamed = grad_input && w.streams(grad_input);
   int64_t begin, end;
   team.share(w.items, &begin, &end);
@@ -225,16 +246,7 @@ void differentiate(const Team& team, const FreluWalk<S>& w, const T* grad_output
         }
         if (!grad_input) continue;
         const FreluTaps<Kernel, S> flipped(w, constants.weights.get(), item.unit + u, true, own.taps.get());
-        const S *direct = own.direct.at(u, half), *corner = own.convolved.at(u, 0) - half * step;
-        S* result = own.grad.at(u, 0);
-        for_rows<2>(w, rows, w.flat, [&](int64_t at, int64_t to, const auto& only, auto block) CELLOPS_INLINE_LAMBDA {
-          Vec<S> sum[block.count];
-          convolve<Kernel>(w.kernel, pitch, flipped, corner + at, block, sum);
-#pragma GCC unroll 2
-          for (int r = 0; r < block.count; ++r) {
-            only.put(result + to + r * result_pitch, load(direct + at + r * pitch) + sum[r]);
-          }
-        });
+        grad_of_input(w, flipped, own.convolved.at(u, half), own.direct.at(u, half), rows, own.grad.at(u, 0));
       }
       if (grad_input) store_rows(w, item, own.grad, row, row + rows, grad_input, streamed);
     }

@@ -61,14 +61,13 @@ template <class Tile, class T>
 void find_output(const Tiling& t, const Team& team, Tile& tile, const T* input, Activation activation,
                  const Affine<Compute<T>>& affine, T* output) {
   const bool streamed = t.streamed(t.out, output);
-  with_activation(activation, [&](auto tag) {
-    t.for_tiles(team, [&](int64_t first_group, int64_t position, int64_t count) {
-      tile.read(input, nullptr, first_group, position, count);
-      for (int64_t group = first_group; group < first_group + t.unit_groups; ++group) {
-        tile.convolve(group);
-        tile.template activate<tag.value>(group, affine, streamed, output);
-      }
-    });
+  t.for_tiles(team, [&](int64_t first_group, int64_t position, int64_t count) {
+    tile.read(input, nullptr, first_group, position, count);
+    for (int64_t group = first_group; group < first_group + t.unit_groups; ++group) {
+      tile.convolve(group);
+      with_activation(activation,
+                      [&](auto tag) { tile.template activate<tag.value>(group, affine, streamed, output); });
+    }
   });
   if (streamed) end_streams();
 }

@@ -8,23 +8,28 @@
 namespace cellops::CELLOPS_ISA {
 namespace {
 
-// One pass by one thread: for the sums, for the gradients to input and weight (each may be null), or for both.
-template <bool Sum, bool Apply, class Tile, class T>
-void run_pass(const Tiling& t, const Team& team, Tile& tile, Activation activation, const T* grad_output,
+// What a pass is for: the sums, the gradients to input and weight (each may be null), or both.
+enum class Pass { sum, apply, both };
+
+// One pass by one thread. Only what the activation is part of is compiled for each.
+template <class Tile, class T>
+void run_pass(Pass pass, const Tiling& t, const Team& team, Tile& tile, Activation activation, const T* grad_output,
               const T* input, const Chain<Compute<T>>& chain, const Sums& sums, T* grad_input,
               Compute<T>* grad_weight) {
   const bool streamed = t.streamed(t.in, grad_input);
-  with_activation(activation, [&](auto tag) {
-    t.for_tiles(team, [&](int64_t first_group, int64_t position, int64_t count) {
-      tile.read(input, grad_output, first_group, position, count);
-      for (int64_t group = first_group; group < first_group + t.unit_groups; ++group) {
-        tile.template chain<tag.value, Sum, Apply>(group, chain, sums);
-        if constexpr (Apply) {
-          if (grad_weight) tile.add_grad_weight(group, grad_weight + group * t.out.of_group * t.in.of_group);
-          if (grad_input) tile.convolve_back(group, streamed, grad_input);
-        }
-      }
-    });
+  t.for_tiles(team, [&](int64_t first_group, int64_t position, int64_t count) {
+    tile.read(input, grad_output, first_group, position, count);
+    for (int64_t group = first_group; group < first_group + t.unit_groups; ++group) {
+      tile.convolve_again(group);
+      with_activation(activation, [&](auto tag) {
+        if (pass == Pass::sum) return tile.template chain<tag.value, true, false>(group, chain, sums);
+        if (pass == Pass::apply) return tile.template chain<tag.value, false, true>(group, chain, sums);
+        tile.template chain<tag.value, true, true>(group, chain, sums);
+      });
+      if (pass == Pass::sum) continue;
+      if (grad_weight) tile.add_grad_weight(group, grad_weight + group * t.out.of_group * t.in.of_group);
+      if (grad_input) tile.convolve_back(group, streamed, grad_input);
+    }
   });
   if (streamed) end_streams();
 }
@@ -54,14 +59,13 @@ bool run_backward(const GroupConv1x1Params& p, const Tensors& io, const Chain<Co
     const T *grad_output = static_cast<const T*>(io.grad_output), *input = static_cast<const T*>(io.input);
     T* grad_input = static_cast<T*>(io.grad_input);
     if (two_passes) {
-      run_pass<true, false, Tile, T>(tiling, team, tile, p.activation, grad_output, input, chain, sums, nullptr,
-                                     nullptr);
+      run_pass<Tile, T>(Pass::sum, tiling, team, tile, p.activation, grad_output, input, chain, sums, nullptr, nullptr);
       team.in_order([&] { total.add(sums); });
       between(team);
       if (!grad_input && !io.grad_weight) return;
-      run_pass<false, true>(tiling, team, tile, p.activation, grad_output, input, chain, sums, grad_input, own.get());
+      run_pass(Pass::apply, tiling, team, tile, p.activation, grad_output, input, chain, sums, grad_input, own.get());
     } else {
-      run_pass<true, true>(tiling, team, tile, p.activation, grad_output, input, chain, sums, grad_input, own.get());
+      run_pass(Pass::both, tiling, team, tile, p.activation, grad_output, input, chain, sums, grad_input, own.get());
       team.in_order([&] { total.add(sums); });
     }
     team.in_order([&] {

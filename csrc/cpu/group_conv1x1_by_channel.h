@@ -186,10 +186,12 @@ class ByChannel {
     if (!place && is_last(group)) out_.write(group_, position_, count_, streamed, output);
   }
 
-  // Backward: the convolution again, the sums and, with Apply, the gradient to the convolution.
+  // Backward: the convolution again.
+  void convolve_again(int64_t group) { multiply(group, convolution_.get(), stride_, true); }
+
+  // The sums and, with Apply, the gradient to the convolution.
   template <Activation A, bool Sum, bool Apply>
   void chain(int64_t group, const Chain<S>& chain, const Sums& sums) {
-    multiply(group, convolution_.get(), stride_, true);
     const S* grads = out_.read_row_of(group);
     for (int64_t j = 0; j < t_.out.of_group; ++j) {
       const int64_t o = group * t_.out.of_group + j;

@@ -49,6 +49,8 @@ class ByPosition {
     }
   }
 
+  void convolve_again(int64_t group) { convolve(group); }
+
   void find_moments(int64_t, S* means, S* squares) const {
     const int64_t outs = t_.out.of_group;
     for (int64_t j = 0; j < outs; j += kLanes<S>) {
@@ -80,7 +82,6 @@ class ByPosition {
 
   template <Activation A, bool Sum, bool Apply>
   void chain(int64_t group, const Chain<S>& chain, const Sums& sums) {
-    convolve(group);
     const int64_t outs = t_.out.of_group;
     for (int64_t j = 0; j < outs; j += kLanes<S>) {
       const int64_t o = group * outs + j;
