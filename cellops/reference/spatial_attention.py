@@ -38,16 +38,20 @@ def spatial_attention_backward(
     product = grad_output.to(source.dtype) * input.to(source.dtype)
     grad_logits = product.sum(1, keepdim=True) * scale * (1 - scale)
     grad_source = F.conv_transpose2d(grad_logits, weight.to(source.dtype), padding=half)
+    # Taps outside the image are zeros here: of the maps, or of the logits' gradients. Beside NaN they are NaN.
     if mode == "pool":
         reached = input == source[:, :1]
         through_max = grad_source[:, :1] / reached.sum(1, keepdim=True)
         through_max = torch.where(reached, through_max, torch.zeros((), dtype=source.dtype, device=input.device))
         grad_source = through_max + grad_source[:, 1:] / input.shape[1]
+        columns = F.unfold(source, weight.shape[-2:], padding=half)  # [N, 2 * k * k, H * W]
+        grad_weight = (columns @ grad_logits.flatten(2).transpose(1, 2)).sum(0)
+    else:
+        seen = F.unfold(grad_logits, weight.shape[-2:], padding=half).flip(1)  # [N, k * k, H * W]
+        grad_weight = (source.flatten(2) @ seen.transpose(1, 2)).sum(0)
     grad_input = grad_output * scale.to(input.dtype) + grad_source.to(input.dtype)
-    seen = F.unfold(grad_logits, weight.shape[-2:], padding=half).flip(1)  # [N, k * k, H * W], by the taps of a pixel
-    grad_weight = (source.flatten(2) @ seen.transpose(1, 2)).sum(0).reshape(weight.shape)
     grad_bias = None if bias is None else grad_logits.sum((0, 2, 3)).to(bias.dtype)
-    return grad_input, grad_weight.to(weight.dtype), grad_bias
+    return grad_input, grad_weight.reshape(weight.shape).to(weight.dtype), grad_bias
 
 
 def _source(input: Tensor, mode: str) -> Tensor:
