@@ -144,6 +144,7 @@ CELLOPS_INLINE void load_quads(const float* data, const int32_t* at, Vec<float>&
 }
 CELLOPS_INLINE void load_quads(const double* data, const int32_t* at, Vec<double>& a, Vec<double>& b, Vec<double>& c,
                                Vec<double>& d) {
+  a = b = c = d = Vec<double>{};
   for (int i = 0; i < kLanes<double>; ++i) {
     const double* quad = data + 2 * int64_t(at[i]);
     a[i] = quad[0], b[i] = quad[1], c[i] = quad[2], d[i] = quad[3];

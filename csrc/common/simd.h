@@ -159,7 +159,7 @@ CELLOPS_INLINE Vec<float> load(const float16* from) {
 #elif defined(__F16C__)
   return bit_cast<Vec<float>>(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from)));
 #else
-  Vec<float> value;
+  Vec<float> value = {};
   for (int i = 0; i < kLanes<float>; ++i) value[i] = to_compute(from[i]);
   return value;
 #endif
