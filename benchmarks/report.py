@@ -82,7 +82,7 @@ def _copies(results: Results) -> list[str]:
     rows = [["copies of the input", *names, "copy"]]
     for record in records:
         label = " ".join(record[key] for key in ("case", "dtype", "layout", "direction"))
-        times = [f"{record['copies'][name]:.2f}" for name in names]
+        times = [f"{record['copies'][name]:.2f}" if name in record["copies"] else "-" for name in names]
         rows.append([label, *times, f"{record['copy_gigabytes_per_second']:.1f} GB/s"])
     return ["", *table(rows)]
 
