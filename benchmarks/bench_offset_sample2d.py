@@ -26,10 +26,20 @@ LARGEST_ERROR = {torch.float32: 1e-3, torch.bfloat16: 3e-2}
 """The peer's largest difference from ours, relative to the largest value; its coordinates take a detour by [-1, 1]."""
 
 
+def _rows() -> list[Any]:
+    """Every shape in float32, the first one in bfloat16 too; the others in bfloat16 with --full."""
+    cases = testing.cases(OP, "bench")
+    in_float32 = [pytest.param(case, torch.float32, id=f"{case.name}-float32") for case in cases]
+    marks = [(), *[pytest.mark.full] * (len(cases) - 1)]
+    return in_float32 + [
+        pytest.param(case, torch.bfloat16, id=f"{case.name}-bfloat16", marks=mark)
+        for case, mark in zip(cases, marks, strict=True)
+    ]
+
+
 @pytest.mark.parametrize("direction", ["forward", "forward+backward"])
 @pytest.mark.parametrize("layout", list(FORMATS))
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("case", testing.cases(OP, "bench"), ids=lambda case: case.name)
+@pytest.mark.parametrize(("case", "dtype"), _rows())
 def test_speed(
     case: testing.Case, dtype: torch.dtype, layout: str, direction: str, benchmark: Any, record: Any
 ) -> None:
