@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from cellops.reference._batch_norm import affine, batch_norm_backward, normalise, wide
+
 
 def frelu(input: Tensor, weight: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
     """Activate; the arguments must be valid (`cellops.frelu` checks them).
@@ -20,20 +22,20 @@ def frelu(input: Tensor, weight: Tensor, scale: Tensor | None = None, shift: Ten
         scale: [C], or None for 1.
         shift: [C], or None for 0.
     """
-    x = _wide(input)
-    return torch.maximum(x, _affine(_convolve(x, weight), scale, shift)).to(input.dtype)
+    x = wide(input)
+    return torch.maximum(x, affine(_convolve(x, weight), scale, shift)).to(input.dtype)
 
 
 def frelu_backward(
     grad_output: Tensor, input: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     """Gradients to the tensors of `frelu`, None for an absent one; grad_output [N, C, H, W]."""
-    x = _wide(input)
+    x = wide(input)
     convolved = _convolve(x, weight)
-    direct, through = _split(_wide(grad_output), x, _affine(convolved, scale, shift))
+    direct, through = _split(wide(grad_output), x, affine(convolved, scale, shift))
     grad_scale = None if scale is None else (through * convolved).sum((0, 2, 3)).to(scale.dtype)
     grad_shift = None if shift is None else through.sum((0, 2, 3)).to(shift.dtype)
-    grad_input, grad_weight = _convolve_backward(_affine(through, scale, None), x, weight)
+    grad_input, grad_weight = _convolve_backward(affine(through, scale, None), x, weight)
     return (direct + grad_input).to(input.dtype), grad_weight.to(weight.dtype), grad_scale, grad_shift
 
 
@@ -52,53 +54,22 @@ def frelu_batch_norm(
     Returns:
         [N, C, H, W], and mean and biased variance [C] of the convolution in float32 or wider.
     """
-    x = _wide(input)
+    x = wide(input)
     convolved = _convolve(x, weight)
-    mean, variance, normalized = _normalize(convolved, eps)
-    return torch.maximum(x, _affine(normalized, gamma, beta)).to(input.dtype), mean, variance
+    mean, variance, normalised = normalise(convolved, eps)
+    return torch.maximum(x, affine(normalised, gamma, beta)).to(input.dtype), mean, variance
 
 
 def frelu_batch_norm_backward(
     grad_output: Tensor, input: Tensor, weight: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float
 ) -> tuple[Tensor | None, ...]:
     """Gradients to the tensors of `frelu_batch_norm`, through the statistics too."""
-    x = _wide(input)
-    _, variance, normalized = _normalize(_convolve(x, weight), eps)
-    direct, through = _split(_wide(grad_output), x, _affine(normalized, gamma, beta))
-    grad_beta = through.sum((0, 2, 3))
-    grad_gamma = (through * normalized).sum((0, 2, 3))
-    count = max(x.shape[0] * x.shape[2] * x.shape[3], 1)
-    centred = through - _broadcast(grad_beta / count) - normalized * _broadcast(grad_gamma / count)
-    grad_convolved = _affine(centred * _broadcast((variance + eps).rsqrt()), gamma, None)
+    x = wide(input)
+    _, variance, normalised = normalise(_convolve(x, weight), eps)
+    direct, through = _split(wide(grad_output), x, affine(normalised, gamma, beta))
+    grad_convolved, grad_gamma, grad_beta = batch_norm_backward(through, normalised, variance, gamma, beta, eps)
     grad_input, grad_weight = _convolve_backward(grad_convolved, x, weight)
-    return (
-        (direct + grad_input).to(input.dtype),
-        grad_weight.to(weight.dtype),
-        None if gamma is None else grad_gamma.to(gamma.dtype),
-        None if beta is None else grad_beta.to(beta.dtype),
-    )
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.float64 if tensor.dtype == torch.float64 else torch.float32)
-
-
-def _broadcast(values: Tensor) -> Tensor:
-    return values[:, None, None]
-
-
-def _affine(values: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
-    if scale is not None:
-        values = values * _broadcast(scale.to(values.dtype))
-    return values if shift is None else values + _broadcast(shift.to(values.dtype))
-
-
-def _normalize(values: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean and biased variance of each channel, and the values with mean 0 and variance 1."""
-    mean = values.mean((0, 2, 3))
-    centred = values - _broadcast(mean)
-    variance = centred.square().mean((0, 2, 3))
-    return mean, variance, centred * _broadcast((variance + eps).rsqrt())
+    return (direct + grad_input).to(input.dtype), grad_weight.to(weight.dtype), grad_gamma, grad_beta
 
 
 def _split(grad: Tensor, x: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:

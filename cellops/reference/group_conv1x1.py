@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from cellops.reference._batch_norm import affine, batch_norm_backward, normalise, wide
+
 
 def _relu6(x: Tensor) -> Tensor:
     """`F.relu6`, whose slope at NaN depends on where in the tensor it stands; here it is 1."""
@@ -72,8 +74,8 @@ def group_conv1x1(
         activation: a key of `ACTIVATIONS`.
         shuffle: whether to shuffle the channels afterwards.
     """
-    z = F.conv2d(_wide(input), _wide(weight), groups=groups)
-    output = ACTIVATIONS[activation](_affine(z, scale, shift))
+    z = F.conv2d(wide(input), wide(weight), groups=groups)
+    output = ACTIVATIONS[activation](affine(z, scale, shift))
     return (shuffle_channels(output, groups) if shuffle else output).to(input.dtype)
 
 
@@ -88,12 +90,12 @@ def group_conv1x1_backward(
     shuffle: bool,
 ) -> tuple[Tensor | None, ...]:
     """Gradients to the tensors of `group_conv1x1`, None for an absent one; grad_output [N, O, H, W]."""
-    x, w = _wide(input), _wide(weight)
+    x, w = wide(input), wide(weight)
     z = F.conv2d(x, w, groups=groups)
-    grad = _grad_of_affine(grad_output, _affine(z, scale, shift), groups, activation, shuffle)
+    grad = _grad_of_affine(grad_output, affine(z, scale, shift), groups, activation, shuffle)
     grad_scale = None if scale is None else (grad * z).sum((0, 2, 3)).to(scale.dtype)
     grad_shift = None if shift is None else grad.sum((0, 2, 3)).to(shift.dtype)
-    grad_input, grad_weight = _convolve_backward(_affine(grad, scale, None), x, w, groups)
+    grad_input, grad_weight = _convolve_backward(affine(grad, scale, None), x, w, groups)
     return grad_input.to(input.dtype), grad_weight.to(weight.dtype), grad_scale, grad_shift
 
 
@@ -118,9 +120,9 @@ def group_conv1x1_batch_norm(
     Returns:
         [N, O, H, W], and mean and biased variance [O] of the convolution in float32 or wider.
     """
-    z = F.conv2d(_wide(input), _wide(weight), groups=groups)
-    mean, variance, normalised = _normalise(z, eps)
-    output = ACTIVATIONS[activation](_affine(normalised, gamma, beta))
+    z = F.conv2d(wide(input), wide(weight), groups=groups)
+    mean, variance, normalised = normalise(z, eps)
+    output = ACTIVATIONS[activation](affine(normalised, gamma, beta))
     return (shuffle_channels(output, groups) if shuffle else output).to(input.dtype), mean, variance
 
 
@@ -136,20 +138,12 @@ def group_conv1x1_batch_norm_backward(
     shuffle: bool,
 ) -> tuple[Tensor | None, ...]:
     """Gradients to the tensors of `group_conv1x1_batch_norm`, through the statistics too."""
-    x, w = _wide(input), _wide(weight)
-    _, variance, normalised = _normalise(F.conv2d(x, w, groups=groups), eps)
-    grad = _grad_of_affine(grad_output, _affine(normalised, gamma, beta), groups, activation, shuffle)
-    grad_beta, grad_gamma = grad.sum((0, 2, 3)), (grad * normalised).sum((0, 2, 3))
-    count = max(x.shape[0] * x.shape[2] * x.shape[3], 1)
-    centred = grad - _broadcast(grad_beta / count) - normalised * _broadcast(grad_gamma / count)
-    grad_z = _affine(centred * _broadcast((variance + eps).rsqrt()), gamma, None)
+    x, w = wide(input), wide(weight)
+    _, variance, normalised = normalise(F.conv2d(x, w, groups=groups), eps)
+    grad = _grad_of_affine(grad_output, affine(normalised, gamma, beta), groups, activation, shuffle)
+    grad_z, grad_gamma, grad_beta = batch_norm_backward(grad, normalised, variance, gamma, beta, eps)
     grad_input, grad_weight = _convolve_backward(grad_z, x, w, groups)
-    return (
-        grad_input.to(input.dtype),
-        grad_weight.to(weight.dtype),
-        None if gamma is None else grad_gamma.to(gamma.dtype),
-        None if beta is None else grad_beta.to(beta.dtype),
-    )
+    return grad_input.to(input.dtype), grad_weight.to(weight.dtype), grad_gamma, grad_beta
 
 
 def shuffle_channels(x: Tensor, groups: int) -> Tensor:
@@ -157,31 +151,9 @@ def shuffle_channels(x: Tensor, groups: int) -> Tensor:
     return x.unflatten(1, (groups, x.shape[1] // groups)).transpose(1, 2).flatten(1, 2)
 
 
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.float64 if tensor.dtype == torch.float64 else torch.float32)
-
-
-def _broadcast(values: Tensor) -> Tensor:
-    return values[:, None, None]
-
-
-def _affine(values: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
-    if scale is not None:
-        values = values * _broadcast(scale.to(values.dtype))
-    return values if shift is None else values + _broadcast(shift.to(values.dtype))
-
-
-def _normalise(values: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean and biased variance of each channel, and the values with mean 0 and variance 1."""
-    mean = values.mean((0, 2, 3))
-    centred = values - _broadcast(mean)
-    variance = centred.square().mean((0, 2, 3))
-    return mean, variance, centred * _broadcast((variance + eps).rsqrt())
-
-
 def _grad_of_affine(grad_output: Tensor, before: Tensor, groups: int, activation: str, shuffle: bool) -> Tensor:
     """The gradient to `before`, what the activation was given."""
-    grad = _wide(grad_output)
+    grad = wide(grad_output)
     if shuffle:
         grad = shuffle_channels(grad, grad.shape[1] // groups)  # shuffling with the other factor undoes it
     return grad if activation == "none" else grad * _SLOPES[activation](before)
