@@ -219,6 +219,15 @@ CELLOPS_INLINE void store_first<float, Vec<float>>(float* to, Vec<float> value, 
 }
 #endif
 
+// Zero in the lanes from `count` on.
+template <class S>
+CELLOPS_INLINE Vec<S> keep_first(Vec<S> value, int64_t count) {
+  using Int = typename IntOf<S>::type;
+  VecInt<S> lane{};
+  for (int i = 0; i < kLanes<S>; ++i) lane[i] = Int(i);
+  return lane < VecInt<S>{} + Int(count) ? value : Vec<S>{};
+}
+
 // Sixteen-byte quarters, for the shuffles that every instruction set has.
 template <class S>
 using Quad = typename VectorOf<S, 16>::type;

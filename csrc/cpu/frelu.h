@@ -81,13 +81,10 @@ struct FreluWalk {
 // The lanes below `count` of a vector.
 template <class S>
 struct FirstLanes {
-  explicit FirstLanes(int64_t count) : count(count) {
-    for (int i = 0; i < kLanes<S>; ++i) inside[i] = i < count ? -1 : 0;
-  }
-  CELLOPS_INLINE Vec<S> operator()(Vec<S> value) const { return inside ? value : Vec<S>{}; }
+  explicit FirstLanes(int64_t count) : count(count) {}
+  CELLOPS_INLINE Vec<S> operator()(Vec<S> value) const { return keep_first<S>(value, count); }
   CELLOPS_INLINE void put(S* to, Vec<S> value) const { store_first(to, value, count); }
   int64_t count;
-  VecInt<S> inside;
 };
 struct EveryLane {
   template <class V>

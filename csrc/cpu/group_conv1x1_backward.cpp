@@ -34,18 +34,51 @@ void run_pass(Pass pass, const Tiling& t, const Team& team, Tile& tile, Activati
   if (streamed) end_streams();
 }
 
-// What both ops have: buffers for the call, the passes, and the gradient to the weight.
-//
-// between(team) stands between a pass for the sums and one for the gradients; null for a single pass for both.
-template <class Tile, class T, class Tensors, class Between>
-bool run_backward(const GroupConv1x1Params& p, const Tensors& io, const Chain<Compute<T>>& chain, const Sums& total,
-                  bool two_passes, int threads, const Between& between) {
+// The tensors that both ops have; both gradients may be null.
+template <class T>
+struct Tensors {
+  template <class Io>
+  explicit Tensors(const Io& io)
+      : weight(static_cast<const T*>(io.weight)),
+        input(static_cast<const T*>(io.input)),
+        grad_output(static_cast<const T*>(io.grad_output)),
+        grad_input(static_cast<T*>(io.grad_input)),
+        grad_weight(static_cast<T*>(io.grad_weight)) {}
+  const T *weight, *input, *grad_output;
+  T *grad_input, *grad_weight;
+};
+
+// What stands between the pass for the sums and the one for the gradients where the statistics are the batch's.
+template <class S>
+struct ThroughStatistics {
+  void find(const Team& team, const Chain<S>& chain, const Sums& total) const {
+    int64_t begin, end;
+    team.share(chain.constant.count(), &begin, &end);
+    for (int64_t o = begin; o < end; ++o) {
+      const double variance = double(var[o]) + eps, scale = chain.affine.scale.get()[o];
+      const double grad = total.grad.get()[o], product = total.product.get()[o];
+      chain.of_apart.get()[o] = S(-scale * product / (variance * positions));
+      chain.constant.get()[o] = S(-scale * grad / positions);
+      if (grad_gamma) grad_gamma[o] = S(product / __builtin_sqrt(variance));
+      if (grad_beta) grad_beta[o] = S(grad);
+    }
+    team.barrier();
+  }
+  const S* var;
+  double eps, positions;
+  S *grad_gamma, *grad_beta;
+};
+
+// Buffers for the call, the passes, and the gradient to the weight. A null `statistics` stands for a single pass.
+template <class Tile, class T>
+bool with_tiles(const GroupConv1x1Params& p, const Tensors<T>& io, const Chain<Compute<T>>& chain, const Sums& total,
+                const ThroughStatistics<Compute<T>>* statistics, int threads) {
   using S = Compute<T>;
   const Tiling tiling = Tile::tiling(p, threads);
   const Weights<S> weights(tiling);
   const Buffer<S> grad_weight(io.grad_weight ? weights.rows.count() : 0);
   if (weights.failed() || grad_weight.failed()) return false;
-  weights.set(static_cast<const T*>(io.weight));
+  weights.set(io.weight);
   grad_weight.zero();
   total.zero();
   bool failed = false;
@@ -56,32 +89,30 @@ bool run_backward(const GroupConv1x1Params& p, const Tensors& io, const Chain<Co
     if (!team.all(!tile.failed() && !sums.failed() && !own.failed(), &failed)) return;
     sums.zero();
     own.zero();
-    const T *grad_output = static_cast<const T*>(io.grad_output), *input = static_cast<const T*>(io.input);
-    T* grad_input = static_cast<T*>(io.grad_input);
-    if (two_passes) {
-      run_pass<Tile, T>(Pass::sum, tiling, team, tile, p.activation, grad_output, input, chain, sums, nullptr, nullptr);
-      team.in_order([&] { total.add(sums); });
-      between(team);
-      if (!grad_input && !io.grad_weight) return;
-      run_pass(Pass::apply, tiling, team, tile, p.activation, grad_output, input, chain, sums, grad_input, own.get());
-    } else {
-      run_pass(Pass::both, tiling, team, tile, p.activation, grad_output, input, chain, sums, grad_input, own.get());
-      team.in_order([&] { total.add(sums); });
+    const auto pass = [&](Pass what) {
+      run_pass(what, tiling, team, tile, p.activation, io.grad_output, io.input, chain, sums, io.grad_input, own.get());
+      if (what != Pass::apply) team.in_order([&] { total.add(sums); });
+    };
+    pass(statistics ? Pass::sum : Pass::both);
+    if (statistics) {
+      statistics->find(team, chain, total);
+      if (!io.grad_input && !io.grad_weight) return;
+      pass(Pass::apply);
     }
     team.in_order([&] {
       for (int64_t i = 0; i < own.count(); ++i) grad_weight.get()[i] += own.get()[i];
     });
   });
   if (failed) return false;
-  if (io.grad_weight) convert_row(grad_weight.count(), grad_weight.get(), static_cast<T*>(io.grad_weight));
+  if (io.grad_weight) convert_row(grad_weight.count(), grad_weight.get(), io.grad_weight);
   return true;
 }
 
-template <class T, class Tensors, class Between>
-bool run_backward(const GroupConv1x1Params& p, const Tensors& io, const Chain<Compute<T>>& chain, const Sums& total,
-                  bool two_passes, int threads, const Between& between) {
-  return ByPosition<T>::fits(p) ? run_backward<ByPosition<T>, T>(p, io, chain, total, two_passes, threads, between)
-                                : run_backward<ByChannel<T>, T>(p, io, chain, total, two_passes, threads, between);
+template <class T>
+bool run_backward(const GroupConv1x1Params& p, const Tensors<T>& io, const Chain<Compute<T>>& chain, const Sums& total,
+                  const ThroughStatistics<Compute<T>>* statistics, int threads) {
+  return ByPosition<T>::fits(p) ? with_tiles<ByPosition<T>, T>(p, io, chain, total, statistics, threads)
+                                : with_tiles<ByChannel<T>, T>(p, io, chain, total, statistics, threads);
 }
 
 template <class T>
@@ -93,7 +124,7 @@ bool backward(const GroupConv1x1Params& p, const GroupConv1x1Backward& io, int t
   chain.affine.set(io.scale, io.shift);
   chain.of_apart.zero();
   chain.constant.zero();
-  if (!run_backward<T>(p, io, chain, total, false, threads, [](const Team&) {})) return false;
+  if (!run_backward<T>(p, Tensors<T>(io), chain, total, nullptr, threads)) return false;
   const auto give = [&](const Buffer<double>& sums, void* to) {
     for (int64_t o = 0; to && o < p.out_channels; ++o) static_cast<S*>(to)[o] = S(sums.get()[o]);
   };
@@ -112,21 +143,9 @@ bool batch_norm_backward(const GroupConv1x1Params& p, const GroupConv1x1BatchNor
   chain.affine.normalise(io.gamma, io.beta, static_cast<const S*>(io.mean), var, p.eps, 0, p.out_channels);
   chain.of_apart.zero();
   chain.constant.zero();
-  const double positions = double(p.batch * p.pixels);
-  const auto between = [&](const Team& team) {
-    int64_t begin, end;
-    team.share(p.out_channels, &begin, &end);
-    for (int64_t o = begin; o < end; ++o) {
-      const double variance = double(var[o]) + p.eps, scale = chain.affine.scale.get()[o];
-      const double grad = total.grad.get()[o], product = total.product.get()[o];
-      chain.of_apart.get()[o] = S(-scale * product / (variance * positions));
-      chain.constant.get()[o] = S(-scale * grad / positions);
-      if (io.grad_gamma) static_cast<S*>(io.grad_gamma)[o] = S(product / __builtin_sqrt(variance));
-      if (io.grad_beta) static_cast<S*>(io.grad_beta)[o] = S(grad);
-    }
-    team.barrier();
-  };
-  return run_backward<T>(p, io, chain, total, true, threads, between);
+  const ThroughStatistics<S> statistics{var, p.eps, double(p.batch * p.pixels), static_cast<S*>(io.grad_gamma),
+                                        static_cast<S*>(io.grad_beta)};
+  return run_backward<T>(p, Tensors<T>(io), chain, total, &statistics, threads);
 }
 
 }  // namespace

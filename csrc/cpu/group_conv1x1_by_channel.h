@@ -5,11 +5,37 @@
 
 namespace cellops::CELLOPS_ISA {
 
-// Zero in the lanes from `count` on.
+// body(i, valid) for the vectors that cover `count` numbers; `valid` lanes of the last one, at i, are of them.
+template <class S, class Body>
+CELLOPS_INLINE void for_vectors(int64_t count, const Body& body) {
+  constexpr int64_t lanes = kLanes<S>;
+  int64_t i = 0;
+  for (; i + lanes <= count; i += lanes) body(i, lanes);
+  if (i < count) body(i, count - i);
+}
 template <class S>
-CELLOPS_INLINE Vec<S> keep_first(Vec<S> value, int64_t count) {
-  for (int i = 0; i < kLanes<S>; ++i) value[i] = i < count ? value[i] : S(0);
-  return value;
+CELLOPS_INLINE Vec<S> masked(Vec<S> value, int64_t valid) {
+  return valid < kLanes<S> ? keep_first<S>(value, valid) : value;
+}
+
+// A row of `count` positions of a channel: adds to its sums and, with Apply, writes the gradient to the convolution.
+// Compiled for the compute type, as what activations are part of takes long.
+template <Activation A, bool Sum, bool Apply, class S>
+__attribute__((noinline)) void chain_row(const ChainLanes<S>& given, const S* row, const S* grad_row, int64_t count,
+                                         S* result, double* grad_sum, double* product_sum) {
+  const ChainLanes<S> lanes = given;
+  Vec<S> grads{}, products{};
+  for_vectors<S>(count, [&](int64_t i, int64_t valid) CELLOPS_INLINE_LAMBDA {
+    Vec<S> apart;
+    const Vec<S> grad =
+        masked<S>(lanes.template through_activation<A>(load(row + i), load(grad_row + i), &apart), valid);
+    if constexpr (Sum) {
+      grads += grad;
+      products += masked<S>(grad * apart, valid);
+    }
+    if constexpr (Apply) store(result + i, masked<S>(lanes.template through_affine<!Sum>(grad, apart), valid));
+  });
+  if constexpr (Sum) *grad_sum += sum_of<S>(grads), *product_sum += sum_of<S>(products);
 }
 
 // Reads and writes one thread's tiles of one side of the convolution.
@@ -158,11 +184,11 @@ class ByChannel {
     for (int64_t j = 0; j < t_.out.of_group; ++j) {
       const S* row = out_.row_of(group) + j * out_.row_step();
       Vec<S> sum{};
-      for_vectors([&](int64_t i, int64_t valid) { sum += masked(load(row + i), valid); });
+      for_vectors<S>(count_, [&](int64_t i, int64_t valid) { sum += masked<S>(load(row + i), valid); });
       means[j] = sum_of<S>(sum) / S(count_);
       Vec<S> square{};
-      for_vectors([&](int64_t i, int64_t valid) {
-        const Vec<S> apart = masked(load(row + i) - means[j], valid);
+      for_vectors<S>(count_, [&](int64_t i, int64_t valid) {
+        const Vec<S> apart = masked<S>(load(row + i) - means[j], valid);
         square += apart * apart;
       });
       squares[j] = sum_of<S>(square);
@@ -197,23 +223,8 @@ class ByChannel {
       const int64_t o = group * t_.out.of_group + j;
       const ChainLanes<S> lanes{lanes_of(chain.affine, o), broadcast(chain.of_apart.get()[o]),
                                 broadcast(chain.constant.get()[o])};
-      const S *row = convolution_.get() + j * stride_, *grad_row = grads + j * out_.read_row_step();
-      S* result = out_.row_of(group) + j * out_.row_step();
-      Vec<S> grad_sum{}, product_sum{};
-      for_vectors([&](int64_t i, int64_t valid) {
-        Vec<S> apart;
-        const Vec<S> grad =
-            masked(lanes.template through_activation<A>(load(row + i), load(grad_row + i), &apart), valid);
-        if constexpr (Sum) {
-          grad_sum += grad;
-          product_sum += masked(grad * apart, valid);
-        }
-        if constexpr (Apply) store(result + i, masked(lanes.template through_affine<!Sum>(grad, apart), valid));
-      });
-      if constexpr (Sum) {
-        sums.grad.get()[o] += sum_of<S>(grad_sum);
-        sums.product.get()[o] += sum_of<S>(product_sum);
-      }
+      chain_row<A, Sum, Apply>(lanes, convolution_.get() + j * stride_, grads + j * out_.read_row_step(), count_,
+                               out_.row_of(group) + j * out_.row_step(), sums.grad.get() + o, sums.product.get() + o);
     }
   }
 
@@ -263,16 +274,6 @@ class ByChannel {
     }
   }
 
-  template <class Body>
-  CELLOPS_INLINE void for_vectors(const Body& body) const {
-    constexpr int64_t lanes = kLanes<S>;
-    int64_t i = 0;
-    for (; i + lanes <= count_; i += lanes) body(i, lanes);
-    if (i < count_) body(i, count_ - i);
-  }
-  static CELLOPS_INLINE Vec<S> masked(Vec<S> value, int64_t valid) {
-    return valid < kLanes<S> ? keep_first<S>(value, valid) : value;
-  }
   static AffineLanes<S> lanes_of(const Affine<S>& affine, int64_t channel) {
     return {broadcast(affine.centre.get()[channel]), broadcast(affine.scale.get()[channel]),
             broadcast(affine.shift.get()[channel])};

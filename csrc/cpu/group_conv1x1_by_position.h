@@ -4,6 +4,25 @@
 
 namespace cellops::CELLOPS_ISA {
 
+// A column of `count` positions of as many channels as a vector has, `step` numbers apart: adds to the channels' sums
+// and, with Apply, puts the gradient to the convolution into its place. Compiled for the compute type.
+template <Activation A, bool Sum, bool Apply, class S>
+__attribute__((noinline)) void chain_column(const ChainLanes<S>& given, S* column, int64_t step, const S* grads,
+                                            int64_t grad_step, int64_t count, double* grad_sums, double* product_sums) {
+  const ChainLanes<S> lanes = given;
+  Vec<S> grad_sum{}, product_sum{};
+  for (int64_t i = 0; i < count; ++i, column += step, grads += grad_step) {
+    Vec<S> apart;
+    const Vec<S> grad = lanes.template through_activation<A>(load(column), load(grads), &apart);
+    if constexpr (Sum) {
+      grad_sum += grad;
+      product_sum += grad * apart;
+    }
+    if constexpr (Apply) store(column, lanes.template through_affine<!Sum>(grad, apart));
+  }
+  for (int k = 0; Sum && k < kLanes<S>; ++k) grad_sums[k] += grad_sum[k], product_sums[k] += product_sum[k];
+}
+
 template <class T>
 class ByPosition {
  public:
@@ -87,25 +106,8 @@ class ByPosition {
       const int64_t o = group * outs + j;
       const ChainLanes<S> lanes{lanes_of(chain.affine, o), load(chain.of_apart.get() + o),
                                 load(chain.constant.get() + o)};
-      S* column = convolution_.get() + j;
-      const S* grads = g_ + o;
-      Vec<S> grad_sum{}, product_sum{};
-      for (int64_t i = 0; i < count_; ++i) {
-        Vec<S> apart;
-        const Vec<S> grad =
-            lanes.template through_activation<A>(load(column + i * outs), load(grads + i * t_.out.count), &apart);
-        if constexpr (Sum) {
-          grad_sum += grad;
-          product_sum += grad * apart;
-        }
-        if constexpr (Apply) store(column + i * outs, lanes.template through_affine<!Sum>(grad, apart));
-      }
-      if constexpr (Sum) {
-        for (int k = 0; k < kLanes<S>; ++k) {
-          sums.grad.get()[o + k] += grad_sum[k];
-          sums.product.get()[o + k] += product_sum[k];
-        }
-      }
+      chain_column<A, Sum, Apply>(lanes, convolution_.get() + j, outs, g_ + o, t_.out.count, count_,
+                                  sums.grad.get() + o, sums.product.get() + o);
     }
   }
 
