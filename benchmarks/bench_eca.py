@@ -16,10 +16,7 @@ from cellops import EfficientChannelAttention, testing
 OP = "eca"
 
 
-@pytest.mark.parametrize("direction", ["forward", "forward+backward"])
-@pytest.mark.parametrize("layout", list(copies.FORMATS))
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("case", testing.cases(OP, "bench"), ids=lambda case: case.name)
+@copies.rows(OP)
 def test_copies(
     case: testing.Case, dtype: torch.dtype, layout: str, direction: str, benchmark: Any, record: Any
 ) -> None:

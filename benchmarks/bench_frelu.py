@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any
 
 import copies
-import pytest
 import torch
 from torch import Tensor, nn
 
@@ -27,10 +26,7 @@ class Composition(nn.Module):
         return torch.maximum(input, self.bn_frelu(self.conv_frelu(input)))
 
 
-@pytest.mark.parametrize("direction", ["forward", "forward+backward"])
-@pytest.mark.parametrize("layout", list(copies.FORMATS))
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("case", testing.cases(OP, "bench"), ids=lambda case: case.name)
+@copies.rows(OP)
 def test_copies(
     case: testing.Case, dtype: torch.dtype, layout: str, direction: str, benchmark: Any, record: Any
 ) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import measure
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -15,6 +16,24 @@ OURS, COPY = "cellops", "copy"
 FORMATS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 LARGEST_ERROR = {torch.float32: 1e-2, torch.bfloat16: 1e-1}
 """A peer's largest difference from ours, by its norm; eager's own gradients of a FReLU are 3e-3 from float64's."""
+
+
+def rows(op: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A decorator: runs a test on the op's benchmark cases in both types, layouts and directions."""
+    parametrize = pytest.mark.parametrize
+    marks = (
+        parametrize("case", testing.cases(op, "bench"), ids=lambda case: case.name),
+        parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"]),
+        parametrize("layout", list(FORMATS)),
+        parametrize("direction", ["forward", "forward+backward"]),
+    )
+
+    def decorate(test: Callable[..., None]) -> Callable[..., None]:
+        for mark in marks:
+            test = mark(test)
+        return test
+
+    return decorate
 
 
 def compare(
