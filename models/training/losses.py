@@ -259,7 +259,7 @@ LOSSES: dict[str, tuple[type[nn.Module], set[str]]] = {
 def build_loss(
     config: Mapping[str, Any], num_classes: int, class_weights: Sequence[float] | Tensor | None = None
 ) -> nn.Module:
-    """The loss of a recipe: `loss(logits, targets, features=None)` to a scalar; `loss.needs_features` says what it needs.
+    """The loss of a recipe: `loss(logits, targets, features=None)` to a scalar, with `needs_features`.
 
     Args:
         config: `name` and the keys of that loss: `label_smoothing`; `gamma`, `alpha` (focal); `margin`, `weight`,
