@@ -1,6 +1,6 @@
 """Operators of lightweight convolutional networks, with native kernels."""
 
-from cellops import _source_tree, testing
+from cellops import _flop_hook, _source_tree, testing
 from cellops._explain import explain
 from cellops._version import __version__
 from cellops.nn import (
@@ -43,3 +43,4 @@ __all__ = [
 ]
 
 _source_tree.map_models()
+_flop_hook.install()
