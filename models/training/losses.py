@@ -51,13 +51,13 @@ class CrossEntropy(nn.Module):
 
     def forward(self, logits: Tensor, targets: Tensor, features: Tensor | None = None) -> Tensor:
         """Logits [N, K] and targets [N] or [N, K] to a scalar."""
+        weights = None if self.class_weights is None else self.class_weights.to(logits.dtype)
         if targets.ndim == 1:
-            return F.cross_entropy(logits, targets, self.class_weights, label_smoothing=self.label_smoothing)
+            return F.cross_entropy(logits, targets, weights, label_smoothing=self.label_smoothing)
         wanted = soft(targets, self.num_classes, logits.dtype)
         smoothed = wanted * (1 - self.label_smoothing) + self.label_smoothing / self.num_classes
-        if self.class_weights is None:
+        if weights is None:
             return -(smoothed * logits.log_softmax(1)).sum(1).mean()
-        weights = self.class_weights.to(logits.dtype)
         return -(smoothed * weights * logits.log_softmax(1)).sum() / (wanted * weights).sum()
 
 
