@@ -266,12 +266,12 @@ class Trainer:
         clock = time.monotonic()
         with self.output.bar(title, len(self.batches), progress.step) as bar:
             for batch in self.batches.batches_from(progress.step):
-                pending.append(self._backward(batch))
+                pending.append(self.backward(batch))
                 progress.step += 1
                 whole = progress.step == len(self.batches)
                 if progress.step % settings.accumulate and not whole:
                     continue
-                self._update()
+                self.update()
                 self._count(pending, bar)
                 pending = []
                 now = time.monotonic()
@@ -298,7 +298,7 @@ class Trainer:
         accumulate, step = self.settings.accumulate, self.progress.step
         return min(accumulate, len(self.batches) - step // accumulate * accumulate)
 
-    def _backward(self, batch: Any) -> tuple[Tensor, Tensor, int]:
+    def backward(self, batch: Any) -> tuple[Tensor, Tensor, int]:
         """Add the gradients of a batch; returns its loss, how many it got right and its size, all 0 if left out."""
         targets = batch.targets.to(self.ranks.device)
         images, wanted = place(batch.images, self.ranks.device, self.settings.channels_last), targets
@@ -339,7 +339,7 @@ class Trainer:
                 "the checkpoint is from before these batches"
             )
 
-    def _update(self) -> None:
+    def update(self) -> None:
         """One step of optimizer, schedule and moving average, if the gradients are finite."""
         self.scaler.unscale_(self.optimizer)
         parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]

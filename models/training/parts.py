@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from cellops.models.data import (
     BatchLoader,
@@ -23,6 +25,8 @@ from cellops.models.data import (
 from cellops.models.training.console import Output
 from cellops.models.training.recipe import RecipeError
 from cellops.models.training.settings import DataSettings, Recipe
+
+UNCHANGED = {"mean": 0.0, "std": 1.0}
 
 
 @dataclass(frozen=True)
@@ -140,6 +144,14 @@ class Batches:
         with output.counter("resizing the images", len(data)) as progress:
             store = ImageStore.open(data, size=(height, width), resize=settings.resize, progress=progress)
         return cls(recipe, data, store, rank, size)
+
+    def images(self, indices: Sequence[int], normalised: bool = True) -> Tensor:
+        """Images as the network sees them in evaluation, [N, 3, H, W]; from 0 to 1 if not normalised."""
+        height, width = self.recipe.data.input_size
+        config = self.recipe.augmentation if normalised else {**self.recipe.augmentation, "normalise": UNCHANGED}
+        augmentation, generator = build_augmentation(config, (height, width), False), torch.Generator()
+        pixels = [torch.from_numpy(np.array(self.store[index])).permute(2, 0, 1) for index in indices]
+        return torch.stack([augmentation(image, generator) for image in pixels])
 
     def _augmentation(self, train: bool) -> Any:
         height, width = self.recipe.data.input_size

@@ -44,8 +44,22 @@ def predict(run: Run, model: nn.Module, indices: Sequence[int], title: str) -> P
     return Predictions(ids, run.data.labels[wanted], probabilities, run.data.classes)
 
 
-def measure(predictions: Predictions, validation: Predictions | None, bootstrap: int, seed: int) -> dict[str, Any]:
-    """Every figure of one set of predictions, as plain values."""
+def measure(
+    predictions: Predictions,
+    validation: Predictions | None,
+    bootstrap: int,
+    seed: int,
+    groups: Sequence[str] | None = None,
+) -> dict[str, Any]:
+    """Every figure of one set of predictions, as plain values.
+
+    Args:
+        predictions: of the images that are judged.
+        validation: of those that give the temperature, or None.
+        bootstrap: resamples of the intervals; fewer than 2 give none.
+        seed: of the resamples.
+        groups: of the images, which are then resampled as wholes.
+    """
     probabilities, targets = predictions.probabilities, predictions.targets
     calibrated = calibrate(predictions, validation)
     calibrated.pop("scaled")
@@ -55,7 +69,11 @@ def measure(predictions: Predictions, validation: Predictions | None, bootstrap:
                 "loss": negative_log_likelihood(probabilities, targets),
                 **classification_metrics(probabilities, targets),
             },
-            "intervals": bootstrap_intervals(probabilities, targets, samples=bootstrap, seed=seed) if bootstrap else {},
+            "intervals": (
+                bootstrap_intervals(probabilities, targets, samples=bootstrap, seed=seed, groups=groups)
+                if bootstrap > 1
+                else {}
+            ),
             "per_class": per_class_table(probabilities, targets, predictions.classes),
             "calibration": calibrated,
         }
@@ -75,7 +93,8 @@ def judge(run: Run, part: Part, model: nn.Module, training: dict[str, Any]) -> N
     test.save(part.folder / "predictions.csv")
     if validation is not None:
         validation.save(part.folder / "predictions_validation.csv")
-    found = measure(test, validation, settings.bootstrap, run.recipe.seed)
+    groups = [run.data.samples[index].group for index in held_out] if run.data.grouped else None
+    found = measure(test, validation, settings.bootstrap, run.recipe.seed, groups)
     found |= {
         "protocol": part.protocol,
         "fold": part.number + 1,

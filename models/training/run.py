@@ -215,12 +215,13 @@ class Run:
         quick_metrics(np.eye(2), np.arange(2), self.recipe.training.monitor)
         self._first = self.trainer(self.parts[0])
 
-    def train(self, stop_after: int | None = None, deadline: float | None = None) -> bool:
+    def train(self, stop_after: int | None = None, deadline: float | None = None, parts: int | None = None) -> bool:
         """Train and evaluate what is left, then write the report.
 
         Args:
             stop_after: leave each part after so many epochs of this call.
             deadline: leave when `time.monotonic()` is past it.
+            parts: look only at the first so many.
 
         Returns:
             Whether the run is complete.
@@ -228,8 +229,8 @@ class Run:
         Raises:
             Interrupted, NonFiniteLoss, CheckpointError: see `Trainer.run`.
         """
-        complete = True
-        for part in self.parts:
+        complete = parts is None or parts >= len(self.parts)
+        for part in self.parts[:parts]:
             if self.done(part):
                 continue
             if deadline is not None and time.monotonic() > deadline:
@@ -357,6 +358,7 @@ def prepare(
     resume: bool = False,
     output: Output | None = None,
     overrides: Sequence[str] = (),
+    data: CellData | None = None,
 ) -> Run:
     """Read the data, make or reload the folds, and check that every part can be built, before anything is trained.
 
@@ -366,6 +368,7 @@ def prepare(
         resume: go on with the run in `folder`.
         output: where lines go.
         overrides: further settings for a run that is resumed without a recipe.
+        data: what `read_data` returned for the same settings, to be spared the reading.
 
     Raises:
         ValueError: something cannot be used; the text says what would do. Nothing was written then.
@@ -393,7 +396,7 @@ def prepare(
     path = recipe.data.path
     if path is not None and path != "synthetic":
         recipe = replace(recipe, data=replace(recipe.data, path=str(Path(path).expanduser().resolve())))
-    data = read_data(recipe.data, output)
+    data = data or read_data(recipe.data, output)
     folds = {}
     for protocol in parts_module.protocols(recipe.data):
         file = folder / f"folds_{protocol}.json"
