@@ -1,11 +1,11 @@
-"""Optimizers and learning-rate schedules, made by timm's factories."""
+"""Optimizers, made by timm's factory, and learning-rate schedules."""
 
 from __future__ import annotations
 
+import math
+
 import torch
 from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
-from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
 from cellops.models.training.recipe import RecipeError, nearest
@@ -53,32 +53,60 @@ def build_optimizer(settings: OptimizerSettings, model: nn.Module) -> torch.opti
         raise RecipeError(f"optimizer: {settings.name} does not take these settings: {error}") from None
 
 
+def warmup_epochs(settings: ScheduleSettings, epochs: int) -> float:
+    """The epochs of warm-up; at most half of a training that was made short."""
+    return min(settings.warmup_epochs, epochs / 2)
+
+
+class Schedule:
+    """Sets the learning rate of every parameter group as a function of the updates so far, and of nothing else.
+
+    Linear warm-up from `warmup_learning_rate`; then constant, or a cosine from the first to the last update down to
+    `minimum` (Loshchilov and Hutter 2017), or a factor `gamma` from each milestone on.
+
+    Args:
+        settings: which.
+        optimizer: its present rates are the highest ones.
+        epochs: of the training.
+        updates_per_epoch: of the optimizer.
+    """
+
+    def __init__(
+        self, settings: ScheduleSettings, optimizer: torch.optim.Optimizer, epochs: int, updates_per_epoch: int
+    ) -> None:
+        self.settings, self.optimizer = settings, optimizer
+        self.highest = [float(group["lr"]) for group in optimizer.param_groups]
+        self.total = epochs * updates_per_epoch
+        self.warmup = warmup_epochs(settings, epochs) * updates_per_epoch
+        self.milestones = [epoch * updates_per_epoch for epoch in settings.milestones]
+        self.step_update(0)
+
+    def rate(self, highest: float, update: int) -> float:
+        """The learning rate after so many updates."""
+        settings = self.settings
+        if update < self.warmup:
+            return settings.warmup_learning_rate + (highest - settings.warmup_learning_rate) * update / self.warmup
+        if settings.name == "cosine":
+            return settings.minimum + (highest - settings.minimum) * (1 + math.cos(math.pi * update / self.total)) / 2
+        return highest * settings.gamma ** sum(milestone <= update for milestone in self.milestones)
+
+    def step_update(self, update: int) -> None:
+        """Set the rates after so many updates."""
+        for group, highest in zip(self.optimizer.param_groups, self.highest, strict=True):
+            group["lr"] = self.rate(highest, update)
+
+
 def build_schedule(
     settings: ScheduleSettings, optimizer: torch.optim.Optimizer, epochs: int, updates_per_epoch: int
-) -> Scheduler:
-    """The schedule of a recipe; it is stepped by `step_update(updates so far)`, a function of that number alone.
+) -> Schedule:
+    """The schedule of a recipe.
 
     Raises:
-        RecipeError: the warm-up is longer than the training, or a multistep schedule has no milestones.
+        RecipeError: a multistep schedule has no milestones, or another one has some.
     """
-    if settings.warmup_epochs >= epochs and settings.warmup_epochs > 0:
+    if (settings.name == "multistep") != bool(settings.milestones):
         raise RecipeError(
-            f"schedule.warmup_epochs is {settings.warmup_epochs:g}, but training.epochs is {epochs}: "
-            "warm up for less, or train longer"
+            "schedule.milestones: the epochs where the learning rate falls belong to the name multistep, "
+            f"got {settings.milestones} for {settings.name}"
         )
-    if settings.name == "multistep" and not settings.milestones:
-        raise RecipeError("schedule.milestones is empty: give the epochs where the learning rate falls")
-    schedule, _ = create_scheduler_v2(
-        optimizer,
-        sched={"constant": "multistep"}.get(settings.name, settings.name),
-        num_epochs=epochs,
-        decay_milestones=settings.milestones if settings.name == "multistep" else [],
-        decay_rate=settings.gamma,
-        min_lr=settings.minimum,
-        warmup_lr=settings.warmup_learning_rate,
-        warmup_epochs=settings.warmup_epochs,
-        step_on_epochs=False,
-        updates_per_epoch=updates_per_epoch,
-    )
-    schedule.step_update(0)
-    return schedule
+    return Schedule(settings, optimizer, epochs, updates_per_epoch)

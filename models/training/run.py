@@ -32,6 +32,7 @@ from cellops.models.training.console import Output
 from cellops.models.training.environment import environment
 from cellops.models.training.evaluate import plain, quick_metrics
 from cellops.models.training.loop import Trainer
+from cellops.models.training.optim import warmup_epochs
 from cellops.models.training.parts import Batches, Part, class_weights, cut, parts, read_data
 from cellops.models.training.ranks import Ranks
 from cellops.models.training.recipe import RecipeError, build_recipe, dump_recipe, load_recipe, recipe_values
@@ -229,6 +230,11 @@ class Run:
         Raises:
             Interrupted, NonFiniteLoss, CheckpointError: see `Trainer.run`.
         """
+        schedule, epochs = self.recipe.schedule, self.recipe.training.epochs
+        if (warmup := warmup_epochs(schedule, epochs)) < schedule.warmup_epochs:
+            self.output.line(
+                f"note: {epochs} epochs are few, so {warmup:g} of them warm up, not {schedule.warmup_epochs:g}"
+            )
         complete = parts is None or parts >= len(self.parts)
         for part in self.parts[:parts]:
             if self.done(part):

@@ -59,7 +59,7 @@ class OptimizerSettings:
 
 @dataclass
 class ScheduleSettings:
-    """The learning rate over the updates, by timm's factory."""
+    """The learning rate over the updates; see optim.Schedule."""
 
     name: Literal["cosine", "multistep", "constant"] = "constant"
     milestones: list[int] = field(default_factory=list)  # epochs
