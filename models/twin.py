@@ -37,7 +37,9 @@ class _DeformConv2dPack(cellops.DeformConv2dPack):
 class _ConvOffset2d(cellops.ConvOffset2d):
     def forward(self, input: Tensor) -> Tensor:
         batch, channels, height, width = input.shape
-        offset, planes = self.conv(input).float(), input.reshape(batch * channels, 1, height, width)
+        offset, planes = self.conv(input), input.reshape(batch * channels, 1, height, width)
+        if offset.element_size() == 2:  # too few digits for coordinates
+            offset = offset.float()
         if self.layout == "planar":
             offset = offset.reshape(batch * channels, 2, height, width).permute(0, 2, 3, 1)
         else:

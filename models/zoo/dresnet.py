@@ -100,6 +100,7 @@ class DResNet(Classifier):
     Args:
         num_classes: width of the logits.
         in_chans: channels of the images.
+        depths: blocks behind the Match_Block of each stage.
         width: of the first stage as a part of 96, and so of every layer.
         groups: of every 1x1 convolution.
         compression, split: the paper's w_c and w_s.
@@ -111,6 +112,7 @@ class DResNet(Classifier):
         self,
         num_classes: int = 1000,
         in_chans: int = 3,
+        depths: tuple[int, ...] = (1, 2, 4, 2),
         width: float = 1.0,
         groups: int = 4,
         compression: float = 1.0,
@@ -124,25 +126,14 @@ class DResNet(Classifier):
         self.conv1 = nn.Conv2d(in_chans, channels, 7, 2, 3, bias=False)
         self.bn1 = nn.BatchNorm2d(channels)
         self.pool = nn.MaxPool2d(3, 2, 1, ceil_mode=True)
+        options = (groups, compression, split, two_branches, squeeze_excite)
         stages = []
-        for out_channels, stride, depth in ((96, 1, 2), (192, 2, 3), (384, 2, 5), (768, 2, 3)):
-            out_channels = _multiple(out_channels * width, 2 * groups)
-            blocks = []
-            for j in range(depth):
-                blocks.append(
-                    Block(
-                        channels,
-                        out_channels,
-                        1 if j else stride,
-                        groups,
-                        compression,
-                        split,
-                        two_branches,
-                        squeeze_excite,
-                    )
-                )
-                channels = out_channels
+        for i, depth in enumerate(depths):
+            out_channels = _multiple((96 << i) * width, 2 * groups)
+            blocks = [Block(channels, out_channels, 2 if i else 1, *options)]
+            blocks += [Block(out_channels, out_channels, 1, *options) for _ in range(depth)]
             stages.append(nn.Sequential(*blocks))
+            channels = out_channels
         self.stages = nn.Sequential(*stages)
         self.make_head(channels, num_classes, drop_rate)
         initialize(self)
