@@ -43,13 +43,14 @@ def signature(image: np.ndarray) -> np.ndarray:
     """
     small = np.asarray(Image.fromarray(image).resize((SIZE, SIZE), Image.Resampling.BOX), dtype=np.float32)
     grey = small @ np.array([0.299, 0.587, 0.114], dtype=np.float32)
-    spread = float(grey.std()) + 4.0  # four grey levels, so that the noise of an even image is not blown up
-    planes = np.stack([grey - grey.mean(), small[..., 0] - small[..., 1], small[..., 1] - small[..., 2]]) / spread
+    planes = np.stack([grey, small[..., 0] - small[..., 1], small[..., 1] - small[..., 2]])
     rings = _bilinear(planes, ROWS, COLUMNS)
+    # Over the rings alone: a turned copy's corners are filled with some colour.
+    spread = float(rings[0].std()) + 4.0  # four grey levels, so that the noise of an even image is not blown up
+    rings = (rings - rings.mean((1, 2), keepdims=True)) / spread  # the mean colour is the stain, which makes no copy
     waves = np.abs(np.fft.rfft(rings[0], axis=-1)[:, : WAVES + 1]) / ANGLES
     waves[:, 0] = rings[0].mean(-1)
     colour = rings[1:].mean(-1)
-    colour -= colour.mean(-1, keepdims=True)  # the stain alone makes no copy
     described = np.concatenate([waves.ravel(), colour.ravel()]).astype(np.float32)
     return described / max(float(np.linalg.norm(described)), 1e-6)
 
@@ -76,8 +77,9 @@ def signatures(data: CellData, workers: int | None = None, progress: Progress | 
     return np.stack(described)
 
 
-# The distance between signatures below which two images are taken for the same cell; see tests/test_data_folds.py.
-ALIKE = 0.12
+# The distance below which two images are taken for the same cell. Copies turned by any angle, mirrored or darkened were
+# at most 0.075 away on 60 images each of CRIC, PBC and drawn cells; no two of all CRIC or PBC cells were within 0.09.
+ALIKE = 0.09
 
 
 def alike_pairs(described: np.ndarray, distance: float = ALIKE) -> list[tuple[int, int]]:
