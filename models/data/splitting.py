@@ -34,8 +34,8 @@ def _check_classes(data: CellData, indices: np.ndarray, groups: np.ndarray | Non
         if groups is not None and len(set(groups[members])) < 2:
             raise FoldError(
                 f"class {data.classes[label]!r}: all {len(members)} images are of one group, "
-                f"{str(groups[members[0]])!r}, so that it cannot be both learned and tested. Leave the class out (classes: ...), add images or split "
-                "image by image (protocol: paper)"
+                f"{str(groups[members[0]])!r}, so that it cannot be both learned and tested. Leave the class out "
+                "(classes: ...), add images or split image by image (protocol: paper)"
             )
 
 
