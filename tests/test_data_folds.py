@@ -141,8 +141,20 @@ def test_class_missing_from_a_test_part_is_a_note() -> None:
     assert len(lacking) == 3  # two groups serve two of five folds
     for fold in made.folds:
         assert set(data.labels[list(fold.train)]) == {0, 1}
+
+
+def test_validation_leaves_classes_of_one_group_to_the_training_part() -> None:
+    data = data_of(
+        [[f"s{number // 2}" for number in range(60)], [f"s{number // 3}" for number in range(60)], ["t", "u"]]
+    )
+    made = make_folds(data, 2, validation=0.25, seed=1)
+    check(made, groups=True)
+    for number, fold in enumerate(made.folds):
+        assert {0, 1} == set(data.labels[list(fold.validation)]) and 2 in data.labels[list(fold.train)]
+        assert f"Fold {number + 1}: the validation part has no c; class means leave it out." in made.notes
+        assert len(fold.validation) / (len(data) - len(fold.test)) == pytest.approx(0.25, abs=0.12)
     two_each = data_of([["a"] * 3 + ["b"] * 3, ["a"] * 2 + ["b"] * 2])
-    with pytest.raises(FoldError, match=r"fold \d|all \d+ images are of one group"):
+    with pytest.raises(FoldError, match="no two classes have a second image or group for a validation part"):
         make_folds(two_each, 2, validation=0.5)
 
 

@@ -70,14 +70,19 @@ def test_hep2_masks_splits_and_specimens(tmp_path: Path, mask: str, high: int) -
 
 
 def test_hep2_of_tables_that_lie_beside_or_number_on(tmp_path: Path) -> None:
-    """gt_training.csv beside the folders; test cells numbered on from the training cells in cells.csv."""
+    """gt_training.csv beside the folders too; test cells numbered on from fewer training cells in cells.csv."""
     trees.hep2(tmp_path)
     for part in ("training", "test"):
-        (tmp_path / part / f"gt_{part}.csv").rename(tmp_path / f"gt_{part}.csv")
+        shutil.copy(tmp_path / part / f"gt_{part}.csv", tmp_path / f"gt_{part}.csv")
+    for cell in range(21, 25):
+        (tmp_path / "training" / f"{cell:03d}.png").unlink()
+    for table in (tmp_path / "training" / "gt_training.csv", tmp_path / "gt_training.csv"):
+        table.write_text("\n".join(table.read_text().splitlines()[:21]))
     before = open_data(tmp_path)
+    assert len(before) == 44 and len(set(before.groups)) == 22
     lines = (tmp_path / "cells.csv").read_text().splitlines()
     moved = [
-        ";".join([str(int(line.split(";")[0]) + 24), *line.split(";")[1:]]) if ";test;" in line else line
+        ";".join([str(int(line.split(";")[0]) + 20), *line.split(";")[1:]]) if ";test;" in line else line
         for line in lines
     ]
     (tmp_path / "cells.csv").write_text("\n".join(moved))
@@ -119,7 +124,8 @@ def test_hep2_later_release(tmp_path: Path) -> None:
         open_data(tmp_path)
 
 
-def test_multi_cancer_groups_copies(tmp_path: Path) -> None:
+def test_multi_cancer_groups_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CELLOPS_CACHE", str(tmp_path / ".cache"))
     data = open_data(trees.multi_cancer(tmp_path, cells=4, copies=3))
     assert (data.name, data.classes, len(data), counts(data)) == ("multi_cancer", trees.SIPAKMED, 60, {12})
     assert noted(data, "1 images of other organs were left out")
@@ -131,7 +137,11 @@ def test_multi_cancer_groups_copies(tmp_path: Path) -> None:
                 groups.setdefault(sample.group, set()).add(cells[sample.id])
         assert sorted(map(sorted, groups.values())) == [[0], [1], [2], [3]]
     calls: list[tuple[int, int]] = []
-    open_data(tmp_path, workers=2, progress=lambda done, total: calls.append((done, total)))
+    again = open_data(tmp_path, workers=2, progress=lambda done, total: calls.append((done, total)))
+    assert again == data and not calls  # from the cache
+    image = tmp_path / data.samples[0].id
+    os.utime(image, (1, 1))
+    assert open_data(tmp_path, workers=2, progress=lambda done, total: calls.append((done, total))) == data
     assert calls[-1] == (60, 60)
     apart = open_data(tmp_path / "Multi Cancer" / "Multi Cancer" / "Cervical Cancer", hash_groups=False)
     assert apart.name == "multi_cancer" and not apart.grouped and noted(apart, "not looked for")

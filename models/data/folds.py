@@ -14,7 +14,7 @@ import numpy as np
 
 from cellops.models.data.likeness import ALIKE, alike_pairs, signature
 from cellops.models.data.samples import CellData, Sample
-from cellops.models.data.splitting import FoldError, cross_validation, hold_out
+from cellops.models.data.splitting import FoldError, cross_validation, hold_out, set_aside
 from cellops.models.data.store import ImageStore
 
 __all__ = ["PROTOCOLS", "Fold", "FoldError", "Folds", "make_folds", "near_duplicates"]
@@ -157,14 +157,16 @@ def make_folds(
         folds: parts of the cross-validation; 1 is a single hold-out part.
         protocol: "grouped" keeps every group on one side; "paper" splits image by image, as the papers do, and lets
             near copies of a test image into the training part.
-        validation: share of the training part that is set aside, by the same protocol.
+        validation: share of the training part that is set aside, by the same protocol; a class of one image or group
+            stays in the training part.
         seed: of the random splits.
         test_fraction: share of the hold-out part where `folds` is 1 (0.2).
         prescribed: take the data set's own training and test part where it has one; then there is one fold.
 
     Raises:
         ValueError: an argument is out of range.
-        FoldError: a class cannot be both learned and tested: it has one image, or one group.
+        FoldError: a class cannot be both learned and tested, since it has one image or one group. A class that only
+            some test parts lack is a note.
     """
     if protocol not in PROTOCOLS:
         raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}, got {protocol!r}")
@@ -205,7 +207,7 @@ def make_folds(
     for number, (train, test) in enumerate(splits):
         held: np.ndarray = np.array([], dtype=int)
         if validation:
-            train, held = hold_out(data, train, groups, validation, seed + 1 + number)
+            train, held = set_aside(data, train, groups, validation, seed + 1 + number)
         made.append(Fold(*(tuple(int(index) for index in np.sort(part)) for part in (train, held, test))))
     return Folds(data, protocol, seed, tuple(made), (*notes, *_absences(data, made)))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,7 +11,9 @@ from PIL import Image
 from cellops.models.data.images import Progress
 from cellops.models.data.parallel import available_cores, ordered_map
 from cellops.models.data.samples import CellData
+from cellops.models.data.store import cache_folder, state_key
 
+VERSION = 1  # of the signature: another one is another key of the cache
 SIZE = 48  # pixels that an image is reduced to
 RINGS = 10
 ANGLES = 48
@@ -65,7 +68,32 @@ def _bilinear(planes: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.n
 
 
 def signatures(data: CellData, workers: int | None = None, progress: Progress | None = None) -> np.ndarray:
-    """The signatures of every image, [N, D]; `workers` threads, None is one a core."""
+    """The signatures of every image, [N, D], kept in the cache folder for these files in this state.
+
+    Args:
+        data: the samples.
+        workers: threads; None is one a core.
+        progress: called with (done, total) while images are decoded.
+
+    Raises:
+        ImageError: an image cannot be decoded; the message names the file.
+    """
+    path = cache_folder() / "signatures" / f"{data.name}-{state_key(data, VERSION)}.npy"
+    if path.exists():
+        return np.load(path)
+    described = _signatures(data, workers, progress)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            np.save(file, described)
+        temporary.replace(path)
+    except OSError:  # without a place to keep them they are computed again
+        temporary.unlink(missing_ok=True)
+    return described
+
+
+def _signatures(data: CellData, workers: int | None, progress: Progress | None) -> np.ndarray:
     described = []
     images = ordered_map(
         lambda index: signature(data.read(index)), range(len(data)), available_cores() if workers is None else workers

@@ -102,6 +102,27 @@ def cross_validation(
     return [(indices[train], indices[test]) for train, test in splits]
 
 
+def set_aside(data: CellData, indices: np.ndarray, groups: np.ndarray | None, fraction: float, seed: int) -> Split:
+    """`hold_out` for validation: classes of one image or group stay on the first side, with what shares their groups.
+
+    Raises:
+        FoldError: no two classes are left to split.
+    """
+    names = np.arange(len(data)) if groups is None else groups
+    units = {label: set(names[indices[data.labels[indices] == label]]) for label in np.unique(data.labels[indices])}
+    kept: set[object] = set()
+    while lone := set().union(*(found for found in units.values() if len(found - kept) < 2)) - kept:
+        kept |= lone
+    free = np.array([index for index in indices if names[index] not in kept], dtype=int)
+    if len(np.unique(data.labels[free])) < 2:
+        raise FoldError(
+            "no two classes have a second image or group for a validation part. Train without one (validation: 0), or "
+            "split image by image (protocol: paper)"
+        )
+    _, held = hold_out(data, free, groups, min(fraction * len(indices) / len(free), 0.9), seed)
+    return np.setdiff1d(indices, held), held
+
+
 def hold_out(data: CellData, indices: np.ndarray, groups: np.ndarray | None, fraction: float, seed: int) -> Split:
     """One split, `fraction` of the images (about that, where groups stay whole) on the second side.
 

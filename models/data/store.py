@@ -66,6 +66,13 @@ def _state(sample: Sample) -> list[object]:
     return [sample.id, *((file.st_size, file.st_mtime_ns) for file in files)]
 
 
+def state_key(data: CellData, *more: object) -> str:
+    """A key of these samples with their files in their present state, and of what else it is given."""
+    origin = str(data.root) if data.root is not None else repr(data.draw)
+    key = json.dumps([origin, *more, [_state(sample) for sample in data.samples]])
+    return hashlib.sha256(key.encode()).hexdigest()[:20]
+
+
 class ImageStore:
     """The images of a data set in one size: `store[i]` is uint8 [H, W, 3] of `data.samples[i]`."""
 
@@ -119,9 +126,7 @@ class ImageStore:
         if not len(data):
             raise ValueError(f"{data.name} has no samples")
         folder = cache_folder() / "images" if folder is None else Path(folder)
-        origin = str(data.root) if data.root is not None else repr(data.draw)
-        key = json.dumps([VERSION, origin, list(size), resize, [_state(sample) for sample in data.samples]])
-        path = folder / f"{data.name}-{size[0]}x{size[1]}-{hashlib.sha256(key.encode()).hexdigest()[:20]}.npy"
+        path = folder / f"{data.name}-{size[0]}x{size[1]}-{state_key(data, VERSION, *size, resize)}.npy"
         if not path.exists():
             _write(path, data, size, resize, available_cores() if workers is None else workers, progress)
         return cls(path, [sample.id for sample in data.samples])

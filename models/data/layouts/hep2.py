@@ -66,16 +66,20 @@ def read(listing: Listing, masks: bool = True) -> CellData | None:
     Raises:
         LayoutError: an image has no row or a row no image, or a pattern is unknown.
     """
-    truths = {path: re.fullmatch(r"gt_(training|train|test)", stem(path), re.IGNORECASE) for path in listing.paths}
-    truths = {path: match.group(1).lower() for path, match in truths.items() if match and suffix(path) == ".csv"}
-    if not truths:
+    truths = {
+        path: re.fullmatch(r"gt_(training|train|test)", stem(path), re.IGNORECASE)
+        for path in listing.paths
+        if suffix(path) == ".csv"
+    }
+    # One table for each part, the first where copies of it lie about.
+    tables = {match.group(1).lower(): path for path, match in sorted(truths.items(), reverse=True) if match}
+    if not tables:
         return None
     mask_files = masks_of(listing.images)
     specimens = _specimens(listing)
     found: list[Found] = []
     unmasked = 0
-    sizes: dict[str, int] = {}
-    for table, part in sorted(truths.items(), key=lambda item: item[1], reverse=True):  # training before test
+    for part, table in sorted(tables.items(), reverse=True):  # training before test
         rows = rows_of(listing.path(table))
         patterns = pattern_column(rows)
         if patterns is None:
@@ -96,12 +100,13 @@ def read(listing: Listing, masks: bool = True) -> CellData | None:
                 f"e.g. {lone[0]}"
             )
         split = SPLIT_OF[part]
-        sizes[split] = len(images)
+        # Some copies of cells.csv number the test cells on from the training cells.
+        trained = 0 if split == "train" else sum(image.split == "train" for image in found)
+        shift = trained if all((split, cell + trained) in specimens for cell in images) else 0
         for cell, path in images.items():
             mask = mask_files.get((str(PurePosixPath(path).parent), stem(path).lower()))
             unmasked += mask is None
-            # cells.csv numbers the test cells on from the training cells in some copies.
-            specimen = specimens.get((split, cell)) or specimens.get((split, cell + sizes.get("train", 0)))
+            specimen = specimens.get((split, cell + shift))
             found.append(Found(path, ids[cell], group=specimen, split=split, mask=mask if masks else None))
     lonely = sum(image.group is None for image in found)
     notes = [
