@@ -11,9 +11,9 @@ HELP = "train every row of a paper's table, resumably"
 EXAMPLES = """\
 examples:
   cellops table                                        the tables there are
-  cellops table hybrid_loss --data SIPaKMeD --scratch --hours 8
+  cellops table hybrid_loss --data SIPaKMeD --twin scratch --hours 8
                                                        the same command again goes on where it stopped
-  cellops table hybrid_loss --data synthetic --scratch --epochs 1 --set data.input_size=64 --hours 0.1
+  cellops table hybrid_loss --data synthetic --twin scratch --epochs 1 --set data.input_size=64
 """
 
 
@@ -22,7 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", nargs="?", metavar="NAME", help="of a table; without it they are listed")
     parser.add_argument("--data", metavar="DIR|synthetic", help="folder of the images")
     parser.add_argument("--hours", type=float, metavar="H", help="stop after H hours, to be gone on with")
-    parser.add_argument("--scratch", action="store_true", help="the rows' twins that need no pretrained weights")
+    parser.add_argument(
+        "--twin", default="", metavar="SUFFIX", help="the rows' twins: scratch needs no pretrained weights"
+    )
     parser.add_argument("--rows", metavar="TEXT", help="only rows whose recipe has this in its name")
     parser.add_argument("--epochs", type=int, metavar="N", help="another number of epochs")
     parser.add_argument("--protocol", choices=("grouped", "paper", "both"), help="how images are split")
@@ -38,7 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
         from cellops.models.training.tables import table_names
 
         if arguments.name is None:
-            print("\n".join(f"{name:<16}{title}" for name, title in table_names().items()))
+            print("\n".join(f"{name:<18}{title}" for name, title in table_names().items()))
             return 0
     need_models_extra()
     from cellops.models.training.checkpoint import CheckpointError
@@ -55,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
     folder = arguments.output or Path("runs") / "tables" / arguments.name
     try:
         with bad_input():
-            failed = train_table(table, folder, changes, arguments.scratch, arguments.hours, arguments.rows, Output())
+            failed = train_table(table, folder, changes, arguments.twin, arguments.hours, arguments.rows, Output())
     except Interrupted as stopped:
         raise CommandError(f"{stopped}; saved. The same command goes on.", INTERRUPTED) from None
     except CheckpointError as error:

@@ -80,7 +80,8 @@ def run(arguments: argparse.Namespace) -> int:
     title = f"{session.recipe.name}: {session.recipe.model.name} on {session.data.name}"
     output.line(f"{title}{' (SYNTHETIC images)' if session.data.synthetic else ''}", style="bold")
     output.line(f"{len(session.data)} images of {len(session.data.classes)} classes -> {session.folder}")
-    for note in session.data.notes:
+    folds = [note for cut in session.folds.values() for note in cut.notes]
+    for note in dict.fromkeys([*session.data.notes, *folds, *session.notes]):
         output.line(f"note: {note}")
     deadline = None if arguments.hours is None else time.monotonic() + 3600 * arguments.hours
     try:

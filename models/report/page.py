@@ -201,6 +201,7 @@ def _header(facts: dict[str, Any], recipe_text: str, protocols: Sequence[Protoco
             '<div class="synthetic">These images are drawn by a program. '
             "Nothing on this page says anything about real cells.</div>"
         )
+    body += f'<p class="muted">{escape(recipe.setting)}</p>' if recipe.setting else ""
     if recipe.notes:
         body += f"<p>{escape(recipe.notes)}</p>"
     if not protocols:

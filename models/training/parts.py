@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,15 +47,14 @@ def protocols(settings: DataSettings) -> list[str]:
     return ["paper", "grouped"] if settings.protocol == "both" else [settings.protocol]
 
 
-def parts(recipe: Recipe, folder: Path) -> list[Part]:
+def parts(folds: Mapping[str, Folds], folder: Path) -> list[Part]:
     """The parts of a run; the results of a single one lie in the run's own folder."""
-    names, folds = protocols(recipe.data), recipe.data.folds
-    if len(names) * folds == 1:
-        return [Part(names[0], 0, folder)]
+    if sum(map(len, folds.values())) == 1:
+        return [Part(next(iter(folds)), 0, folder)]
     return [
-        Part(name, number, folder / name / f"fold_{number + 1}" if len(names) > 1 else folder / f"fold_{number + 1}")
-        for name in names
-        for number in range(folds)
+        Part(name, number, folder / name / f"fold_{number + 1}" if len(folds) > 1 else folder / f"fold_{number + 1}")
+        for name, cut_folds in folds.items()
+        for number in range(len(cut_folds))
     ]
 
 
@@ -92,16 +91,14 @@ def read_data(settings: DataSettings, output: Output, strict: bool = False) -> C
 def cut(data: CellData, recipe: Recipe, protocol: str) -> Folds:
     """The folds of a protocol."""
     settings = recipe.data
-    fraction = settings.test_fraction if settings.folds > 1 or settings.test_fraction is not None else 0.2
-    if data.prescribed and settings.test_fraction is None:
-        fraction = None
     return make_folds(
         data,
         folds=settings.folds,
         protocol=protocol,
         validation=settings.validation,
         seed=recipe.seed,
-        test_fraction=fraction,
+        test_fraction=settings.test_fraction,
+        prescribed=settings.prescribed,
     )
 
 
@@ -118,10 +115,10 @@ def learning_part(indices: Sequence[int], labels: np.ndarray, fraction: float, s
 
 
 def class_weights(indices: Sequence[int], labels: np.ndarray, classes: int) -> np.ndarray:
-    """Weights in inverse proportion to the images of a class, of mean 1 over the images; 0 for an absent class."""
+    """Weights in inverse proportion to the images of a class, of mean 1 over the images; 1 for an absent class."""
     counts = np.bincount(labels[list(indices)], minlength=classes)
     present = counts > 0
-    weights = np.zeros(classes)
+    weights = np.ones(classes)
     weights[present] = counts.sum() / (present.sum() * counts[present])
     return weights
 

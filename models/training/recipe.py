@@ -4,7 +4,7 @@ A file holds the sections of `settings.Recipe` and may hold three more keys:
 
     extends: NAME or FILE     the sections of that recipe, changed by those of this one
     variants: {NAME: {...}}   one recipe for each name, changed further; the file itself is then only their common part
-    scratch: {...}            for each recipe of the file a twin NAME_scratch, changed so
+    twins: {SUFFIX: {...}}    for each recipe of the file also one NAME_SUFFIX, changed so
 
 Mappings are merged key by key and `null` takes a key of `loss`, `augmentation` or `arguments` away. A `loss`,
 `optimizer` or `schedule` with another `name` starts anew.
@@ -27,7 +27,7 @@ import yaml
 from cellops.models.training.settings import Recipe
 
 FOLDER = Path(__file__).resolve().parents[1] / "recipes"
-STRUCTURE = ("extends", "variants", "scratch")
+STRUCTURE = ("extends", "variants", "twins")
 STARTS_ANEW = ("loss", "optimizer", "schedule")
 FREE = ("loss", "augmentation", "model.arguments", "optimizer.arguments", "data.options")
 
@@ -51,11 +51,13 @@ _Loader.add_implicit_resolver(
 
 
 def _mapping_without_duplicates(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    keys = [loader.construct_object(key, deep=True) for key, _ in node.value]
+    keys = [key.value for key, _ in node.value]
     for key in keys:
         if keys.count(key) > 1:
             raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", node.start_mark)
-    return dict(zip(keys, (loader.construct_object(value, deep=True) for _, value in node.value), strict=True))
+    loader.flatten_mapping(node)  # what << brings in comes first, so that the mapping's own keys win
+    pairs = [(loader.construct_object(key, deep=True), value) for key, value in node.value]
+    return {key: loader.construct_object(value, deep=True) for key, value in pairs}
 
 
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_duplicates)
@@ -179,8 +181,9 @@ def _recipes_of(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, dict[str, 
     base: dict[str, Any] = {}
     if "extends" in values:
         base = _find(str(values["extends"]), path.parent, (*seen, path))
+        base.pop("abstract")
     structure = {key: values.pop(key, None) for key in STRUCTURE}
-    for key in ("variants", "scratch"):
+    for key in ("variants", "twins"):
         if not isinstance(structure[key] or {}, Mapping):
             raise RecipeError(f"{path}: {key} must be a mapping, got {structure[key]!r}")
     own = merge(base, values)
@@ -188,13 +191,17 @@ def _recipes_of(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, dict[str, 
     found = {path.stem: own}
     for name, changes in (structure["variants"] or {}).items():
         found[name] = {**merge(own, changes or {}), "name": name}
-    if structure["scratch"] is not None:
+    own["abstract"] = bool(structure["variants"])
+    for suffix, changes in (structure["twins"] or {}).items():
         for name, recipe in list(found.items()):
-            found[f"{name}_scratch"] = {**merge(recipe, structure["scratch"]), "name": f"{name}_scratch"}
-    if structure["variants"]:
-        for name in (path.stem, f"{path.stem}_scratch"):
-            found.get(name, {})["abstract"] = True
+            if not recipe.get("twin"):
+                found[f"{name}_{suffix}"] = {**merge(recipe, changes or {}), "name": f"{name}_{suffix}", "twin": True}
     return found
+
+
+def _ready(values: Mapping[str, Any], abstract: bool) -> dict[str, Any]:
+    """Without the marks of this file, but for whether it is only the common part of others."""
+    return {**{key: value for key, value in values.items() if key not in ("abstract", "twin")}, "abstract": abstract}
 
 
 def _shipped() -> list[Path]:
@@ -206,15 +213,14 @@ def _find(name: str, beside: Path | None = None, seen: tuple[Path, ...] = ()) ->
     for folder in (beside, Path.cwd()):
         path = Path(name) if folder is None else folder / name
         if Path(name).suffix in (".yaml", ".yml") and path.is_file():
-            found = _recipes_of(path.resolve(), seen)
-            return dict(found[path.stem], abstract=False)
+            return _ready(_recipes_of(path.resolve(), seen)[path.stem], abstract=False)
     if Path(name).suffix in (".yaml", ".yml") or "/" in name:
         raise RecipeError(f"there is no recipe file {name}")
     own = FOLDER / f"{name}.yaml"
     for path in ([own] if own.is_file() else []) or _shipped():
         found = _recipes_of(path.resolve(), seen) if path.resolve() not in seen else {}
         if name in found:
-            return dict(found[name], abstract=bool(found[name].get("abstract")) and not seen)
+            return _ready(found[name], abstract=bool(found[name].get("abstract")) and not seen)
     raise RecipeError(f"there is no recipe {name!r}: {nearest(name, recipe_names())}")
 
 
@@ -226,6 +232,17 @@ def recipe_names() -> list[str]:
         for name, values in _recipes_of(path.resolve()).items()
         if not values.get("abstract")
     )
+
+
+def recipe_families() -> dict[str, dict[str, dict[str, Any]]]:
+    """The shipped recipes by file: name -> title, setting, paper, and `twin` for those that are made from others."""
+    families: dict[str, dict[str, dict[str, Any]]] = {}
+    for path in _shipped():
+        for name, values in _recipes_of(path.resolve()).items():
+            if not values.get("abstract"):
+                told = {key: values.get(key, "") for key in ("title", "setting", "paper", "twin")}
+                families.setdefault(path.stem, {})[name] = told
+    return families
 
 
 def _override(values: dict[str, Any], assignment: str) -> None:
@@ -258,6 +275,7 @@ def build_recipe(values: Mapping[str, Any]) -> Recipe:
         ("training.epochs", training.epochs >= 1, "must be at least 1"),
         ("training.batch_size", training.batch_size >= 1, "must be at least 1"),
         ("training.accumulate", training.accumulate >= 1, "must be at least 1"),
+        ("training.threads", training.threads is None or training.threads >= 1, "must be at least 1"),
         ("training.workers", training.workers >= 0, "must be at least 0"),
         ("training.ema", training.ema is None or 0 < training.ema < 1, "must lie between 0 and 1"),
         ("training.clip", training.clip is None or training.clip > 0, "must be above 0"),

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from cellops.models.data import CellData, Fold, Folds
+from cellops.models.data import CellData, Fold, Folds, near_duplicates
 from cellops.models.training import parts as parts_module
 from cellops.models.training.checkpoint import BEST, load_weights, save_weights, write_text
 from cellops.models.training.console import Output
@@ -47,12 +47,14 @@ MAY_CHANGE = (
     "training.epochs",
     "training.workers",
     "training.device",
+    "training.threads",
     "training.checkpoint_seconds",
     "training.checkpoint_updates",
     "training.keep_previous",
     "training.tensorboard",
     "evaluation",
     "title",
+    "setting",
     "notes",
 )
 
@@ -148,7 +150,8 @@ class Run:
     ) -> None:
         self.recipe, self.folder, self.data, self.folds = recipe, folder, data, folds
         self.batches, self.output, self.ranks = batches, output, ranks
-        self.parts: list[Part] = parts(recipe, folder)
+        self.parts: list[Part] = parts(folds, folder)
+        self.notes: list[str] = []
         self.lock: Any = None
         self._first: Trainer | None = None
 
@@ -311,6 +314,11 @@ def _write_facts(run: Run) -> None:
         starts = []
     write_text(path, json.dumps([*starts, plain(environment())], indent=1))
     write_text(folder / "recipe.yaml", dump_recipe(run.recipe))
+    try:
+        told = json.loads((folder / "run.json").read_text())["notes"]  # of the first start, which looked for copies
+    except (OSError, ValueError, KeyError):
+        told = []
+    notes = [*data.notes, *(note for folds in run.folds.values() for note in folds.notes), *run.notes, *told]
     facts = {
         "name": run.recipe.name,
         "data": data.name,
@@ -319,7 +327,7 @@ def _write_facts(run: Run) -> None:
         "grouped": data.grouped,
         "classes": list(data.classes),
         "images": data.class_counts,
-        "notes": list(data.notes),
+        "notes": list(dict.fromkeys(notes)),
         "protocols": parts_module.protocols(run.recipe.data),
         "parts": [
             {"protocol": part.protocol, "fold": part.number + 1, "folder": str(part.folder.relative_to(folder))}
@@ -327,6 +335,19 @@ def _write_facts(run: Run) -> None:
         ],
     }
     write_text(folder / "run.json", json.dumps(plain(facts), indent=1, ensure_ascii=False))
+
+
+def look_alikes(run: Run) -> list[str]:
+    """A sentence for each protocol whose test images have near copies among the training images."""
+    notes = []
+    for protocol, folds in run.folds.items():
+        pairs = near_duplicates(run.batches.store, folds)
+        if pairs:
+            examples = "; ".join(f"{one} and {other}" for one, other in pairs[:3])
+            notes.append(
+                f"Protocol {protocol}: {len(pairs)} pairs on the two sides of a split look alike ({examples})."
+            )
+    return notes
 
 
 def _lock(folder: Path) -> Any:
@@ -399,6 +420,8 @@ def prepare(
         raise ValueError(f"{folder} is not empty: --resume goes on with the run in it, or choose another --output")
     assert recipe is not None
     recipe = build_recipe(recipe_values(recipe))
+    if recipe.training.threads is not None:
+        torch.set_num_threads(recipe.training.threads)
     path = recipe.data.path
     if path is not None and path != "synthetic":
         recipe = replace(recipe, data=replace(recipe.data, path=str(Path(path).expanduser().resolve())))
@@ -410,6 +433,8 @@ def prepare(
     batches = Batches.open(recipe, data, output, ranks.rank, ranks.size)
     run = Run(recipe, folder, data, folds, batches, output, ranks)
     run.check()
+    if ranks.main and not resume and not data.synthetic:
+        run.notes += look_alikes(run)
     if ranks.main:
         run.lock = _lock(folder)
         for protocol, cut_folds in folds.items():

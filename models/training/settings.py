@@ -17,6 +17,7 @@ class DataSettings:
     store_size: list[int] | None = None  # height, width that images are stored at; the input size if not given
     resize: Literal["squash", "crop", "pad"] = "squash"
     protocol: Literal["grouped", "paper", "both"] = "grouped"  # how folds are made; both gives two results
+    prescribed: bool = True  # take the data set's own test part where it has one; there is one fold then
     folds: int = 1
     test_fraction: float | None = None  # of a single split (folds: 1); a fifth if not given
     validation: float = 0.0  # the part of the training images that chooses the epoch
@@ -94,6 +95,7 @@ class TrainingSettings:
     keep_previous: bool = True  # keep the checkpoint before the last one
     workers: int = 0
     device: str = "auto"
+    threads: int | None = None  # of torch on the CPU; small networks gain little from more than one
     tensorboard: bool = False
     strategy: Literal["ddp", "fsdp"] = "ddp"  # under torchrun
 
@@ -117,6 +119,7 @@ class Recipe:
     optimizer: OptimizerSettings
     name: str = "recipe"
     title: str = ""
+    setting: str = ""  # "the paper's setting", or in what way it is not; printed in lists, tables and the report
     notes: str = ""  # printed in the report: where the paper is silent, what is ours
     paper: str = ""
     seed: int = 0

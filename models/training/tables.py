@@ -57,15 +57,15 @@ def load_table(name: str) -> Table:
     return Table(name=name, rows=rows, **values)
 
 
-def _recipe_name(row: Row, scratch: bool) -> str:
-    return f"{row.recipe}_scratch" if scratch else row.recipe
+def _recipe_name(row: Row, twin: str) -> str:
+    return f"{row.recipe}_{twin}" if twin else row.recipe
 
 
 def train_table(
     table: Table,
     folder: Path,
     overrides: Sequence[str],
-    scratch: bool,
+    twin: str,
     hours: float | None,
     only: str | None,
     output: Any,
@@ -76,7 +76,7 @@ def train_table(
         table: the rows.
         folder: one folder a row goes into it; what is there already is gone on with.
         overrides: settings for every row.
-        scratch: take the rows' `_scratch` twins.
+        twin: take the rows' twins of this suffix; "" for the rows themselves.
         hours: the budget; None for no limit.
         only: a part of the names of the rows' recipes.
         output: a `console.Output`.
@@ -90,10 +90,10 @@ def train_table(
     """
     from cellops.models.training.run import prepare
 
-    rows = [row for row in table.rows if only is None or only in _recipe_name(row, scratch)]
+    rows = [row for row in table.rows if only is None or only in _recipe_name(row, twin)]
     if not rows:
         raise ValueError(f"no row of {table.name} has {only!r} in its recipe's name")
-    recipes = {row.label: load_recipe(_recipe_name(row, scratch), overrides) for row in rows}
+    recipes = {row.label: load_recipe(_recipe_name(row, twin), overrides) for row in rows}
     deadline = None if hours is None else time.monotonic() + 3600 * hours
     failed: dict[str, str] = {}
     data = None
@@ -103,7 +103,7 @@ def train_table(
             late = deadline is not None and time.monotonic() > deadline
             if row.label in failed or late:
                 continue
-            target = folder / _recipe_name(row, scratch)
+            target = folder / _recipe_name(row, twin)
             if _parts_done(target) >= count:
                 continue
             output.line(f"{row.label}: part {count}", style="bold")
@@ -117,8 +117,8 @@ def train_table(
             except (ValueError, RuntimeError, OSError) as error:
                 failed[row.label] = str(error)
                 output.line(f"{row.label} failed: {error}", style="red")
-            output.line(write_table(table, rows, folder, scratch, failed))
-    output.line(write_table(table, rows, folder, scratch, failed))
+            output.line(write_table(table, rows, folder, twin, failed))
+    output.line(write_table(table, rows, folder, twin, failed))
     return len(failed)
 
 
@@ -131,18 +131,18 @@ def _summary(folder: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
-def write_table(table: Table, rows: Sequence[Row], folder: Path, scratch: bool, failed: dict[str, str]) -> str:
+def write_table(table: Table, rows: Sequence[Row], folder: Path, twin: str, failed: dict[str, str]) -> str:
     """Write table.md and table.json from the rows' folders, and return the Markdown text."""
     from cellops.models.training.checkpoint import write_text
 
-    kind = "from scratch, not the paper's setting" if scratch else "the paper's setting"
+    kind = "; ".join(dict.fromkeys(load_recipe(_recipe_name(row, twin)).setting for row in rows))
     lines = [f"## {table.title}", "", f"Percent, mean ± standard deviation over the folds that are in; {kind}.", ""]
     lines += [table.notes.strip(), ""] if table.notes else []
     lines += ["| row | protocol | folds | " + " | ".join(f"{name} (paper)" for name in table.columns) + " |"]
     lines += ["|---|---|---|" + "---|" * len(table.columns)]
     records = []
     for row in rows:
-        summary = _summary(folder / _recipe_name(row, scratch)) or {"–": {"folds": 0, "folds_done": 0}}
+        summary = _summary(folder / _recipe_name(row, twin)) or {"–": {"folds": 0, "folds_done": 0}}
         for protocol, found in summary.items():
             mean, deviation = found.get("mean", {}), found.get("deviation", {})
             cells = []
@@ -156,5 +156,5 @@ def write_table(table: Table, rows: Sequence[Row], folder: Path, scratch: bool, 
     lines += [f"\nNot trained: {label}: {reason}" for label, reason in failed.items()]
     text = "\n".join(lines) + "\n"
     write_text(folder / "table.md", text)
-    write_text(folder / "table.json", json.dumps({"table": table.name, "scratch": scratch, "rows": records}, indent=1))
+    write_text(folder / "table.json", json.dumps({"table": table.name, "twin": twin, "rows": records}, indent=1))
     return text
