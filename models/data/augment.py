@@ -232,8 +232,9 @@ class Normalise:
 
     def __call__(self, image: Tensor) -> Tensor:
         if self.per_image:
-            std, mean = torch.std_mean(image, correction=0)
-            return (image - mean) / std.clamp_min(image.numel() ** -0.5)  # an even image stays finite
+            centred = image - image.mean()  # and by hand, since torch.std_mean takes three times as long
+            deviation = centred.square().mean().sqrt()
+            return centred / deviation.clamp_min(image.numel() ** -0.5)  # an even image stays finite
         return (image - self.mean) / self.std
 
 
