@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import re
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
@@ -138,3 +140,23 @@ def test_table_names_the_wrong_argument() -> None:
         table(["dresnet"], style="html")
     with pytest.raises(ValueError, match="did you mean 'dresnet'"):
         table(["dresnets"])
+
+
+def test_the_papers_tables_stand_beside_ours() -> None:
+    """`benchmarks/paper_tables.py`: the figures that a paper has right, and the notes where it cannot be."""
+    path = Path(__file__).parent.parent / "benchmarks" / "paper_tables.py"
+    tables = runpy.run_path(str(path))
+    text = "\n".join(tables["lines"](["hqnet", "hybrid_loss"], with_time=False))
+    rows = {line.strip().partition("  ")[0]: line.split("  ") for line in text.splitlines()}
+
+    def figures(what: str) -> list[str]:
+        return [cell.strip() for cell in rows[what] if cell.strip()][1:]
+
+    assert figures("HQNet, 5 classes")[:2] == ["469,831,237", "469,831,237"]
+    assert figures("DenseNet-121, MiB of memory")[:2] == ["147.10", "147.10"]
+    assert figures("ShuffleNetV2, MiB of memory")[:2] == ["20.84", "20.84"]
+    assert figures("ShuffleNetV2 of DenseNet-121: multiply-adds") == ["1/50", "1/19.7", "does not follow"]
+    assert figures("GhostNet of DenseNet-121: memory") == ["1/2", "1/3.7", "the sentence swaps memory and parameters"]
+    assert figures("one 7x7, parameters") == ["50.23", "49", "cannot be right: no integer; 50 with biases"]
+    sizes = {row[0]: row[1:3] for row in tables["dresnet_table_3"]() + tables["dresnet_table_4"]()}
+    assert sizes["ShuffleNet@1 g3, MiB"] == ("7.2", "7.2") and sizes["DResNet, MiB"] == ("10.7", "10.9")
