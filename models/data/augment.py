@@ -36,6 +36,9 @@ KEYS = {
 }
 
 
+Change = Callable[[Tensor, torch.Generator], Tensor]
+
+
 def uniform(generator: torch.Generator, low: float, high: float) -> float:
     """A number from low to high."""
     return low + (high - low) * float(torch.rand((), generator=generator))
@@ -249,9 +252,9 @@ class Augmentation:
         erasing = section(config, "erasing", {"probability", "area", "ratio", "value"})
         cutout = section(config, "cutout", {"holes", "size"})
         # All are built, so that a wrong value is an error of a recipe whether it trains or evaluates.
-        self.before = [RandAugment(rand)] if rand else []
-        self.between = [ColourJitter(jitter)] if jitter else []
-        self.after = [*([Erasing(erasing)] if erasing else []), *([Cutout(cutout)] if cutout else [])]
+        self.before: list[Change] = [RandAugment(rand)] if rand else []
+        self.between: list[Change] = [ColourJitter(jitter)] if jitter else []
+        self.after: list[Change] = [*([Erasing(erasing)] if erasing else []), *([Cutout(cutout)] if cutout else [])]
         if not train:
             self.before, self.between, self.after = [], [], []
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from cellops.models.data.parallel import ordered_map
 from cellops.models.data.samples import CellData
@@ -97,7 +97,7 @@ def _decode(path: Path, root: Path | str | None, convert: Callable[[Image.Image,
         raise
     except FileNotFoundError:
         raise ImageError(f"{path}: no such file") from None
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         raise ImageError(f"{path}: not an image ({', '.join(FORMATS)} are read)") from None
     except DECODING_ERRORS as error:
         raise ImageError(f"{path}: cannot be decoded: {error}") from error

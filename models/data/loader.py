@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -41,8 +41,8 @@ class Draw(NamedTuple):
     """One image of an epoch: what its augmentation depends on, and whether it counts."""
 
     epoch: int
-    index: int
-    repeat: int  # how often the index came before in this epoch
+    image: int  # its index in the store
+    repeat: int  # how often the image came before in this epoch
     valid: bool
 
 
@@ -60,13 +60,13 @@ class _Images(Dataset[Batch]):
         images = []
         for draw in draws:
             # SeedSequence spreads neighbouring numbers; torch's own seeding of similar numbers draws similar ones.
-            words = np.random.SeedSequence((self.seed, draw.epoch, draw.index, draw.repeat)).generate_state(
+            words = np.random.SeedSequence((self.seed, draw.epoch, draw.image, draw.repeat)).generate_state(
                 1, np.uint64
             )
             generator.manual_seed(int(words[0] >> np.uint64(1)))
-            pixels = torch.from_numpy(np.array(self.store[draw.index])).permute(2, 0, 1)
+            pixels = torch.from_numpy(np.array(self.store[draw.image])).permute(2, 0, 1)
             images.append(self.augmentation(pixels, generator))
-        index = torch.tensor([draw.index for draw in draws])
+        index = torch.tensor([draw.image for draw in draws])
         return Batch(
             images=torch.stack(images),
             targets=torch.from_numpy(self.labels[index.numpy()]),
@@ -88,7 +88,7 @@ class _Plan:
         return len(self.batches)
 
 
-def _same(batch: Batch) -> Batch:
+def _same(batch: Any) -> Any:
     return batch
 
 

@@ -56,7 +56,7 @@ def resized(image: np.ndarray, size: tuple[int, int], resize: str) -> np.ndarray
     padded = np.empty((height, width, 3), np.uint8)
     padded[:] = np.median(border, axis=0).astype(np.uint8)
     top, left = (height - inner[1]) // 2, (width - inner[0]) // 2
-    padded[top : top + inner[1], left : left + inner[0]] = picture.resize(inner, Image.Resampling.BICUBIC)
+    padded[top : top + inner[1], left : left + inner[0]] = np.asarray(picture.resize(inner, Image.Resampling.BICUBIC))
     return padded
 
 

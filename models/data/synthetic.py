@@ -157,7 +157,7 @@ def _cell(random: np.random.Generator, size: int, kind: CellKind, centre: np.nda
         thickness *= 1 - random.uniform(0.65, 0.9) * clear
         thickness += inside * 0.25 * np.exp(-(((edge - 1.1) / 0.12) ** 2))  # the dense rim of the clearing
     chromatin = random.uniform(*kind.chromatin) * nuclei * np.maximum(1 + 0.22 * _texture(random, size, 24), 0.2)
-    return thickness[..., None] * stain.astype(np.float32) + chromatin[..., None] * np.float32(HAEMATOXYLIN)
+    return thickness[..., None] * stain.astype(np.float32) + chromatin[..., None] * np.array(HAEMATOXYLIN, np.float32)
 
 
 def _dust(random: np.random.Generator, size: int) -> np.ndarray:

@@ -42,6 +42,7 @@ class CrossEntropy(nn.Module):
     """
 
     needs_features = False
+    class_weights: Tensor | None
 
     def __init__(self, num_classes: int, class_weights: Tensor | None = None, label_smoothing: float = 0.0) -> None:
         super().__init__()
@@ -73,6 +74,7 @@ class BinaryCrossEntropy(nn.Module):
     """
 
     needs_features = False
+    class_weights: Tensor | None
 
     def __init__(self, num_classes: int, class_weights: Tensor | None = None, label_smoothing: float = 0.0) -> None:
         super().__init__()
@@ -112,6 +114,8 @@ class Focal(nn.Module):
     """
 
     needs_features = False
+    alpha: Tensor
+    class_weights: Tensor | None
 
     def __init__(
         self,

@@ -24,17 +24,19 @@ SPLIT_OF = {"training": "train", "train": "train", "test": "test"}
 SPECIMEN = re.compile(r"(?:^|/)Images/(\d+)/(.+)$", re.IGNORECASE)
 
 
-def pattern_of(value: str) -> str | None:
-    """The contest's name of a pattern, or None."""
-    name = re.sub(r"[\s_-]+", "_", value.strip().lower())
-    name = {"cytoplasmic": "cytoplasmatic", "homogenous": "homogeneous"}.get(name, name)
-    return name if name in PATTERNS else None
+# The contest's names by every spelling that is taken for them.
+PATTERN_NAMES = {name: name for name in PATTERNS} | {"cytoplasmic": "cytoplasmatic", "homogenous": "homogeneous"}
 
 
-def number(value: str) -> int | None:
-    """The first number in a cell of a table or in a file's name, or None."""
+def spelling(value: str) -> str:
+    """A pattern's name as in the keys of `PATTERN_NAMES`: lower case, joined by underscores."""
+    return re.sub(r"[\s_-]+", "_", value.strip().lower())
+
+
+def number(value: str) -> int:
+    """The first number in a cell of a table or in a file's name; -1 without one."""
     digits = re.search(r"\d+", value)
-    return int(digits.group()) if digits else None
+    return int(digits.group()) if digits else -1
 
 
 def column(row: dict[str, str], *words: str) -> str | None:
@@ -44,7 +46,11 @@ def column(row: dict[str, str], *words: str) -> str | None:
 
 def pattern_column(rows: list[dict[str, str]]) -> str | None:
     """The column in which every value is a pattern."""
-    return next((name for name in rows[0] if all(pattern_of(row[name]) for row in rows)), None) if rows else None
+    return (
+        next((name for name in rows[0] if all(spelling(row[name]) in PATTERN_NAMES for row in rows)), None)
+        if rows
+        else None
+    )
 
 
 def masks_of(images: Iterable[str]) -> dict[tuple[str, str], str]:
@@ -90,9 +96,9 @@ def read(listing: Listing, masks: bool = True) -> CellData | None:
             for path in listing.images
             if PurePosixPath(path).parent.name.lower() == part
             and not MASK.search(stem(path))
-            and number(stem(path)) is not None
+            and number(stem(path)) >= 0
         }
-        ids = {number(row[key]): pattern_of(row[patterns]) for row in rows}
+        ids = {number(row[key]): PATTERN_NAMES[spelling(row[patterns])] for row in rows}
         if images.keys() != ids.keys():
             lone = sorted(str(cell) for cell in images.keys() ^ ids.keys())
             raise LayoutError(
@@ -136,7 +142,7 @@ def _specimens(listing: Listing) -> dict[tuple[str, int], str]:
             image = column(row, "image", "specimen")
             part = next((row[name].lower() for name in row if row[name].lower() in SPLIT_OF), None)
             cell = column({name: "" for name in row if name != image}, "id", "cell")
-            if image and part and cell and number(row[cell]) is not None:
+            if image and part and cell and number(row[cell]) >= 0:
                 specimens[SPLIT_OF[part], number(row[cell])] = f"image {row[image]}"
     return specimens
 
@@ -151,8 +157,8 @@ def read_main(listing: Listing, masks: bool = True) -> CellData | None:
     Raises:
         LayoutError: no table gives the patterns, or a folder has no files of single cells.
     """
-    places = {path: SPECIMEN.search(path) for path in listing.images}
-    places = {path: (int(match.group(1)), match.group(2)) for path, match in places.items() if match}
+    matches = {path: SPECIMEN.search(path) for path in listing.images}
+    places = {path: (int(match.group(1)), match.group(2)) for path, match in matches.items() if match}
     if not places or not any("main_dataset" in path.lower() for path in (*places, str(listing.root))):
         return None
     of_cell, of_specimen = _patterns(listing)
@@ -215,8 +221,8 @@ def _patterns(listing: Listing) -> tuple[dict[tuple[int, int | None], str], dict
             specimen = int(place.group(1)) if place else number(row[image]) if image else None
             if specimen is None:
                 continue
-            if cell is not None and number(row[cell]) is not None:
-                of_cell[specimen, number(row[cell])] = pattern_of(row[patterns])
+            if cell is not None and number(row[cell]) >= 0:
+                of_cell[specimen, number(row[cell])] = PATTERN_NAMES[spelling(row[patterns])]
             else:
-                of_specimen[specimen] = pattern_of(row[patterns])
+                of_specimen[specimen] = PATTERN_NAMES[spelling(row[patterns])]
     return of_cell, of_specimen

@@ -46,7 +46,9 @@ class Listing:
             OSError: a folder cannot be read.
         """
         root = root.resolve()
-        paths, empty, links = [], [], 0
+        paths: list[str] = []
+        empty: list[str] = []
+        links = 0
         pending = [""]
         while pending:
             prefix = pending.pop()
