@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import difflib
+import functools
 import re
 import types
 import typing
@@ -73,6 +74,10 @@ def parse_yaml(text: str, source: str) -> Any:
         return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise RecipeError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from None
+
+
+# Finding one shipped recipe by name reads every family, and lists read each many times.
+_parsed = functools.cache(parse_yaml)
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
@@ -167,10 +172,10 @@ def _read(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"cannot read the recipe {path}: {error}") from None
-    values = parse_yaml(text, str(path))
+    values = _parsed(text, str(path))
     if not isinstance(values, dict):
         raise RecipeError(f"{path} is no recipe: it must be a mapping with sections such as data, model, training")
-    return values
+    return copy.deepcopy(values)
 
 
 def _recipes_of(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, dict[str, Any]]:
