@@ -11,8 +11,8 @@ from training_runs import finish, start
 
 from cellops.models import create_model
 from cellops.models.data import build_augmentation
-from cellops.models.training.losses import build_loss
 from cellops.models.training.log import read_log
+from cellops.models.training.losses import build_loss
 from cellops.models.training.optim import NAMES, build_schedule
 from cellops.models.training.recipe import (
     RecipeError,
@@ -73,7 +73,7 @@ def test_wrong_recipes(tmp_path, text, error):
 def test_missing_keys(tmp_path):
     with pytest.raises(RecipeError, match="optimizer is missing"):
         load_recipe(write(tmp_path, "training: {epochs: 3}"))
-    with pytest.raises(RecipeError, match="optimizer.learning_rate is missing"):
+    with pytest.raises(RecipeError, match=r"optimizer\.learning_rate is missing"):
         load_recipe(write(tmp_path, "optimizer: {name: sgd}"))
     with pytest.raises(RecipeError, match=r"there is no recipe file .*nothing\.yaml"):
         load_recipe(tmp_path / "nothing.yaml")
