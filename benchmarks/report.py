@@ -18,6 +18,7 @@ def lines(results: Results) -> list[str]:
     text += (
         _speed(results)
         + _models(results)
+        + _accelerated(results)
         + _copies(results)
         + _skipped(results)
         + _overhead(results)
@@ -95,6 +96,23 @@ def _models(results: Results) -> list[str]:
             f"{record['what']} in a {record['direction']} of {record['op']}, {record['case']}: {percent:.1f} %",
         ]
     return text
+
+
+def _accelerated(results: Results) -> list[str]:
+    records = [record for record in results if record["kind"] == "accelerate"]
+    if not records:
+        return []
+    others = [name for name in _union(records, "variants") if name != "cellops"]
+    rows = [["after cellops.accelerate: milliseconds a batch (times ours)", "replaced", "cellops", *others]]
+    for record in records:
+        medians = {name: timing["median"] for name, timing in record["variants"].items()}
+        ours = medians["cellops"]
+        figures = [
+            f"{1e3 * medians[name]:.1f} ({medians[name] / ours:.2f}x)" if name in medians else "-" for name in others
+        ]
+        label = " ".join(record[key] for key in ("case", "layout", "direction"))
+        rows.append([label, str(record["replaced"]), f"{1e3 * ours:.1f}", *figures])
+    return ["", *table(rows)]
 
 
 def _copies(results: Results) -> list[str]:

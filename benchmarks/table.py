@@ -51,7 +51,7 @@ def _machine(results: dict[str, Any]) -> str:
         if select(own, kind="time"):
             parts += [_summary(op, own), _shapes(op, own)]
         parts += [_speed(op, own), _overhead(own), _memory(own)]
-    parts += [_copies(records), _models(records)]
+    parts += [_copies(records), _models(records), _accelerated(records)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -196,6 +196,26 @@ def _models(records: Results) -> str:
     return (
         "Whole networks beside their plain twins (the same weights on PyTorch's own ops); memory is above the weights."
         "\n\n" + _table(cells)
+    )
+
+
+def _accelerated(records: Results) -> str:
+    """Networks of other libraries before and after `cellops.accelerate`."""
+    chosen = select(records, kind="accelerate")
+    if not chosen:
+        return ""
+    shown = {"before": "as it was, ms", "cellops": "accelerated, ms", "before, folded": "folded, ms"}
+    shown["cellops, folded"] = "accelerated and folded, ms"
+    cells = [["network", "layout", "", *shown.values(), "gain of accelerate"]]
+    for record in chosen:
+        timings = record["variants"]
+        gain = timings["before"]["median"] / timings["cellops"]["median"]
+        figures = [_milliseconds(timings.get(name)) for name in shown]
+        cells.append([record["case"], record["layout"], record["direction"], *figures, f"{gain:.2f}x"])
+    batch, _, height, width = chosen[0]["images"]
+    return (
+        f"Networks of other libraries before and after `cellops.accelerate` and `cellops.fuse`: {batch} images in float32 "
+        f"of {height}x{width}.\n\n" + _table(cells)
     )
 
 
