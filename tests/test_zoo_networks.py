@@ -18,15 +18,17 @@ from cellops.models import create_model
 from cellops.models.twin import PLAIN, plain_twin
 
 SMALL: dict[str, tuple[str, dict[str, Any]]] = {
-    "hqnet": ("hqnet_tiny", {"depths": (1, 1, 1, 1), "width": 8}),
-    "hqnet interleaved": ("hqnet_tiny", {"depths": (1, 1, 1, 1), "width": 8, "layout": "interleaved"}),
-    "hqnet_dcn": ("hqnet_dcn", {"depths": (1, 1, 1, 1), "width": 8}),
-    "deform_resnet50": ("deform_resnet50", {"layers": (1, 1, 1, 1), "channels": (8, 16, 32, 64)}),
-    "dresnet": ("dresnet_025", {"depths": (1, 1, 1, 1)}),
+    "hqnet": ("hqnet_tiny", {"depths": (2, 1), "width": 8}),
+    "hqnet interleaved": ("hqnet_tiny", {"depths": (1, 1), "width": 8, "layout": "interleaved"}),
+    "hqnet_dcn": ("hqnet_dcn", {"depths": (2, 1), "width": 8}),
+    "deform_resnet50": ("deform_resnet50", {"layers": (1, 2, 1, 1), "channels": (8, 16, 16, 16)}),
+    "dresnet": ("dresnet_025", {"depths": (1, 1)}),
     "dresnet bare": ("dresnet_025", {"two_branches": False, "squeeze_excite": False, "compression": 0.5}),
-    "lung_resnet50": ("lung_resnet50", {"depths": (2, 1, 1, 1), "width": 8}),
-    "shufflenet_v1_g3": ("shufflenet_v1_g3", {"depths": (2, 2, 2)}),
+    "lung_resnet50": ("lung_resnet50", {"depths": (2, 1), "width": 8}),
+    "shufflenet_v1_g3": ("shufflenet_v1_g3", {"depths": (2, 2)}),
 }
+"""Few blocks, but each kind: with and without stride, with an identity and with a convolution as shortcut."""
+
 MAIN = [name for name in SMALL if " " not in name]
 """One variant of each network, for what takes seconds."""
 
@@ -47,7 +49,7 @@ def build(name: str, num_classes: int = 4, *, drop_rate: float = 0.0) -> nn.Modu
             nn.init.normal_(module.running_mean, std=0.1)
             nn.init.uniform_(module.running_var, 0.5, 1.5)
         if isinstance(module, cellops.DeformConv2dPack):
-            nn.init.normal_(module.conv_offset.weight, std=0.05)
+            nn.init.normal_(module.conv_offset.weight, std=0.02)
     return model
 
 
@@ -60,7 +62,12 @@ def images(batch: int = 4, height: int = 75, width: int = 70) -> Tensor:
 @pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_dtypes_and_layouts(name: str, dtype: torch.dtype, layout: str) -> None:
-    """Forward and backward agree with float64 in NCHW: closely in float32, in bfloat16 as far as its digits go."""
+    """Forward and backward agree with float64 in NCHW: closely in float32, in bfloat16 as far as its digits go.
+
+    There the plain twins are off by 0.02 at most. Offsets in bfloat16 are off by hundredths of a pixel, and what they do
+    to a deformable convolution jumps at whole numbers: 0.09.
+    """
+    in_bfloat16 = 0.15 if name == "deform_resnet50" else 0.03
     model = build(name).double().eval()
     expected = model(images().double())
     expected.square().sum().backward()
@@ -72,7 +79,7 @@ def test_dtypes_and_layouts(name: str, dtype: torch.dtype, layout: str) -> None:
     assert found.dtype == gradients.dtype == dtype
     for one, other, what in ((found, expected, "logits"), (gradients, wanted, "gradients")):
         error = float((one.detach().double() - other.detach()).norm() / other.detach().norm())
-        assert error < {torch.float32: 1e-4, torch.bfloat16: 0.25}[dtype], f"{what} are off by {error:.1e}"
+        assert error < (1e-4 if dtype == torch.float32 else in_bfloat16), f"{what} are off by {error:.1e}"
 
 
 @each_network
