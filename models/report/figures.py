@@ -21,7 +21,7 @@ from cellops.models.training.metrics import roc_curves
 INK, MUTED, GRID, FIRST, SECOND = "#1d2733", "#667085", "#e4e7ec", "#2b5fa8", "#d9622b"
 CLASSES = ["#2b5fa8", "#d9622b", "#2f8f5b", "#8e5bb5", "#c8992e", "#c2446e", "#3aa0b0", "#6b7280", "#8a5a3c", "#94a83d"]
 SHADES = LinearSegmentedColormap.from_list("shades", ["#ffffff", "#c6d7ee", "#6f9bd1", "#2b5fa8", "#153a70"])
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
     "font.size": 9,
@@ -74,8 +74,11 @@ def learning_curves(logs: Sequence[tuple[str, Log]]) -> str:
     with drawing(9.4, 3.1, 2) as ((losses, accuracies), result):
         for name, log in logs:
             epochs = [row["epoch"] for row in log]
-            thin = {"linewidth": 1.8 if len(logs) == 1 else 1.0, "alpha": 1.0 if len(logs) == 1 else 0.7}
-            marker = {"marker": "o", "markersize": 3} if len(epochs) < 3 else {}
+            thin: dict[str, Any] = {
+                "linewidth": 1.8 if len(logs) == 1 else 1.0,
+                "alpha": 1.0 if len(logs) == 1 else 0.7,
+            }
+            thin |= {"marker": "o", "markersize": 3} if len(epochs) < 3 else {}
             first = name == logs[0][0]
             for axes, key in ((losses, "loss"), (accuracies, "accuracy_micro")):
                 axes.plot(
@@ -84,7 +87,6 @@ def learning_curves(logs: Sequence[tuple[str, Log]]) -> str:
                     color=FIRST,
                     label="training (augmented)" if first else None,
                     **thin,
-                    **marker,
                 )
                 if f"validation_{key}" in log[0]:
                     axes.plot(
@@ -93,7 +95,6 @@ def learning_curves(logs: Sequence[tuple[str, Log]]) -> str:
                         color=SECOND,
                         label="validation" if first else None,
                         **thin,
-                        **marker,
                     )
         losses.set_title("Loss")
         accuracies.set_title("Accuracy")

@@ -25,7 +25,7 @@ SIDE = 160
 FOLDER = "mistakes"
 
 
-def grad_cam(model: nn.Module, images: Tensor, labels: Tensor) -> np.ndarray | None:
+def grad_cam(model: Any, images: Tensor, labels: Tensor) -> np.ndarray | None:
     """Where the network looks for a class (Selvaraju et al. 2017), on the maps before its head.
 
     Args:

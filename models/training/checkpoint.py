@@ -131,7 +131,7 @@ def latest_checkpoint(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
     Raises:
         CheckpointError: there are files, and none can be read.
     """
-    problems = []
+    problems: list[str] = []
     for path in (folder / LAST, folder / PREVIOUS):
         if path.exists():
             try:

@@ -42,7 +42,7 @@ def environment() -> dict[str, Any]:
     import cellops
     from cellops.models.doctor import cpu_model
 
-    versions = {}
+    versions: dict[str, str | None] = {}
     for name in PACKAGES:
         try:
             versions[name] = version(name)

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from timm.utils import ModelEmaV3
+from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 
 from cellops.models.training.checkpoint import (

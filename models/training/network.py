@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,9 +26,10 @@ class WithFeatures(nn.Module):
         wanted: whether features are returned, else None.
     """
 
-    def __init__(self, model: nn.Module, wanted: bool) -> None:
+    def __init__(self, model: Any, wanted: bool) -> None:
         super().__init__()
-        self.model, self.wanted = model, wanted
+        self.model: Any = model
+        self.wanted = wanted
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         if not self.wanted:
@@ -95,7 +97,7 @@ def predict_batches(
     indices, found = [], []
     for batch in batches:
         images = place(batch.images, device, channels_last)
-        mean: Tensor | int = 0
+        mean: Any = 0
         for quarter, flipped in TURNS[tta]:
             view = images.rot90(quarter, (2, 3)) if quarter else images
             with autocast(device, precision):

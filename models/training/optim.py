@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2  # type: ignore[attr-defined]
 from torch import nn
 
 from cellops.models.training.recipe import RecipeError, nearest
