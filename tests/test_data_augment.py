@@ -53,8 +53,36 @@ def test_evaluation_draws_nothing() -> None:
     generator = torch.Generator().manual_seed(1)
     before = generator.get_state()
     found = build_augmentation({**AS_IS, **config}, (32, 32), False)(image_of(), generator)
-    torch.testing.assert_close(found, image_of().float() / 255)
     assert torch.equal(generator.get_state(), before)
+    # A fifth of a pixel down and right, as smooth as turned images are in the mean.
+    image, part = image_of().float() / 255, (1 - 3**-0.5) / 2
+    for dim in (1, 2):
+        image = (1 - part) * image + part * torch.cat([image, image.flip(dim)], dim).narrow(dim, 1, 32)
+    torch.testing.assert_close(found, image, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "config", [{"rotation": 180}, {"zoom": [0.9, 1.1]}, {"crop_fraction": 0.8, "random_crop": True}]
+)
+def test_evaluation_is_as_smooth_as_training(config: dict[str, Any]) -> None:
+    """The power of white noise after interpolation: networks tell crisp images from smooth ones."""
+    noise = torch.randint(0, 256, (3, 80, 80), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+
+    def power(one: Tensor) -> float:
+        """Away from the border."""
+        return float(one[:, 12:52, 12:52].var())
+
+    size = (64, 64) if "crop_fraction" in config else (80, 80)
+    trained = sum(power(draw(config, seed, noise, size)) for seed in range(150)) / 150
+    judged = power(build_augmentation({**AS_IS, **config}, size, False)(noise, torch.Generator()))
+    crisp = power(noise.float() / 255)
+    assert judged == pytest.approx(trained, rel=0.15)
+    assert crisp > 1.8 * trained
+
+
+def test_without_interpolation_evaluation_is_crisp() -> None:
+    found = build_augmentation({**AS_IS, "horizontal_flip": 0.5}, (32, 32), False)(image_of(), torch.Generator())
+    torch.testing.assert_close(found, image_of().float() / 255, rtol=0, atol=1e-6)
 
 
 def test_draws_come_from_the_generator_alone() -> None:
@@ -113,7 +141,8 @@ def test_crops() -> None:
     middle = image[:, 4:36, 4:36].float() / 255
     half = {"crop_fraction": 0.8}
     torch.testing.assert_close(draw(half, image=image), middle, rtol=0, atol=1e-5)
-    torch.testing.assert_close(build_augmentation({**AS_IS, **half}, (32, 32), False)(image, torch.Generator()), middle)
+    judged = build_augmentation({**AS_IS, **half}, (32, 32), False)(image, torch.Generator())
+    torch.testing.assert_close(judged, middle, rtol=0, atol=1e-5)
     found = [draw({**half, "random_crop": True}, seed, image) for seed in range(40)]
     windows = image.float().unfold(1, 32, 1).unfold(2, 32, 1) / 255  # every window at whole pixels
     distance = min(float((windows[:, 3, 5] - one).abs().mean()) for one in found)
@@ -220,8 +249,10 @@ def test_normalisation() -> None:
 
 
 def test_other_sizes_are_resized() -> None:
-    found = build_augmentation(AS_IS, (24, 20), False)(image_of(32, 40), torch.Generator())
-    torch.testing.assert_close(found, images.resize(image_of(32, 40), [24, 20], antialias=True).float() / 255)
+    for train in (True, False):
+        found = build_augmentation(AS_IS, (24, 20), train)(image_of(32, 28), torch.Generator())
+        wanted = images.resize(image_of(32, 28).float() / 255, [24, 20], antialias=False)
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
     assert draw({"rotation": 10}, 0, image_of(32, 40), (24, 20)).shape == (3, 24, 20)
 
 

@@ -1,6 +1,7 @@
 """From stored pixels to the network's input, with the variations of training.
 
-Rotation, flips, zoom and crops are one affine map, so that a pixel is interpolated once.
+Rotation, flips, zoom and crops are one affine map, so that a pixel is interpolated once, and evaluation goes through
+the same interpolation. It does not filter: images stored at more than one and a half times the input's size alias.
 """
 
 from __future__ import annotations
@@ -67,12 +68,17 @@ class Geometry:
         if border not in BORDERS:
             raise ValueError(f"augmentation border must be one of {', '.join(BORDERS)}, got {border!r}")
         self.border = BORDERS[border]
+        # Interpolation smooths: by nothing on a pixel, most between two. Networks notice: one trained on turned PBC
+        # cells lost 7 % of them where evaluation took the pixels as they are. At a fraction f between two pixels the
+        # power left of noise is f^2 + (1 - f)^2, in the mean 2/3, which f = (1 - 1 / sqrt(3)) / 2 leaves too.
+        moved = self.rotation or self.random_crop or self.scale is not None or self.zoom != (1.0, 1.0)
+        self.phase = 1 - 1 / math.sqrt(3) if moved else 0.0  # in halves of a pixel
 
     def __call__(self, image: Tensor, generator: torch.Generator) -> Tensor:
         height, width = image.shape[1:]
         window = [height * self.fraction, width * self.fraction]
         if not self.train:
-            return self.central(image, window)
+            return self.sampled(image, window, [self.phase / height, self.phase / width])
         shift = [0.0, 0.0]
         if self.scale is not None:
             window = self.drawn_window(height, width, generator)
@@ -85,8 +91,20 @@ class Geometry:
             window = [side / factor for side in window]
         angle = math.radians(uniform(generator, -self.rotation, self.rotation)) if self.rotation else 0.0
         mirror_x, mirror_y = (-1.0 if p and chance(generator, p) else 1.0 for p in self.flips)
+        return self.sampled(image, [window[0] * mirror_y, window[1] * mirror_x], shift, angle)
+
+    def sampled(self, image: Tensor, window: Sequence[float], shift: Sequence[float], angle: float = 0.0) -> Tensor:
+        """The pixels of a window, interpolated.
+
+        Args:
+            image: uint8 [3, H, W].
+            window: height and width in pixels of the image; negative ones are mirrored.
+            shift: of its middle from the image's, down and right, in halves of the image's sides.
+            angle: that it is turned by, in radians.
+        """
+        height, width = image.shape[1:]
+        down, right = window
         cos, sin = math.cos(angle), math.sin(angle)
-        down, right = window[0] * mirror_y, window[1] * mirror_x
         theta = torch.tensor(
             [
                 [cos * right / width, -sin * down / width, shift[1]],
@@ -96,15 +114,6 @@ class Geometry:
         grid = F.affine_grid(theta[None], [1, 3, *self.size], align_corners=False)
         source = image[None].float() / 255
         return F.grid_sample(source, grid, mode="bilinear", padding_mode=self.border, align_corners=False)[0]
-
-    def central(self, image: Tensor, window: Sequence[float]) -> Tensor:
-        """The middle of the image, resized if need be."""
-        sides = [round(side) for side in window]
-        if sides != list(image.shape[1:]):
-            image = images.center_crop(image, sides)
-        if sides != list(self.size):
-            image = images.resize(image, list(self.size), antialias=True)
-        return image.float() / 255
 
     def drawn_window(self, height: int, width: int, generator: torch.Generator) -> list[float]:
         """Height and width of a window of drawn area and proportions, cut to the image."""
