@@ -64,8 +64,8 @@ def images(batch: int = 4, height: int = 75, width: int = 70) -> Tensor:
 def test_dtypes_and_layouts(name: str, dtype: torch.dtype, layout: str) -> None:
     """Forward and backward agree with float64 in NCHW: closely in float32, in bfloat16 as far as its digits go.
 
-    There the plain twins are off by 0.02 at most. Offsets in bfloat16 are off by hundredths of a pixel, and what they do
-    to a deformable convolution jumps at whole numbers: 0.09.
+    There the plain twins are off by 0.02 at most. Offsets in bfloat16 are off by hundredths of a pixel, and their
+    gradient in a deformable convolution jumps at whole numbers: 0.09.
     """
     in_bfloat16 = 0.15 if name == "deform_resnet50" else 0.03
     model = build(name).double().eval()
