@@ -214,8 +214,8 @@ def _accelerated(records: Results) -> str:
         cells.append([record["case"], record["layout"], record["direction"], *figures, f"{gain:.2f}x"])
     batch, _, height, width = chosen[0]["images"]
     return (
-        f"Networks of other libraries before and after `cellops.accelerate` and `cellops.fuse`: {batch} images in float32 "
-        f"of {height}x{width}.\n\n" + _table(cells)
+        "Networks of other libraries before and after `cellops.accelerate` and `cellops.fuse`: "
+        f"{batch} images of {height}x{width} in float32.\n\n" + _table(cells)
     )
 
 
