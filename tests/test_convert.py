@@ -148,6 +148,14 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], int, str]] = {
 SIZE = 40  # pixels: two of them are left in the last stage
 
 
+SLOW = ("timm seresnet18", "timm legacy_seresnet18", "timm efficientnet_b0", "torchvision efficientnet_b0")
+"""Their modules are in others too, which take less time."""
+
+each_network = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in NETWORKS]
+)
+
+
 def drawn(build: Callable[[], nn.Module]) -> nn.Module:
     """A network in float64 whose normalisations are not at their start: some begin at 0 and would hide a branch."""
     torch.manual_seed(0)
@@ -187,7 +195,7 @@ def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
         torch.testing.assert_close(found[name], tensor, rtol=1e-6, atol=atol, msg=lambda text, n=name: f"{n}: {text}")
 
 
-@pytest.mark.parametrize("name", list(NETWORKS))
+@each_network
 def test_accelerated_networks_compute_the_same(name: str) -> None:
     build, count, becomes = NETWORKS[name]
     theirs = drawn(build)
@@ -222,7 +230,7 @@ def used(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if type(module).__module__.startswith("cellops.")]
 
 
-@pytest.mark.parametrize("name", list(NETWORKS))
+@each_network
 def test_fused_networks_compute_the_same(name: str) -> None:
     model = drawn(NETWORKS[name][0]).eval()
     norms = sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
