@@ -121,7 +121,7 @@ def test_grad_cam_finds_the_spot():
 
 def test_grad_cam_without_maps():
     class Flat(torch.nn.Module):
-        def forward_features(self, images):
+        def forward(self, images):
             return images.mean((2, 3))
 
     assert grad_cam(Flat(), torch.zeros(1, 3, 8, 8), torch.tensor([0])) is None

@@ -23,33 +23,58 @@ if TYPE_CHECKING:
 
 SIDE = 160
 FOLDER = "mistakes"
+LEAST = 7
 
 
-def grad_cam(model: Any, images: Tensor, labels: Tensor) -> np.ndarray | None:
-    """Where the network looks for a class (Selvaraju et al. 2017), on the maps before its head.
+def deepest_maps(model: nn.Module, images: Tensor) -> nn.Module | None:
+    """The last module to give maps of at least LEAST positions a side, or the last to give any; None without maps."""
+    found: list[tuple[bool, nn.Module]] = []
+
+    def note(module: nn.Module, arguments: object, output: object) -> None:
+        if isinstance(output, Tensor) and output.dim() == 4 and output.shape[1] > 1 and output.shape[-1] > 1:
+            found.append((min(output.shape[-2:]) >= LEAST, module))
+
+    handles = [module.register_forward_hook(note) for module in model.modules() if module is not model]
+    try:
+        with torch.no_grad():
+            model(images[:1])
+    finally:
+        for handle in handles:
+            handle.remove()
+    fine = [module for large, module in found if large]
+    return fine[-1] if fine else found[-1][1] if found else None
+
+
+def grad_cam(model: nn.Module, images: Tensor, labels: Tensor) -> np.ndarray | None:
+    """Where the network looks for a class (Selvaraju et al. 2017).
+
+    On the maps of the deepest layer that still has some resolution: small images leave 2 x 2 positions at the end.
 
     Args:
-        model: with `forward_features` and `forward_head`.
+        model: gives logits.
         images: [N, 3, H, W].
         labels: [N], the class that is asked for; with a single logit class 0 is its negative.
 
     Returns:
-        [N, H, W] from 0 to 1, or None where the network has no feature maps.
+        [N, H, W] from 0 to 1, or None where the network has no maps.
     """
     model.eval()
-    with torch.enable_grad():
-        with torch.no_grad():
-            features = model.forward_features(images)
-        if not isinstance(features, Tensor) or features.dim() != 4:
-            return None
-        features = features.float().requires_grad_()
-        logits = model.forward_head(features)
-        if logits.shape[1] == 1:
-            score = (logits[:, 0] * (2 * labels - 1)).sum()
-        else:
-            score = logits.gather(1, labels[:, None]).sum()
-        (gradient,) = torch.autograd.grad(score, features)
-    maps = functional.relu((gradient.mean((2, 3), keepdim=True) * features.detach()).sum(1, keepdim=True))
+    layer = deepest_maps(model, images)
+    if layer is None:
+        return None
+    kept: list[Tensor] = []
+    handle = layer.register_forward_hook(lambda module, arguments, output: kept.append(output))
+    try:
+        with torch.enable_grad():
+            logits = model(images.detach().requires_grad_())
+            if logits.shape[1] == 1:
+                score = (logits[:, 0] * (2 * labels - 1)).sum()
+            else:
+                score = logits.gather(1, labels[:, None]).sum()
+            (gradient,) = torch.autograd.grad(score, kept[-1])
+    finally:
+        handle.remove()
+    maps = functional.relu((gradient.mean((2, 3), keepdim=True) * kept[-1].detach()).sum(1, keepdim=True)).float()
     maps = functional.interpolate(maps, images.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
     peak = maps.flatten(1).amax(1).clamp_min(1e-12)[:, None, None]
     return (maps / peak).cpu().numpy()

@@ -15,13 +15,12 @@ class Ranks:
 
     Args:
         device: "auto", "cpu", "cuda", "cuda:1", ...
-        strategy: "ddp" or "fsdp", where there are several processes.
 
     Raises:
         ValueError: the device is unknown or not there.
     """
 
-    def __init__(self, device: str = "auto", strategy: str = "ddp") -> None:
+    def __init__(self, device: str = "auto") -> None:
         self.size = int(os.environ.get("WORLD_SIZE", "1"))
         self.rank = int(os.environ.get("RANK", "0"))
         self.accelerator: Any = None
@@ -34,12 +33,10 @@ class Ranks:
         if self.device.type == "cuda" and not torch.cuda.is_available():
             raise ValueError(f"training.device is {device}, but this torch sees no GPU; take cpu or auto")
         if self.size > 1:
-            from accelerate import Accelerator, FullyShardedDataParallelPlugin
+            from accelerate import Accelerator
 
-            plugin = FullyShardedDataParallelPlugin(fsdp_version=2) if strategy == "fsdp" else None
-            self.accelerator = Accelerator(cpu=self.device.type == "cpu", fsdp_plugin=plugin)
+            self.accelerator = Accelerator(cpu=self.device.type == "cpu")
             self.device = self.accelerator.device
-        self.sharded = self.size > 1 and strategy == "fsdp"
 
     @property
     def main(self) -> bool:

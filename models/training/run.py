@@ -402,23 +402,22 @@ def prepare(
     """
     if recipe is None and not resume:
         raise RecipeError("no recipe given: --recipe NAME, see `cellops recipes`")
-    ranks = Ranks(*((recipe.training.device, recipe.training.strategy) if recipe else ()))
     output = output or Output()
-    if not ranks.main:
-        output = Output(quiet=True)
-    if folder is None:
-        default = Path("runs") / (recipe.name if recipe else "")
-        if resume and recipe is None:
-            raise RecipeError("--resume needs to know the run: --output runs/NAME")
-        folder = default if resume else free_folder(default)
-        if folder != default:
-            output.line(f"{default} is taken, this run goes to {folder} (--resume goes on with {default})")
-    folder = Path(folder)
+    default = Path("runs") / recipe.name if recipe else None
+    if folder is None and default is None:
+        raise RecipeError("--resume needs to know the run: --output runs/NAME")
+    folder = Path(folder or default or "")
     if resume:
         recipe = _resumed_recipe(recipe, folder, overrides)
-    elif folder.exists() and any(folder.iterdir()) and ranks.size == 1:
-        raise ValueError(f"{folder} is not empty: --resume goes on with the run in it, or choose another --output")
     assert recipe is not None
+    ranks = Ranks(recipe.training.device)
+    if not ranks.main:
+        output = Output(quiet=True)
+    if not resume and folder == default and (free := free_folder(folder)) != folder:
+        output.line(f"{folder} is taken, this run goes to {free} (--resume goes on with {folder})")
+        folder = free
+    if not resume and ranks.size == 1 and folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty: --resume goes on with the run in it, or choose another --output")
     recipe = build_recipe(recipe_values(recipe))
     if recipe.training.threads is not None:
         torch.set_num_threads(recipe.training.threads)

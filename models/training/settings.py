@@ -97,7 +97,6 @@ class TrainingSettings:
     device: str = "auto"
     threads: int | None = None  # of torch on the CPU; small networks gain little from more than one
     tensorboard: bool = False
-    strategy: Literal["ddp", "fsdp"] = "ddp"  # under torchrun
 
 
 @dataclass
