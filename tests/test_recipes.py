@@ -270,7 +270,7 @@ def two_steps(name, folder):
 
 
 @pytest.mark.parametrize(
-    "name", ["hqnet", "dresnet_025_short", "hybrid_shufflenetv2_scratch", "hep2_coat_mini_scratch", "demo", "pbc"]
+    "name", ["hqnet", "dresnet_025_short", "hybrid_shufflenetv2_scratch", "demo"]
 )
 def test_two_steps(name, tmp_path):
     if name not in SHIPPED:

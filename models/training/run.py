@@ -413,6 +413,8 @@ def prepare(
     ranks = Ranks(recipe.training.device)
     if not ranks.main:
         output = Output(quiet=True)
+    if ranks.size > 1 and not resume and folder == default:
+        raise RecipeError("several processes must agree on a folder: --output runs/NAME")
     if not resume and folder == default and (free := free_folder(folder)) != folder:
         output.line(f"{folder} is taken, this run goes to {free} (--resume goes on with {folder})")
         folder = free
