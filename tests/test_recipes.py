@@ -269,9 +269,7 @@ def two_steps(name, folder):
     assert (folder / "two" / "report.html").stat().st_size > 20_000
 
 
-@pytest.mark.parametrize(
-    "name", ["hqnet", "dresnet_025_short", "hybrid_shufflenetv2_scratch", "demo"]
-)
+@pytest.mark.parametrize("name", ["hqnet", "dresnet_025_short", "hybrid_shufflenetv2_scratch", "demo"])
 def test_two_steps(name, tmp_path):
     if name not in SHIPPED:
         pytest.skip(f"{name} is not shipped")
