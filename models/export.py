@@ -105,6 +105,11 @@ def export_onnx(
         except torch.onnx.errors.OnnxExporterError as error:
             raise ExportError(f"the network has what ONNX lacks: {_last_line(error)}") from error
         assert converted is not None
+        # The exporter's traces: paths of this machine, and half of a small file.
+        for node in converted.model.graph.all_nodes():
+            node.metadata_props.clear()
+            for value in node.outputs:
+                value.metadata_props.clear()
         converted.model.metadata_props.update(metadata or {})
         converted.save(temporary, external_data=False)
         operators = _operators(temporary)
