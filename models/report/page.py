@@ -233,9 +233,8 @@ def _header(facts: dict[str, Any], recipe_text: str, protocols: Sequence[Protoco
     )
     body += "</div>"
     held_out = len(first.test.ids)
-    body += (
-        f'<p class="muted">On {held_out:,} held-out images; split {escape(PROTOCOLS.get(first.name, first.name))}.</p>'
-    )
+    split = PROTOCOLS[first.name] if facts["grouped"] else "image by image, since this data set names no groups"
+    body += f'<p class="muted">On {held_out:,} held-out images; split {escape(split)}.</p>'
     return title, body + "</header>"
 
 
@@ -297,7 +296,7 @@ def _results(protocol: Protocol, facts: dict[str, Any], alone: bool) -> str:
         f"{protocol.folds[0].found['calibration']['source']}."
     )
     text += section(f"Ranking and calibration{suffix}", f'<div class="pair">{pair}</div><p class="muted">{note}</p>')
-    text += _interval_section(protocol, suffix)
+    text += _interval_section(protocol, facts, suffix)
     return text + _mistakes(protocol, suffix)
 
 
@@ -313,7 +312,7 @@ def _class_table(test: Predictions, protocol: Protocol) -> str:
     return table(head, rows, last="mean")
 
 
-def _interval_section(protocol: Protocol, suffix: str) -> str:
+def _interval_section(protocol: Protocol, facts: dict[str, Any], suffix: str) -> str:
     rows, groups = [], []
     for name, label in COMPARED.items():
         for fold in protocol.folds:
@@ -325,7 +324,7 @@ def _interval_section(protocol: Protocol, suffix: str) -> str:
         return ""
     text = figure(figures.intervals(rows, groups), "confidence intervals")
     text += '<p class="muted">Bars: 95 % bootstrap intervals over the held-out images'
-    text += ", whole groups resampled" if protocol.name == "grouped" else ""
+    text += ", whole groups resampled" if facts["grouped"] else ""
     return section(f"How sure are these figures{suffix}", text + ".</p>")
 
 
