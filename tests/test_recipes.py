@@ -238,7 +238,7 @@ def two_steps(name, folder):
     recipe = load_recipe(name)
     changes = [
         f"data.path='{tree(folder, recipe)}'",
-        "data.input_size=32",
+        f"data.input_size={64 if recipe.model.name == 'alexnet' else 32}",
         "data.store_size=null",
         "data.protocol=grouped",
         "training.epochs=1",

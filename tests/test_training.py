@@ -511,6 +511,7 @@ def test_settings_train(tmp_path, changes):
         ({"model": {"name": "resnet188"}}, "resnet18"),
         ({"loss": {"name": "hybrid_triplet"}}, "mixed images belong to no class"),
         ({"training": {"device": "toaster"}}, "toaster"),
+        ({"model": {"name": "alexnet"}}, "data.input_size: alexnet does not take images of 16 x 16"),
         ({"augmentation": {"rotate": 3}}, "rotate"),
         ({"model": {"pretrained": True}}, "pretrained"),
     ],

@@ -218,6 +218,15 @@ class Run:
         """Build what the first part needs, so that whatever does not fit shows before a file is written."""
         quick_metrics(np.eye(2), np.arange(2), self.recipe.training.monitor)
         self._first = self.trainer(self.parts[0])
+        height, width = self.recipe.data.input_size
+        model = self._first.model.eval()
+        try:
+            with torch.no_grad():
+                model(torch.zeros(1, 3, height, width, device=self.ranks.device))
+        except (RuntimeError, AssertionError, ValueError) as error:
+            raise RecipeError(
+                f"data.input_size: {self.recipe.model.name} does not take images of {height} x {width}: {error}"
+            ) from None
 
     def train(self, stop_after: int | None = None, deadline: float | None = None, parts: int | None = None) -> bool:
         """Train and evaluate what is left, then write the report.
