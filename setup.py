@@ -75,7 +75,7 @@ setup(
         *(f"cellops.models.{name}" for name in find_packages("models")),
     ],
     package_dir={"cellops": "cellops", "cellops.models": "models"},
-    package_data={"cellops": ["py.typed"], "cellops.models": ["py.typed", "**/*.yaml"]},
+    package_data={"cellops": ["py.typed"], "cellops.models": ["py.typed", "**/*.yaml", "**/*.css"]},
     ext_modules=[Extension("cellops._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild, "build_py": CleanBuildPy},
 )

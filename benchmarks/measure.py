@@ -25,7 +25,13 @@ SLOW_SECONDS, SLOW_MINIMUM = 1.5, 3
 
 
 def compare(
-    benchmark: Any, ours: str, variants: Variants, *, seconds: float = 3.0, calls: int = 1
+    benchmark: Any,
+    ours: str,
+    variants: Variants,
+    *,
+    seconds: float = 3.0,
+    calls: int = 1,
+    slow_rounds: int | None = None,
 ) -> dict[str, Timing]:
     """Time all variants in turns.
 
@@ -35,6 +41,7 @@ def compare(
         variants: what to call, by name.
         seconds: about how long the fast variants may take in total.
         calls: how many calls a variant makes in one turn (see `repeat`); times are per call.
+        slow_rounds: how many turns each variant has, instead, where one of them is slow (whole networks).
 
     Returns:
         For every variant median and minimum in seconds per call, and the number of turns it had.
@@ -46,6 +53,8 @@ def compare(
         name: rounds if name == ours or taken <= SLOW else min(rounds, max(SLOW_MINIMUM, int(SLOW_SECONDS / taken)))
         for name, taken in duration.items()
     }
+    if slow_rounds is not None and max(duration.values()) > SLOW:
+        rounds, turns = slow_rounds, dict.fromkeys(variants, slow_rounds)
     taken: dict[str, list[float]] = {name: [] for name in variants}
     finished = 0
 

@@ -17,6 +17,8 @@ def lines(results: Results) -> list[str]:
         text += ["", f"{' '.join(labels)}: milliseconds (times ours)", *_time_table(list(group))]
     text += (
         _speed(results)
+        + _models(results)
+        + _accelerated(results)
         + _copies(results)
         + _skipped(results)
         + _overhead(results)
@@ -72,6 +74,45 @@ def _speed(results: Results) -> list[str]:
             rows.append([label, f"{1e3 * ours:.3f}", *figures])
         text += ["", *table(rows)]
     return text
+
+
+def _models(results: Results) -> list[str]:
+    text = []
+    records = [record for record in results if record["kind"] == "model"]
+    if records:
+        rows = [["network", "variant", "ms a batch", "of ours", "images/s", "peak MiB above the weights"]]
+        for record in records:
+            label = " ".join(record[key] for key in ("op", "case", "dtype", "layout", "device", "direction"))
+            ours = record["variants"]["cellops"]["median"]
+            for name, timing in record["variants"].items():
+                speed, peak = record["images_per_second"][name], record["peak_bytes"][name] / 2**20
+                figures = [f"{1e3 * timing['median']:.1f}", f"{timing['median'] / ours:.2f}x", f"{speed:.1f}"]
+                rows.append([label if name == "cellops" else "", name, *figures, f"{peak:.0f}"])
+        text += ["", *table(rows)]
+    for record in (record for record in results if record["kind"] == "model_part"):
+        percent = 100 * record["seconds"] / record["total_seconds"]
+        text += [
+            "",
+            f"{record['what']} in a {record['direction']} of {record['op']}, {record['case']}: {percent:.1f} %",
+        ]
+    return text
+
+
+def _accelerated(results: Results) -> list[str]:
+    records = [record for record in results if record["kind"] == "accelerate"]
+    if not records:
+        return []
+    others = [name for name in _union(records, "variants") if name != "cellops"]
+    rows = [["after cellops.accelerate: milliseconds a batch (times ours)", "replaced", "cellops", *others]]
+    for record in records:
+        medians = {name: timing["median"] for name, timing in record["variants"].items()}
+        ours = medians["cellops"]
+        figures = [
+            f"{1e3 * medians[name]:.1f} ({medians[name] / ours:.2f}x)" if name in medians else "-" for name in others
+        ]
+        label = " ".join(record[key] for key in ("case", "layout", "direction"))
+        rows.append([label, str(record["replaced"]), f"{1e3 * ours:.1f}", *figures])
+    return ["", *table(rows)]
 
 
 def _copies(results: Results) -> list[str]:

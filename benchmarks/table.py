@@ -51,7 +51,7 @@ def _machine(results: dict[str, Any]) -> str:
         if select(own, kind="time"):
             parts += [_summary(op, own), _shapes(op, own)]
         parts += [_speed(op, own), _overhead(own), _memory(own)]
-    parts.append(_copies(records))
+    parts += [_copies(records), _models(records), _accelerated(records)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -177,6 +177,45 @@ def _copies(records: Results) -> str:
     return (
         f"Time in copies (`x.clone()` of the input in the same turns) at {shape}; forward is evaluation.\n\n"
         + _table(cells)
+    )
+
+
+def _models(records: Results) -> str:
+    """Images per second and peak memory of whole networks."""
+    chosen = select(records, kind="model")
+    if not chosen:
+        return ""
+    names = list(dict.fromkeys(name for record in chosen for name in record["variants"]))
+    cells = [["network", "input", "dtype", "device", "", *(f"{name}, images/s" for name in names)]]
+    cells[0] += [f"{name}, peak MiB" for name in names]
+    for record in chosen:
+        speeds, peaks = record["images_per_second"], record["peak_bytes"]
+        cells.append([f"`{record['op']}`", *(record[key] for key in ("case", "dtype", "device", "direction"))])
+        cells[-1] += [f"{speeds[name]:.1f}" if name in speeds else "–" for name in names]
+        cells[-1] += [f"{peaks[name] / 2**20:.0f}" if name in peaks else "–" for name in names]
+    return (
+        "Whole networks beside their plain twins (the same weights on PyTorch's own ops); memory is above the weights."
+        "\n\n" + _table(cells)
+    )
+
+
+def _accelerated(records: Results) -> str:
+    """Networks of other libraries before and after `cellops.accelerate`."""
+    chosen = select(records, kind="accelerate")
+    if not chosen:
+        return ""
+    shown = {"before": "as it was, ms", "cellops": "accelerated, ms", "before, folded": "folded, ms"}
+    shown["cellops, folded"] = "accelerated and folded, ms"
+    cells = [["network", "layout", "", *shown.values(), "gain of accelerate"]]
+    for record in chosen:
+        timings = record["variants"]
+        gain = timings["before"]["median"] / timings["cellops"]["median"]
+        figures = [_milliseconds(timings.get(name)) for name in shown]
+        cells.append([record["case"], record["layout"], record["direction"], *figures, f"{gain:.2f}x"])
+    batch, _, height, width = chosen[0]["images"]
+    return (
+        "Networks of other libraries before and after `cellops.accelerate` and `cellops.fuse`: "
+        f"{batch} images of {height}x{width} in float32.\n\n" + _table(cells)
     )
 
 

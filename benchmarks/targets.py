@@ -149,6 +149,29 @@ def _in_copies(op: str, evaluation: float, training: float) -> list[Target]:
     ]
 
 
+def _part(results: Results, what: str) -> float | None:
+    """Percent of a training step."""
+    chosen = select(results, kind="model_part", what=what)
+    return 100 * chosen[0]["seconds"] / chosen[0]["total_seconds"] if chosen else None
+
+
+def _models() -> list[Target]:
+    training = {"kind": "model", "device": "cpu", "dtype": "float32", "layout": "NCHW", "direction": "training step"}
+    limits = {"lung_resnet50": 2.0, "shufflenet_v1_g3": 1.5, "deform_resnet50": 8.0}
+    targets = [
+        Target(
+            network,
+            f"training step on the CPU: speed over its plain twin{' on torchvision' if 'deform' in network else ''}",
+            limit,
+            True,
+            partial(median_ratio, above="plain", below="cellops", **training),
+        )
+        for network, limit in limits.items()
+    ]
+    sampling = partial(_part, what="sampling")
+    return [*targets, Target("hqnet", "training step on the CPU: time in sampling", 10.0, False, sampling, unit="%")]
+
+
 def _figure(value: float, unit: str) -> str:
     digits = 2 if value < 10 else 1 if value < 100 else 0
     return f"{value:.{digits}f}{_space(unit)}{unit}"
@@ -166,4 +189,5 @@ TARGETS = [
     *_in_copies("eca", 1.25, 3.5),
     *_in_copies("spatial_attention", 1.25, 3.5),
     *_in_copies("group_conv1x1", 2.0, 7.0),
+    *_models(),
 ]

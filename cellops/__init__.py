@@ -1,8 +1,9 @@
 """Operators of lightweight convolutional networks, with native kernels."""
 
-from cellops import _source_tree, testing
+from cellops import _flop_hook, _source_tree, testing
 from cellops._explain import explain
 from cellops._version import __version__
+from cellops.convert import accelerate, fuse
 from cellops.nn import (
     ConvOffset2d,
     DeformConv2d,
@@ -31,10 +32,12 @@ __all__ = [
     "SpatialAttention",
     "SqueezeExcite",
     "__version__",
+    "accelerate",
     "deform_conv2d",
     "eca",
     "explain",
     "frelu",
+    "fuse",
     "group_conv1x1",
     "offset_sample2d",
     "spatial_attention",
@@ -43,3 +46,4 @@ __all__ = [
 ]
 
 _source_tree.map_models()
+_flop_hook.install()

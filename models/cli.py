@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import subprocess
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+from cellops.models.commands import report_errors
+
+# Each is a module of cellops.models.commands with HELP, EXAMPLES, add_arguments(parser) and run(arguments).
+COMMANDS = ("train", "evaluate", "predict", "export", "report", "table", "recipes", "models")
+
 EXAMPLES = """\
 examples:
+  cellops train --recipe demo                 train a small network on drawn cells and write a report
+  cellops train --recipe pbc --data images/   the same on your images; `cellops recipes` lists the recipes
+  cellops predict runs/demo cell.png          classify images
   cellops doctor                              what is compiled, which backend each op takes, does it compute right
   cellops bench                               all benchmarks, from the root of a clone
   cellops bench -k deform_conv2d --full       arguments that bench does not know go to pytest
@@ -21,12 +30,22 @@ def parser() -> argparse.ArgumentParser:
     """The command line of `cellops`."""
     command = argparse.ArgumentParser(
         prog="cellops",
-        description="Operators of lightweight convolutional networks, with native kernels.",
+        description="Operators of lightweight networks with native kernels, and training of networks for cell images.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.add_argument("--version", action="store_true", help="print the version and exit")
     commands = command.add_subparsers(dest="command", metavar="COMMAND")
+    for name in COMMANDS:
+        module = importlib.import_module(f"cellops.models.commands.{name}")
+        added = commands.add_parser(
+            name,
+            help=module.HELP,
+            description=f"{module.HELP[0].upper()}{module.HELP[1:]}.",
+            epilog=module.EXAMPLES,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(added)
     commands.add_parser("doctor", help="report versions, backends and compiled kernels, and check every op")
     commands.add_parser(
         "bench",
@@ -85,5 +104,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except (FileNotFoundError, ModuleNotFoundError) as error:
             print(f"cellops bench: {error}", file=sys.stderr)
             return 2
+    if known.command in COMMANDS:
+        module = importlib.import_module(f"cellops.models.commands.{known.command}")
+        return report_errors(known.command, lambda: module.run(known))
     command.print_help()
     return 2

@@ -61,13 +61,12 @@ def check_batch(shape: torch.Size) -> None:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {shape}")
 
 
-@torch.no_grad()
 def update_running_statistics(bn: nn.BatchNorm2d, mean: Tensor, var: Tensor, bias: Tensor | None, count: int) -> None:
     """Do to the buffers what `nn.BatchNorm2d` in training does.
 
     Args:
         bn: in evaluation, or without buffers, it stays as it is.
-        mean: [C], of the convolution without its bias.
+        mean: [C], of the convolution without its bias; without gradient, as `var`.
         var: [C], biased.
         bias: [C], of the convolution, or None.
         count: values per channel.
@@ -81,6 +80,8 @@ def update_running_statistics(bn: nn.BatchNorm2d, mean: Tensor, var: Tensor, bia
             factor = 1.0 / float(bn.num_batches_tracked)
     if bn.running_mean is None or bn.running_var is None or count == 0:
         return
-    mean = mean if bias is None else mean + bias
+    # Not under no_grad: torch 2.15 cannot load an exported program in which grad mode changes around buffers alone.
+    mean = mean if bias is None else mean + bias.detach()
     bn.running_mean.lerp_(mean.to(bn.running_mean.dtype), factor)
-    bn.running_var.lerp_((var * (count / (count - 1))).to(bn.running_var.dtype), factor)
+    unbiased = var * count / (count - 1)  # no quotient of counts: a symbolic one cannot be saved by torch.export
+    bn.running_var.lerp_(unbiased.to(bn.running_var.dtype), factor)

@@ -164,7 +164,12 @@ def _rename_old_keys_in_parents() -> None:
 
 def _hook_parent(parent: nn.Module, name: str, child: nn.Module | None) -> None:
     if isinstance(child, DeformConv2dPack):
-        parent.register_load_state_dict_pre_hook(_rename_old_keys)
+        load_old_keys(parent)
+
+
+def load_old_keys(parent: nn.Module) -> None:
+    """Let a module that holds packs load their old keys; those that are constructed see to it themselves."""
+    parent.register_load_state_dict_pre_hook(_rename_old_keys)
 
 
 def _rename_old_keys(parent: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:

@@ -56,23 +56,9 @@ class GroupConv1x1(nn.Module):
         Raises:
             ValueError: in training, one value per channel; else the errors are those of `cellops.group_conv1x1`.
         """
-        conv, bn = self.conv, self.bn
-        groups, activation, shuffle = self.groups, self.activation, self.shuffle
-        if not _batch_norm.can_fuse(conv, bn):
+        if not _batch_norm.can_fuse(self.conv, self.bn):
             return self._compose(input)
-        if bn is None:
-            return group_conv1x1(input, conv.weight, None, conv.bias, groups, activation, shuffle)
-        if not _batch_norm.uses_batch_statistics(bn):
-            scale, shift = _batch_norm.folded(bn, conv.bias)
-            return group_conv1x1(input, conv.weight, scale, shift, groups, activation, shuffle)
-        shape = input.shape
-        _batch_norm.check_batch(shape[:1] + conv.weight.shape[:1] + shape[2:])
-        gamma, beta = _batch_norm.affine(bn, conv.bias)
-        output, mean, var = group_conv1x1_batch_norm(
-            input, conv.weight, gamma, beta, bn.eps, groups, activation, shuffle
-        )
-        _batch_norm.update_running_statistics(bn, mean, var, conv.bias, shape[0] * shape[2] * shape[3])
-        return output
+        return convolve(input, self.conv, self.bn, self.groups, self.activation, self.shuffle)
 
     def _compose(self, input: Tensor) -> Tensor:
         output = self.conv(input)
@@ -83,3 +69,24 @@ class GroupConv1x1(nn.Module):
 
     def extra_repr(self) -> str:
         return f"activation={self.activation!r}, shuffle={self.shuffle}"
+
+
+def convolve(
+    input: Tensor, conv: nn.Conv2d, bn: nn.BatchNorm2d | None, groups: int, activation: str, shuffle: bool
+) -> Tensor:
+    """A grouped 1x1 convolution and what follows it in one, as `nn.BatchNorm2d` in its present mode would do it.
+
+    Raises:
+        ValueError: in training, one value per channel; else the errors are those of `cellops.group_conv1x1`.
+    """
+    if bn is None:
+        return group_conv1x1(input, conv.weight, None, conv.bias, groups, activation, shuffle)
+    if not _batch_norm.uses_batch_statistics(bn):
+        scale, shift = _batch_norm.folded(bn, conv.bias)
+        return group_conv1x1(input, conv.weight, scale, shift, groups, activation, shuffle)
+    shape = input.shape
+    _batch_norm.check_batch(shape[:1] + conv.weight.shape[:1] + shape[2:])
+    gamma, beta = _batch_norm.affine(bn, conv.bias)
+    output, mean, var = group_conv1x1_batch_norm(input, conv.weight, gamma, beta, bn.eps, groups, activation, shuffle)
+    _batch_norm.update_running_statistics(bn, mean, var, conv.bias, shape[0] * shape[2] * shape[3])
+    return output

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from cellops.ops.offset_sample2d import check_layout, offset_sample2d
@@ -11,7 +13,7 @@ class ConvOffset2d(nn.Module):
     """Predicts an offset for every pixel of every channel and samples the input there: HQNet's layer.
 
     The child `conv` is a 3x3 convolution from C to 2C channels without bias, drawn from N(0, init_std): the layer
-    starts close to the identity.
+    starts close to the identity. Weights of the port that is itself a convolution load too: its `weight` is `conv`'s.
 
     Args:
         channels: C.
@@ -38,6 +40,11 @@ class ConvOffset2d(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         """[N, C, H, W] -> [N, C, H, W]. Errors are those of `cellops.offset_sample2d`."""
         return offset_sample2d(input, self.conv(input), self.layout)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *arguments: Any) -> None:
+        if (ports := f"{prefix}weight") in state_dict:
+            state_dict.setdefault(f"{prefix}conv.weight", state_dict.pop(ports))
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def extra_repr(self) -> str:
         return f"layout={self.layout!r}, init_std={self.init_std}"

@@ -1,0 +1,190 @@
+"""Modules that compute as ours do and name their children as other libraries do, so that weights keep their keys.
+
+`accelerate` turns modules into them; where the names are the same it takes those of `cellops.nn`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple, TypeGuard
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as _module
+
+from cellops.nn import FReLU, SqueezeExcite, _batch_norm
+from cellops.nn.group_conv1x1 import convolve
+from cellops.ops.spatial_attention import spatial_attention
+from cellops.ops.squeeze_excite import squeeze_excite
+
+ACTIVATIONS = {
+    "ReLU": "relu",
+    "ReLU6": "relu6",
+    "GELU": "gelu",
+    "SiLU": "silu",
+    "Swish": "silu",
+    "SwishMe": "silu",
+    "Hardswish": "hardswish",
+    "HardSwish": "hardswish",
+    "HardSwishMe": "hardswish",
+}
+"""Names of activation modules, and of the activations that `group_conv1x1` has."""
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class EfficientNetSqueezeExcite(SqueezeExcite):
+    """Squeeze-and-excitation with the children `conv_reduce` and `conv_expand` of timm's EfficientNet and MobileNet."""
+
+    conv_reduce: nn.Conv2d
+    conv_expand: nn.Conv2d
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[N, C, H, W] -> [N, C, H, W]. Errors are those of `cellops.squeeze_excite`."""
+        fc1, fc2 = self.conv_reduce, self.conv_expand
+        return squeeze_excite(input, fc1.weight, fc1.bias, fc2.weight, fc2.bias, act=self.act, gate=self.gate)
+
+
+class NamedFReLU(FReLU):
+    """Funnel activation with children of other names.
+
+    Attributes:
+        conv_name, bn_name: their names; None for no normalisation.
+    """
+
+    conv_name: str
+    bn_name: str | None
+
+    @property
+    def conv_frelu(self) -> nn.Module | None:  # type: ignore[override]
+        """The convolution."""
+        return self._modules[self.conv_name]
+
+    @property
+    def bn_frelu(self) -> nn.Module | None:  # type: ignore[override]
+        """The normalisation, or None."""
+        return None if self.bn_name is None else self._modules[self.bn_name]
+
+
+class PooledAttention(nn.Module):
+    """CBAM's spatial attention with a child `conv` of another library: a convolution, or one with its normalisation.
+
+    Fused where the normalisation is by running statistics; by the batch's, the map is composed.
+
+    Attributes:
+        mean_first: whether the first of the two channels is the mean (timm) or the maximum (CBAM's authors).
+    """
+
+    conv: nn.Module
+    mean_first: bool
+
+    def parts(self) -> tuple[nn.Conv2d, nn.BatchNorm2d | None] | None:
+        """Convolution and normalisation if they may be fused."""
+        children = [child for child in self.conv.modules() if not next(child.children(), None)]
+        convs = [child for child in children if type(child) is nn.Conv2d]
+        norms = [child for child in self.conv.modules() if isinstance(child, nn.BatchNorm2d)]
+        if len(convs) != 1 or len(norms) > 1 or watched(*self.conv.modules()):
+            return None
+        return convs[0], norms[0] if norms else None
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[N, C, H, W] -> [N, C, H, W]. Errors are those of `cellops.spatial_attention`."""
+        parts = self.parts()
+        if parts is None or (parts[1] is not None and _batch_norm.uses_batch_statistics(parts[1])):
+            pooled = [input.mean(1, keepdim=True), input.amax(1, keepdim=True)]
+            return input * self.conv(torch.cat(pooled if self.mean_first else pooled[::-1], dim=1)).sigmoid()
+        conv, bn = parts
+        weight, bias = conv.weight.flip(1) if self.mean_first else conv.weight, conv.bias
+        if bn is not None:
+            scale, shift = _batch_norm.folded(bn, bias)
+            weight, bias = (weight * scale).to(weight.dtype), shift.to(weight.dtype)
+        return spatial_attention(input, weight, bias, "pool")
+
+    def extra_repr(self) -> str:
+        return f"mean_first={self.mean_first}"
+
+
+class FusedSequential(nn.Sequential):
+    """Children called in order; each grouped 1x1 convolution with what follows it in one."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """What `nn.Sequential` gives."""
+        for step in steps(list(self._modules.values())):
+            if isinstance(step, nn.Module):
+                input = step(input)
+            else:
+                input = convolve(input, step.conv, step.bn, step.conv.groups, step.activation, step.shuffle)
+        return input
+
+
+class Fused(NamedTuple):
+    """A grouped 1x1 convolution, the normalisation behind it, the activation behind that, and a channel shuffle."""
+
+    conv: nn.Conv2d
+    bn: nn.BatchNorm2d | None
+    activation: str
+    shuffle: bool
+
+
+def steps(children: list[nn.Module | None]) -> Iterator[nn.Module | Fused]:
+    """The children of a sequence in order, those that run as one together. None and identities are left out.
+
+    Children with hooks, of a subclass or with parametrizations are called by themselves.
+    """
+    left = [child for child in children if child is not None and (type(child) is not nn.Identity or watched(child))]
+    while left:
+        conv = left.pop(0)
+        if not is_grouped_1x1(conv):
+            yield conv
+            continue
+        bn, activation, shuffle, count = None, "none", False, 1
+        if left and is_norm(left[0]):
+            bn, count = left[0], 2
+            activation = _inner_activation(bn)
+            left.pop(0)
+        if left and activation == "none" and (name := activation_of(left[0])) and not watched(left[0]):
+            activation, count = name, count + 1
+            left.pop(0)
+        if left and type(left[0]) is nn.ChannelShuffle and left[0].groups == conv.groups and not watched(left[0]):
+            shuffle, count = True, count + 1
+            left.pop(0)
+        yield Fused(conv, bn, activation, shuffle) if count > 1 or activation != "none" else conv
+
+
+def is_grouped_1x1(module: nn.Module) -> TypeGuard[nn.Conv2d]:
+    """Whether it is a plain grouped 1x1 convolution that nobody watches."""
+    return (
+        type(module) is nn.Conv2d
+        and module.groups > 1
+        and module.kernel_size == (1, 1)
+        and module.stride == (1, 1)
+        and module.padding in ((0, 0), "valid", "same")
+        and not watched(module)
+    )
+
+
+def is_norm(module: nn.Module) -> TypeGuard[nn.BatchNorm2d]:
+    """Whether it is a plain BatchNorm2d, or timm's with an activation that we have, that nobody watches."""
+    if watched(*module.modules()):
+        return False
+    if type(module) is nn.BatchNorm2d:
+        return True
+    if not isinstance(module, nn.BatchNorm2d) or type(module).__name__ != "BatchNormAct2d":
+        return False
+    drop, act = module._modules.get("drop"), module._modules.get("act")
+    return type(drop) is nn.Identity and (type(act) is nn.Identity or activation_of(act) is not None)
+
+
+def _inner_activation(bn: nn.BatchNorm2d) -> str:
+    return activation_of(bn._modules.get("act")) or "none"
+
+
+def activation_of(module: nn.Module | None) -> str | None:
+    """Our name of an activation module, or None."""
+    name = ACTIVATIONS.get(type(module).__name__)
+    return None if name == "gelu" and getattr(module, "approximate", "none") != "none" else name
+
+
+def watched(*modules: nn.Module) -> bool:
+    """Whether one of the modules, or every module, has a hook that is called around it."""
+    return any(getattr(module, hooks) for module in modules for hooks in HOOKS) or _module._has_any_global_hook()

@@ -1,0 +1,165 @@
+"""Decoding: any image file to uint8 RGB, or an error that names the file."""
+
+from __future__ import annotations
+
+import stat
+import struct
+import warnings
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from cellops.models.data.parallel import ordered_map
+from cellops.models.data.samples import CellData
+
+# The formats that cell images come in. Pillow reads others too, EPS by starting Ghostscript.
+FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "GIF", "WEBP", "PPM")
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".gif", ".webp", ".ppm", ".pgm"})
+
+# A field of a slide has 3 megapixels, a crop far less; what claims more is refused before it is decoded.
+MAX_PIXELS = 64_000_000
+
+DECODING_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    TypeError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+
+Progress = Callable[[int, int], object]  # (done, total)
+
+
+class ImageError(ValueError):
+    """A file is no image that can be used; the message names it."""
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """A sample whose image cannot be used, and why."""
+
+    id: str
+    reason: str
+
+
+def read_image(path: Path | str, root: Path | str | None = None, mask: Path | str | None = None) -> np.ndarray:
+    """Decode a file to uint8 [H, W, 3] in RGB.
+
+    The first frame of an animation or page of a TIFF; turned as its EXIF orientation says; alpha laid over white, as
+    slides are; 16-bit grey divided by 257, so that the whole range stays.
+
+    Args:
+        path: the file.
+        root: the folder that file and mask must lie in once links are followed; None: anywhere.
+        mask: an image of the same size; where it is darker than half its maximum, the result is black.
+
+    Raises:
+        ImageError: no file, outside the root, not an image, truncated, too large, or of pixels without a known range;
+            a mask that is empty or of another size.
+    """
+    pixels = _decode(Path(path), root, _rgb)
+    if mask is not None:
+        shade = _decode(Path(mask), root, _grey)
+        if shade.shape != pixels.shape[:2]:
+            raise ImageError(f"{mask}: the mask is {shade.shape[::-1]} pixels, its image {pixels.shape[1::-1]}")
+        if not shade.any():
+            raise ImageError(f"{mask}: the mask is black everywhere, which leaves nothing of the image")
+        # Releases differ in whether masks are 0/1 or 0/255, and re-saved ones are not exactly two-valued.
+        pixels = np.where((shade.astype(np.int32) * 2 > int(shade.max()))[..., None], pixels, np.uint8(0))
+    return pixels
+
+
+def _decode(path: Path, root: Path | str | None, convert: Callable[[Image.Image, Path], Image.Image]) -> np.ndarray:
+    if root is not None:
+        check_inside(path, Path(root))
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for ever
+            raise ImageError(f"{path}: not a regular file")
+        with warnings.catch_warnings(), path.open("rb") as file:
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS is stricter
+            with Image.open(file, formats=FORMATS) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise ImageError(
+                        f"{path}: {image.width} x {image.height} pixels, more than {MAX_PIXELS:,} are refused"
+                    )
+                image.seek(0)
+                image.load()
+                return np.asarray(convert(ImageOps.exif_transpose(image), path))
+    except ImageError:
+        raise
+    except FileNotFoundError:
+        raise ImageError(f"{path}: no such file") from None
+    except UnidentifiedImageError:
+        raise ImageError(f"{path}: not an image ({', '.join(FORMATS)} are read)") from None
+    except DECODING_ERRORS as error:
+        raise ImageError(f"{path}: cannot be decoded: {error}") from error
+
+
+def check_inside(path: Path, root: Path) -> None:
+    """Raise if a file lies outside a folder once symbolic links are followed.
+
+    Raises:
+        ImageError: it does.
+    """
+    target = path.resolve()
+    if not target.is_relative_to(root.resolve()):
+        raise ImageError(f"{path}: leads to {target}, outside the data folder {root}")
+
+
+def _eight_bits(image: Image.Image, path: Path) -> Image.Image:
+    """Grey of 16 or 32 bits to 8; every other image as it is."""
+    if image.mode == "F":
+        raise ImageError(f"{path}: floating-point pixels have no known range; save it with 8 or 16 bits")
+    if not image.mode.startswith("I"):
+        return image
+    values = np.asarray(image)
+    if values.size and (values.min() < 0 or values.max() > 65535):
+        raise ImageError(f"{path}: pixels from {values.min()} to {values.max()} are neither of 8 nor of 16 bits")
+    return Image.fromarray(np.round(values / 257).astype(np.uint8))
+
+
+def _rgb(image: Image.Image, path: Path) -> Image.Image:
+    image = _eight_bits(image, path)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def _grey(image: Image.Image, path: Path) -> Image.Image:
+    """A mask; 16-bit masks of 0/1 stay 0/1 instead of being divided to nothing."""
+    if image.mode.startswith("I"):
+        return Image.fromarray((np.asarray(image) > 0).astype(np.uint8))
+    return image.convert("RGB").convert("L") if image.mode == "P" else image.convert("L")
+
+
+def scan(data: CellData, workers: int = 0, progress: Progress | None = None) -> list[Unreadable]:
+    """Decode every image once and list those that cannot be used, in the order of the samples.
+
+    Args:
+        workers: threads; 0 is the calling one. Pillow decodes without the interpreter's lock.
+        progress: called with (done, total).
+    """
+
+    def problem(index: int) -> str | None:
+        try:
+            data.read(index)
+        except ImageError as error:
+            return str(error)
+        return None
+
+    found = []
+    for index, reason in enumerate(ordered_map(problem, range(len(data)), workers)):
+        if reason is not None:
+            found.append(Unreadable(data.samples[index].id, reason))
+        if progress is not None:
+            progress(index + 1, len(data))
+    return found

@@ -1,0 +1,118 @@
+"""Tables: CRIC's crops.csv, and any CSV with path,label[,group][,split]."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+from cellops.models.data.layouts.listing import Found, LayoutError, Listing, assemble
+from cellops.models.data.samples import CellData
+
+EXPECTS_CRIC = "crops.csv with the columns file, class and parent_image beside the images it names"
+EXPECTS_TABLE = "a CSV file with the columns path,label[,group][,split], paths relative to its folder"
+
+SPLITS = {
+    "train": "train",
+    "training": "train",
+    "val": "train",
+    "validation": "train",
+    "test": "test",
+    "testing": "test",
+}
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV, its column names in lower case; separated by comma, semicolon or tab.
+
+    Raises:
+        LayoutError: the file is empty or no text.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise LayoutError(f"{path} is not a text file in UTF-8: {error}") from None
+    header = text.split("\n", 1)[0]
+    if not header.strip():
+        raise LayoutError(f"{path} is empty")
+    delimiter = max(",;\t", key=header.count)
+    reader = csv.DictReader(text.splitlines(), delimiter=delimiter)
+    reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or ()]
+    return [{name: (value or "").strip() for name, value in row.items() if name is not None} for row in reader]
+
+
+def columns_of(path: Path) -> set[str]:
+    """The column names of a CSV, in lower case."""
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
+        header = file.readline()
+    return {name.strip().strip('"').lower() for name in header.replace(";", ",").replace("\t", ",").split(",")}
+
+
+def read_cric(listing: Listing) -> CellData | None:
+    """CRIC cervix; crops of one parent image overlap and share stain and focus, so the parent is the group."""
+    tables = [
+        path
+        for path in listing.named("crops.csv")
+        if {"file", "class", "parent_image"} <= columns_of(listing.path(path))
+    ]
+    if len(tables) != 1:
+        return None
+    return _read(listing, listing.path(tables[0]), "cric", path="file", label="class", group="parent_image")
+
+
+def read_table(listing: Listing, table: Path | None = None) -> CellData | None:
+    """Any table; in a folder, the only CSV that has the columns."""
+    if table is None:
+        candidates = [path for path in listing.paths if path.lower().endswith(".csv") and "/" not in path]
+        tables = [path for path in candidates if {"path", "label"} <= columns_of(listing.path(path))]
+        if len(tables) != 1:
+            return None
+        table = listing.path(tables[0])
+    return _read(listing, table, table.stem, path="path", label="label", group="group")
+
+
+def _read(listing: Listing, table: Path, name: str, path: str, label: str, group: str) -> CellData:
+    rows = rows_of(table)
+    present = set(rows[0]) if rows else columns_of(table)
+    lacking = {path, label} - present
+    if lacking:
+        raise LayoutError(
+            f"{table} lacks the column {' and '.join(sorted(lacking))}; it has {', '.join(sorted(present))}"
+        )
+    if not rows:
+        raise LayoutError(f"{table} has a header and no rows")
+    folder = table.parent.resolve()
+    found, absent, seen = [], [], set()
+    for number, row in enumerate(rows, start=2):
+        if not row[path] or not row[label]:
+            raise LayoutError(f"{table}, line {number}: empty {path if not row[path] else label}")
+        target = (folder / row[path]).resolve()
+        if not target.is_relative_to(listing.root):
+            raise LayoutError(f"{table}, line {number}: {row[path]} leads to {target}, outside {listing.root}")
+        if not target.is_file():
+            absent.append(row[path])
+            continue
+        relative = target.relative_to(listing.root).as_posix()
+        if relative in seen:
+            raise LayoutError(f"{table}, line {number}: {row[path]} is listed twice")
+        seen.add(relative)
+        found.append(Found(relative, row[label], group=row.get(group) or None, split=_split(table, number, row)))
+    if absent:
+        raise LayoutError(f"{table} names {len(absent)} files that do not exist, e.g. {absent[0]}")
+    if len({image.split is None for image in found}) > 1:
+        raise LayoutError(
+            f"{table}: the column split is empty in some rows; say train or test in each, or leave it out"
+        )
+    ungrouped = sum(image.group is None for image in found)
+    unlisted = len(set(listing.images) - seen)
+    notes = [
+        f"{ungrouped} rows without a {group} are groups of their own." if 0 < ungrouped < len(found) else None,
+        f"{unlisted} images are not in {table.name} and were left out." if unlisted else None,
+    ]
+    return assemble(name, listing, found, notes)
+
+
+def _split(table: Path, number: int, row: dict[str, str]) -> str | None:
+    value = row.get("split", "").lower()
+    if value and value not in SPLITS:
+        raise LayoutError(f"{table}, line {number}: split is {value!r}, not train or test")
+    return SPLITS.get(value)

@@ -1,0 +1,417 @@
+"""The report's page, made from the files of a run alone, so that it can be written again at any time."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cellops.models.report import figures
+from cellops.models.training.checkpoint import write_text
+from cellops.models.training.evaluate import Predictions, calibrate
+from cellops.models.training.log import read_log
+from cellops.models.training.metrics import calibration, confusion_matrix, per_class_table
+
+STYLE = Path(__file__).with_name("style.css")
+HEADLINES = {
+    "accuracy_micro": "accuracy",
+    "accuracy_macro": "balanced accuracy",
+    "f1_macro": "F1, class mean",
+    "auc_macro": "AUC, class mean",
+}
+COMPARED = {
+    "accuracy_micro": "accuracy",
+    "accuracy_macro": "balanced accuracy",
+    "precision_macro": "precision",
+    "recall_macro": "recall",
+    "specificity_macro": "specificity",
+    "f1_macro": "F1",
+    "auc_macro": "AUC",
+}
+PROTOCOLS = {
+    "grouped": "grouped: images of one slide, patient or parent image stay on one side",
+    "paper": "paper: split image by image, as the paper does; related images are on both sides",
+}
+
+
+@dataclass
+class Fold:
+    """A part of the run with its files."""
+
+    number: int
+    folder: Path
+    found: dict[str, Any]
+    test: Predictions
+    validation: Predictions | None
+
+
+@dataclass
+class Protocol:
+    """The parts of one protocol that are in."""
+
+    name: str
+    planned: int
+    folds: list[Fold]
+
+    @property
+    def test(self) -> Predictions:
+        """The predictions on the held-out images of all folds."""
+        return Predictions.join([fold.test for fold in self.folds])
+
+    def mean(self, name: str) -> float:
+        """A metric's mean over the folds; NaN where none has it."""
+        values = [fold.found["metrics"].get(name) for fold in self.folds]
+        known = [value for value in values if value is not None]
+        return float(np.mean(known)) if known else float("nan")
+
+    def spread(self, name: str) -> str:
+        """What follows a metric: the deviation over folds, or the interval of a single one, in percent."""
+        if len(self.folds) > 1:
+            values = [fold.found["metrics"].get(name) for fold in self.folds]
+            return f"± {100 * float(np.std([value for value in values if value is not None], ddof=1)):.1f} over folds"
+        interval = self.folds[0].found["intervals"].get(name)
+        return f"95 %: {100 * interval[0]:.1f} to {100 * interval[1]:.1f}" if interval else ""
+
+
+def escape(text: Any) -> str:
+    """Text for HTML."""
+    return html.escape(str(text))
+
+
+def percent(value: float | None) -> str:
+    """A share as percent; a dash where there is none."""
+    return "–" if value is None or not np.isfinite(value) else f"{100 * value:.1f} %"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], last: str = "") -> str:
+    """An HTML table; cells are HTML already. `last` is the class of the last row."""
+    cells = "".join(f"<th>{name}</th>" for name in head)
+    lines = []
+    for place, row in enumerate(rows):
+        kind = f' class="{last}"' if last and place == len(rows) - 1 else ""
+        columns = "".join(cell if cell.startswith("<td") else f"<td>{cell}</td>" for cell in row)
+        lines.append(f"<tr{kind}>{columns}</tr>")
+    return f"<table><thead><tr>{cells}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+
+
+def bar(value: float | None) -> str:
+    """A cell with a bar behind the percent."""
+    if value is None or not np.isfinite(value):
+        return "<td>–</td>"
+    return f'<td class="bar"><i style="width:{88 * max(value, 0):.1f}%"></i><em>{percent(value)}</em></td>'
+
+
+def figure(image: str, text: str) -> str:
+    """An image of data with what it shows."""
+    return f'<img class="figure" src="{image}" alt="{escape(text)}">'
+
+
+def section(title: str, body: str) -> str:
+    """A titled part of the page."""
+    return f"<section><h2>{escape(title)}</h2>{body}</section>"
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file of the run.
+
+    Raises:
+        ValueError: it is missing or broken; names it.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read {path}: {error}") from None
+
+
+def read_protocols(run: Path, facts: dict[str, Any]) -> list[Protocol]:
+    """The parts of a run that are in, by protocol, the honest split first."""
+    protocols = []
+    for name in sorted(facts["protocols"], key=lambda known: known != "grouped"):
+        planned = [part for part in facts["parts"] if part["protocol"] == name]
+        folds = []
+        for part in planned:
+            folder = run / part["folder"]
+            if not (folder / "metrics.json").is_file():
+                continue
+            validation = folder / "predictions_validation.csv"
+            folds.append(
+                Fold(
+                    part["fold"],
+                    folder,
+                    read_json(folder / "metrics.json"),
+                    Predictions.load(folder / "predictions.csv"),
+                    Predictions.load(validation) if validation.is_file() else None,
+                )
+            )
+        if folds:
+            protocols.append(Protocol(name, len(planned), folds))
+    return protocols
+
+
+def write_report(run: Path) -> Path:
+    """Write RUN/report.html from what is in the folder, and return its path.
+
+    Raises:
+        ValueError: the folder holds no run.
+    """
+    facts = read_json(run / "run.json")
+    recipe_text = (run / "recipe.yaml").read_text(encoding="utf-8")
+    starts = read_json(run / "environment.json")
+    protocols = read_protocols(run, facts)
+    title, body = _header(facts, recipe_text, protocols)
+    if len(protocols) > 1:
+        body += _comparison(protocols)
+    body += _curves(run, facts)
+    for protocol in protocols:
+        body += _results(protocol, facts, alone=len(protocols) == 1)
+    body += _costs(protocols) + _data(facts, protocols) + _settings(recipe_text, starts)
+    page = (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)}</title><style>{STYLE.read_text(encoding='utf-8')}</style></head>"
+        f"<body><main>{body}</main></body></html>\n"
+    )
+    path = run / "report.html"
+    write_text(path, page)
+    return path
+
+
+def _header(facts: dict[str, Any], recipe_text: str, protocols: Sequence[Protocol]) -> tuple[str, str]:
+    from cellops.models.training.recipe import build_recipe, parse_yaml
+
+    recipe = build_recipe(parse_yaml(recipe_text, "recipe.yaml"))
+    title = f"{recipe.title or recipe.name}"
+    if facts["synthetic"]:
+        title = f"SYNTHETIC images – {title}"
+    height, width = recipe.data.input_size
+    body = f"<header><h1>{escape(title)}</h1>"
+    body += (
+        f'<p class="muted">{escape(recipe.model.name)} on {escape(facts["data"])}, '
+        f"{sum(facts['images'].values()):,} images of {len(facts['classes'])} classes, seen at {height} × {width}; "
+        f"recipe {escape(recipe.name)}{f', paper {escape(recipe.paper)}' if recipe.paper else ''}</p>"
+    )
+    if facts["synthetic"]:
+        body += (
+            '<div class="synthetic">These images are drawn by a program. '
+            "Nothing on this page says anything about real cells.</div>"
+        )
+    body += f'<p class="muted">{escape(recipe.setting)}</p>' if recipe.setting else ""
+    if recipe.notes:
+        body += f"<p>{escape(recipe.notes)}</p>"
+    if not protocols:
+        return title, body + '<div class="warning">Training is not complete; no fold has results yet.</div></header>'
+    first = protocols[0]
+    if len(first.folds) < first.planned:
+        body += f'<div class="warning">{len(first.folds)} of {first.planned} folds are in.</div>'
+    if {fold.found["judged_on"] for fold in first.folds} != {"test"}:
+        body += (
+            '<div class="warning">There is no test part: these figures are of the images that chose the epoch.</div>'
+        )
+    cards = [
+        (percent(first.mean(name)), label, first.spread(name))
+        for name, label in HEADLINES.items()
+        if np.isfinite(first.mean(name))
+    ]
+    errors = [fold.found["calibration"]["ece_after"] for fold in first.folds]
+    before = np.mean([fold.found["calibration"]["ece_before"] for fold in first.folds])
+    cards.append((f"{np.mean(errors):.3f}", "calibration error", f"{before:.3f} before temperature scaling"))
+    costs = [fold.found.get("cost") for fold in first.folds]
+    if costs[0]:
+        cards.append((_millions(costs[0]["parameters"]), "parameters", f"{costs[0]['megabytes']:.1f} MiB of weights"))
+    seconds = sum(fold.found["training"]["seconds"] for protocol in protocols for fold in protocol.folds)
+    cards.append((_duration(seconds), "training", f"{first.folds[0].found['training']['epochs']} epochs a fold"))
+    body += '<div class="cards">'
+    body += "".join(
+        f'<div class="card"><b>{escape(value)}</b>{escape(label)}<span>{escape(note)}</span></div>'
+        for value, label, note in cards
+    )
+    body += "</div>"
+    held_out = len(first.test.ids)
+    split = PROTOCOLS[first.name] if facts["grouped"] else "image by image, since this data set names no groups"
+    body += f'<p class="muted">On {held_out:,} held-out images; split {escape(split)}.</p>'
+    return title, body + "</header>"
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:.2f} M" if count >= 1e5 else f"{count:,}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _comparison(protocols: Sequence[Protocol]) -> str:
+    head = ["", *(escape(protocol.name) for protocol in protocols), "difference"]
+    rows = []
+    for name, label in COMPARED.items():
+        values = [protocol.mean(name) for protocol in protocols]
+        if all(np.isfinite(values)):
+            cells = [
+                f"{percent(value)} <span class='muted'>{protocol.spread(name)}</span>"
+                for value, protocol in zip(values, protocols, strict=True)
+            ]
+            rows.append([label, *cells, f"{100 * (values[1] - values[0]):+.1f}"])
+    rows.append(["folds in", *(f"{len(protocol.folds)} of {protocol.planned}" for protocol in protocols), ""])
+    text = "".join(f"<p class='muted'>{escape(PROTOCOLS[protocol.name])}</p>" for protocol in protocols)
+    return section("Both splits side by side", table(head, rows) + text)
+
+
+def _curves(run: Path, facts: dict[str, Any]) -> str:
+    logs = [
+        (f"{part['protocol']} {part['fold']}", log)
+        for part in facts["parts"]
+        if (log := read_log(run / part["folder"]))
+    ]
+    if not logs:
+        return ""
+    left_out = sum(int(log[-1].get("non_finite", 0)) for _, log in logs)
+    text = figure(figures.learning_curves(logs), "loss and accuracy over the epochs")
+    if left_out:
+        text += f'<div class="warning">{left_out} batches were left out because their loss was not finite.</div>'
+    return section("Learning curves", text)
+
+
+def _results(protocol: Protocol, facts: dict[str, Any], alone: bool) -> str:
+    test, classes = protocol.test, tuple(facts["classes"])
+    suffix = "" if alone else f" – {protocol.name}"
+    matrix = confusion_matrix(test.found, test.targets, len(classes))
+    text = section(f"Confusion{suffix}", figure(figures.confusion(matrix, classes), "confusion matrices"))
+    text += section(f"Classes{suffix}", _class_table(test, protocol))
+    scaled = np.concatenate([calibrate(fold.test, fold.validation)["scaled"] for fold in protocol.folds])
+    before, after = calibration(test.probabilities, test.targets), calibration(scaled, test.targets)
+    temperatures = ", ".join(f"{fold.found['calibration']['temperature']:.2f}" for fold in protocol.folds)
+    pair = figure(figures.roc(test.probabilities, test.targets, classes), "ROC curves")
+    pair += figure(figures.reliability(before, after), "reliability diagram")
+    note = (
+        f"Calibration error (ECE): {before['ece']:.3f} as trained, {after['ece']:.3f} "
+        f"after dividing the logits by the temperature {temperatures}, found on "
+        f"{protocol.folds[0].found['calibration']['source']}."
+    )
+    text += section(f"Ranking and calibration{suffix}", f'<div class="pair">{pair}</div><p class="muted">{note}</p>')
+    text += _interval_section(protocol, facts, suffix)
+    return text + _mistakes(protocol, suffix)
+
+
+def _class_table(test: Predictions, protocol: Protocol) -> str:
+    rows = []
+    for one in per_class_table(test.probabilities, test.targets, test.classes):
+        figures_of_class = [bar(one[name]) for name in ("precision", "recall", "specificity", "f1", "auc")]
+        rows.append([escape(one["class"]), f"{one['images']:,}", f"{one['predicted']:,}", *figures_of_class])
+    means = [percent(protocol.mean(f"{name}_macro")) for name in ("precision", "recall", "specificity", "f1", "auc")]
+    total = f"{len(test.ids):,}"
+    rows.append([f"mean of classes{', of folds' if len(protocol.folds) > 1 else ''}", total, total, *means])
+    head = ("class", "images", "predicted", "precision", "recall", "specificity", "F1", "AUC")
+    return table(head, rows, last="mean")
+
+
+def _interval_section(protocol: Protocol, facts: dict[str, Any], suffix: str) -> str:
+    rows, groups = [], []
+    for name, label in COMPARED.items():
+        for fold in protocol.folds:
+            interval, value = fold.found["intervals"].get(name), fold.found["metrics"].get(name)
+            if interval and value is not None:
+                rows.append((label if len(protocol.folds) == 1 else f"{label}, fold {fold.number}", value, *interval))
+                groups.append(label)
+    if not rows:
+        return ""
+    text = figure(figures.intervals(rows, groups), "confidence intervals")
+    text += '<p class="muted">Bars: 95 % bootstrap intervals over the held-out images'
+    text += ", whole groups resampled" if facts["grouped"] else ""
+    return section(f"How sure are these figures{suffix}", text + ".</p>")
+
+
+def _mistakes(protocol: Protocol, suffix: str) -> str:
+    listed = []
+    for fold in protocol.folds:
+        path = fold.folder / "mistakes" / "mistakes.json"
+        if path.is_file():
+            listed += [(fold.folder / "mistakes", one) for one in read_json(path)]
+    wrong = int((protocol.test.found != protocol.test.targets).sum())
+    if not listed:
+        text = "<p>No image was classified wrongly.</p>" if not wrong else "<p>No images were kept.</p>"
+        return section(f"Worst mistakes{suffix}", text)
+    listed = sorted(listed, key=lambda item: item[1]["truth_probability"] - item[1]["confidence"])[:24]
+    cards = ""
+    for folder, one in listed:
+        image = base64.b64encode((folder / one["file"]).read_bytes()).decode()
+        cards += (
+            f'<figure><img src="data:image/png;base64,{image}" alt="{escape(one["image"])}"><figcaption>'
+            f'<span class="wrong">{escape(one["predicted"])}</span> {one["confidence"]:.0%}, '
+            f"is <b>{escape(one['truth'])}</b> {one['truth_probability']:.0%}"
+            f'<small title="{escape(one["image"])}">{escape(one["image"])}</small></figcaption></figure>'
+        )
+    cam = any(one["grad_cam"] for _, one in listed)
+    note = f"{wrong:,} of {len(protocol.test.ids):,} held-out images are classified wrongly; these most confidently."
+    note += " Right: Grad-CAM, where the network saw the class that it named." if cam else ""
+    return section(f"Worst mistakes{suffix}", f'<p class="muted">{note}</p><div class="gallery">{cards}</div>')
+
+
+def _costs(protocols: Sequence[Protocol]) -> str:
+    found = next(
+        (fold.found["cost"] for protocol in protocols for fold in protocol.folds if fold.found.get("cost")), None
+    )
+    if found is None:
+        return ""
+    peak, latency = found.get("peak_bytes"), found.get("latency_seconds")
+    rows = [
+        ["parameters", f"{found['parameters']:,}"],
+        ["weights and buffers", f"{found['megabytes']:.2f} MiB"],
+        ["multiply-accumulates, one image", f"{found['macs'] / 1e6:,.1f} M"],
+        ["outputs of all layers (torchstat's rule), one image", f"{found['torchstat_bytes'] / 2**20:.2f} MiB"],
+    ]
+    rows += [["peak memory, one image", f"{peak / 2**20:.1f} MiB"]] if peak is not None else []
+    rows += [["latency, one image", f"{1e3 * latency:.2f} ms"]] if latency is not None else []
+    speeds = [fold.found["images_per_second"] for protocol in protocols for fold in protocol.folds]
+    rows.append(["test speed, loading included", f"{np.median(speeds):,.0f} images/s"])
+    return section("Cost", table(("", "this machine"), rows))
+
+
+def _data(facts: dict[str, Any], protocols: Sequence[Protocol]) -> str:
+    rows = [[escape(name), f"{count:,}"] for name, count in facts["images"].items()]
+    rows.append(["all", f"{sum(facts['images'].values()):,}"])
+    text = table(("class", "images"), rows, last="mean")
+    lines = []
+    for protocol in protocols:
+        for fold in protocol.folds:
+            training = fold.found["training"]
+            images = training["images"]
+            lines.append(
+                [
+                    f"{protocol.name}, fold {fold.number}",
+                    *(f"{images[part]:,}" for part in ("train", "validation", "test")),
+                    str(training["epochs"]),
+                    f"{training['kept_epoch']} ({escape(training['kept'])})",
+                    _duration(training["seconds"]),
+                ]
+            )
+    head = ("part", "training", "validation", "test", "epochs", "epoch kept", "time")
+    text += "<h3>Parts</h3>" + table(head, lines) if lines else ""
+    text += "".join(f'<p class="muted">{escape(note)}</p>' for note in facts["notes"])
+    return section("Data", text)
+
+
+def _settings(recipe_text: str, starts: Sequence[dict[str, Any]]) -> str:
+    last = starts[-1]
+    packages = ", ".join(f"{name} {version}" for name, version in last["packages"].items() if version)
+    git = last.get("git") or {}
+    changed = len(git.get("changed_files", ()))
+    rows = [
+        ["command", f"<code>{escape(' '.join(last['command']))}</code>"],
+        ["started", escape(f"{starts[0]['time']}" + (f", resumed {len(starts) - 1} times" if len(starts) > 1 else ""))],
+        ["machine", escape(f"{last['cpu']}, {last['cores']} cores, {last['threads']} threads")],
+        ["versions", escape(f"cellops {last['cellops']}, Python {last['python']}, {packages}")],
+    ]
+    if git:
+        state = f"{git['commit'][:12]}{f', {changed} files changed' if changed else ''}"
+        rows.append(["commit", f"<code>{escape(state)}</code>"])
+    body = table(("", ""), rows).replace("<thead><tr><th></th><th></th></tr></thead>", "")
+    body += f"<details><summary>Every setting</summary><pre>{escape(recipe_text)}</pre></details>"
+    return section("How this was made", body)

@@ -1,0 +1,210 @@
+"""Checkpoints and weights that survive a crash: written beside, flushed to the disk, then renamed."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+LAST = "last.pt"
+PREVIOUS = "previous.pt"
+BEST = "best.safetensors"
+
+
+class CheckpointError(RuntimeError):
+    """A file that could not be written or read; names it and says what is left."""
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename in the folder last through a power failure."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Call `write` with a temporary file beside `path`, flush it to the disk and rename it to `path`.
+
+    Raises:
+        CheckpointError: writing failed, for example because the disk is full; `path` is as it was before.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except Exception as error:
+        # torch's zip writer hides the system's error in a RuntimeError of its own; the first cause tells more.
+        cause: BaseException = error
+        while not isinstance(cause, OSError) and (cause.__cause__ or cause.__context__):
+            cause = cause.__cause__ or cause.__context__  # type: ignore[assignment]
+        kept = "the earlier one is untouched" if path.exists() else "nothing was there before"
+        raise CheckpointError(f"cannot write {path}: {cause} ({kept})") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+    write_atomically(path, lambda file: file.write(text.encode("utf-8")))
+
+
+def random_state() -> dict[str, Any]:
+    """The states of the global random generators, as values that `weights_only=True` loads."""
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    state: dict[str, Any] = {
+        "torch": torch.get_rng_state(),
+        "python": random.getstate(),
+        "numpy": (str(name), torch.from_numpy(np.array(keys, dtype=np.int64)), position, has_gauss, float(cached)),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def set_random_state(state: Mapping[str, Any]) -> None:
+    """Put the global random generators back."""
+    torch.set_rng_state(state["torch"])
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"][: torch.cuda.device_count()])
+
+
+def save_checkpoint(folder: Path, state: Mapping[str, Any], keep_previous: bool = True) -> None:
+    """Write `last.pt`; the one before becomes `previous.pt`. At every moment one of them is whole.
+
+    Raises:
+        CheckpointError: see `write_atomically`.
+    """
+    last, previous = folder / LAST, folder / PREVIOUS
+    link = folder / f".{PREVIOUS}.tmp"
+
+    def write(file: BinaryIO) -> None:
+        torch.save(dict(state), file)
+        if keep_previous and last.exists():
+            link.unlink(missing_ok=True)
+            os.link(last, link)
+            os.replace(link, previous)
+
+    write_atomically(last, write)
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Load a checkpoint on the CPU, tensors and plain values only.
+
+    Raises:
+        CheckpointError: the file is missing, truncated or of another kind; names it.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"there is no checkpoint {path}") from None
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"the checkpoint {path} ({path.stat().st_size} bytes) is damaged or truncated: {reason}"
+        ) from error
+    if not isinstance(state, dict) or "progress" not in state:
+        raise CheckpointError(f"{path} is no checkpoint of a training run")
+    return state
+
+
+def latest_checkpoint(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
+    """The newest checkpoint that can be read (None if there is no file at all), and what was wrong with newer ones.
+
+    Raises:
+        CheckpointError: there are files, and none can be read.
+    """
+    problems: list[str] = []
+    for path in (folder / LAST, folder / PREVIOUS):
+        if path.exists():
+            try:
+                return read_checkpoint(path), problems
+            except CheckpointError as error:
+                problems.append(str(error))
+    if problems:
+        raise CheckpointError("; ".join(problems))
+    return None, []
+
+
+def save_weights(path: Path, weights: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+    """Write weights as safetensors, with facts about them in the header.
+
+    Args:
+        path: the file.
+        weights: a state dict.
+        metadata: plain values, kept as JSON texts.
+
+    Raises:
+        CheckpointError: see `write_atomically`.
+    """
+    from safetensors.torch import save
+
+    # A clone each: safetensors refuses tensors that share memory.
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()}
+    header = {name: json.dumps(value) for name, value in metadata.items()}
+    write_atomically(path, lambda file: file.write(save(tensors, header)))
+
+
+def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The weights of a safetensors file, and the facts in its header.
+
+    Raises:
+        CheckpointError: the file is missing, truncated or of another kind; names it.
+    """
+    from safetensors import safe_open
+
+    if not path.is_file():
+        raise CheckpointError(f"there is no file of weights {path}")
+    try:
+        with safe_open(path, "pt") as file:
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+            header = file.metadata() or {}
+    except Exception as error:
+        raise CheckpointError(
+            f"the weights {path} ({path.stat().st_size} bytes) are damaged or truncated: {error}"
+        ) from error
+    facts = {}
+    for name, text in header.items():
+        try:
+            facts[name] = json.loads(text)
+        except ValueError:  # weights of another program
+            facts[name] = text
+    return weights, facts
+
+
+def load_weights(model: torch.nn.Module, path: Path) -> dict[str, Any]:
+    """Put the weights of a file into a model and return the header's facts.
+
+    Raises:
+        CheckpointError: the file cannot be read, or holds the weights of another network.
+    """
+    weights, facts = read_weights(path)
+    own = model.state_dict()
+    missing, unknown = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+    shapes = [name for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape]
+    if missing or unknown or shapes:
+        told = [
+            f"{count} {what}, the first {names[0]}"
+            for names, what in ((missing, "missing"), (unknown, "unknown"), (sorted(shapes), "of another shape"))
+            if (count := len(names))
+        ]
+        raise CheckpointError(f"{path} holds the weights of another network: {'; '.join(told)}")
+    model.load_state_dict(weights)
+    return facts

@@ -1,0 +1,445 @@
+"""The training loop of one fold, with exact resume.
+
+Everything that the next update depends on is in the checkpoint, so training on from one gives bit for bit what an
+uninterrupted run gives on the same machine with the same number of threads.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from timm.utils.model_ema import ModelEmaV3
+from torch import Tensor, nn
+
+from cellops.models.training.checkpoint import (
+    BEST,
+    CheckpointError,
+    latest_checkpoint,
+    random_state,
+    save_checkpoint,
+    save_weights,
+    set_random_state,
+)
+from cellops.models.training.console import Bar, Output
+from cellops.models.training.log import RunLog
+from cellops.models.training.mixing import mix
+from cellops.models.training.network import WithFeatures, autocast, place, predict_batches
+from cellops.models.training.optim import build_optimizer, build_schedule
+from cellops.models.training.ranks import Ranks
+from cellops.models.training.settings import Recipe
+
+FORMAT = 1
+
+
+class NonFiniteLoss(RuntimeError):
+    """Too many batches in a row gave a NaN or infinite loss."""
+
+
+class Interrupted(Exception):
+    """Someone asked the run to stop (Ctrl-C or SIGTERM), and it saved what it had."""
+
+
+@dataclass
+class Progress:
+    """Where training stands; part of the checkpoint."""
+
+    epoch: int = 0  # epochs that are complete
+    step: int = 0  # batches of the present epoch that are done
+    updates: int = 0
+    loss_sum: float = 0.0  # of the present epoch, over `seen` images
+    correct: float = 0.0
+    seen: float = 0.0
+    epoch_updates: int = 0
+    epoch_seconds: float = 0.0
+    seconds: float = 0.0
+    non_finite: int = 0  # batches left out, in all
+    non_finite_in_row: int = 0
+    best_epoch: int = 0  # 0: none yet
+    best_value: float = -math.inf
+    best_loss: float = math.inf
+    stopped: str = ""  # why training ended before its last epoch
+
+
+class Stopping:
+    """Turns the first Ctrl-C or SIGTERM into a flag; a second one ends the process at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def _ask(self, number: int, frame: object) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    @contextmanager
+    def listen(self) -> Iterator[None]:
+        """Take over the signals; does nothing outside the main thread, where Python allows no handlers."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+class Trainer:
+    """Trains one model on one fold.
+
+    Args:
+        recipe: all settings.
+        model: on the CPU.
+        criterion: `forward(logits, targets, features)`, a scalar.
+        batches: the training part, a `BatchLoader`.
+        validation: the part that chooses the epoch, or None.
+        labels: of all samples of the data set, [number of samples].
+        classes: K.
+        ids: of all samples; named where a batch is left out.
+        facts: goes into the header of the exported weights.
+        folder: where the log and `checkpoints/` go.
+        output: where lines and the progress bar go.
+        ranks: the processes.
+        activation: see `network.probabilities`.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        model: nn.Module,
+        criterion: nn.Module,
+        batches: Any,
+        validation: Any | None,
+        labels: np.ndarray,
+        classes: int,
+        ids: Sequence[str],
+        facts: Mapping[str, Any],
+        folder: Path,
+        output: Output,
+        ranks: Ranks,
+        activation: str = "softmax",
+    ) -> None:
+        settings = recipe.training
+        self.recipe, self.settings, self.model, self.classes = recipe, settings, model, classes
+        self.batches, self.validation, self.labels, self.ids = batches, validation, labels, ids
+        self.facts, self.folder, self.output, self.ranks = dict(facts), folder, output, ranks
+        self.activation = activation
+        self.criterion = criterion.to(ranks.device)
+        if settings.channels_last:
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.features = bool(getattr(criterion, "needs_features", False))
+        self.network = ranks.wrap(WithFeatures(model, self.features))
+        self.mixing = recipe.mixing if recipe.mixing.mixup > 0 or recipe.mixing.cutmix > 0 else None
+        self.optimizer = build_optimizer(recipe.optimizer, model)
+        self.updates_per_epoch = math.ceil(len(batches) / settings.accumulate)
+        self.schedule = build_schedule(recipe.schedule, self.optimizer, settings.epochs, self.updates_per_epoch)
+        self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=settings.precision == "float16")
+        self.ema = None if settings.ema is None else ModelEmaV3(model, decay=settings.ema, use_warmup=True)
+        self.buffers = [buffer for buffer in model.buffers() if buffer is not None]
+        self.buffers_before = [buffer.clone() for buffer in self.buffers]
+        self.call: Callable = torch.compile(self.network) if settings.compile else self.network
+        self.progress = Progress()
+        self.history: list[dict[str, Any]] = []
+        self.log = RunLog(None)
+        self.start = random_state()
+        self.stopping = Stopping()
+        self.saved_at = time.monotonic()
+        self.saved_updates = 0
+
+    def open_log(self) -> None:
+        """Begin to write into the folder."""
+        self.log = RunLog(self.folder if self.ranks.main else None, self.settings.tensorboard)
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of the checkpoints."""
+        return self.folder / "checkpoints"
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The model whose weights count: the moving average where there is one."""
+        return self.model if self.ema is None else self.ema.module
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is nothing left to train."""
+        return self.progress.epoch >= self.settings.epochs or bool(self.progress.stopped)
+
+    def state(self) -> dict[str, Any]:
+        """Everything that the next update depends on."""
+        return {
+            "format": FORMAT,
+            "progress": asdict(self.progress),
+            "history": self.history,
+            "model": self.model.state_dict(),
+            "ema": None if self.ema is None else self.ema.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "random": random_state(),
+        }
+
+    def save(self) -> None:
+        """Write a checkpoint."""
+        if self.ranks.main:
+            save_checkpoint(self.checkpoints, self.state(), self.settings.keep_previous)
+        self.saved_at, self.saved_updates = time.monotonic(), self.progress.updates
+
+    def resume(self) -> bool:
+        """Go on from the newest checkpoint that is whole; False if there is none yet.
+
+        Raises:
+            CheckpointError: there are checkpoints and none can be read, or they are of another network.
+        """
+        state, problems = latest_checkpoint(self.checkpoints)
+        for problem in problems:
+            self.output.line(f"warning: {problem}; going on from the one before", style="yellow")
+        self.log.restore([] if state is None else state["history"])
+        if state is None:
+            return False
+        if state["format"] != FORMAT:
+            raise CheckpointError(f"{self.checkpoints}: checkpoints of format {state['format']}, this is {FORMAT}")
+        try:
+            self.model.load_state_dict(state["model"])
+            if self.ema is not None:
+                self.ema.module.load_state_dict(state["ema"])
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError, TypeError) as error:
+            raise CheckpointError(
+                f"the checkpoint in {self.checkpoints} is of another network or optimizer: {error}"
+            ) from None
+        self.scaler.load_state_dict(state["scaler"])
+        self.progress, self.history = Progress(**state["progress"]), list(state["history"])
+        set_random_state(state["random"])
+        self.saved_updates = self.progress.updates
+        done = self.progress
+        self.log.event("resumed", epoch=done.epoch + 1, step=done.step)
+        if not self.finished:
+            self.output.line(f"resumed at epoch {done.epoch + 1}, batch {done.step} of {len(self.batches)}")
+        return True
+
+    def run(self, stop_after: int | None = None, deadline: float | None = None) -> bool:
+        """Train until the last epoch.
+
+        Args:
+            stop_after: leave after so many epochs of this call.
+            deadline: leave when `time.monotonic()` is past it, in the middle of an epoch too.
+
+        Returns:
+            Whether training is complete; if not, a checkpoint holds what there is.
+
+        Raises:
+            Interrupted: Ctrl-C or SIGTERM; a checkpoint holds what there is.
+            NonFiniteLoss: `non_finite_limit` batches in a row.
+            CheckpointError: a file could not be written.
+        """
+        first = self.progress.epoch
+        if self.progress.updates == 0 and self.progress.step == 0 and first == 0:
+            set_random_state(self.start)  # whatever was drawn since the model was made
+        with self.stopping.listen():
+            while not self.finished:
+                if stop_after is not None and self.progress.epoch - first >= stop_after:
+                    return False
+                if not self._train_epoch(deadline):
+                    return False
+                self._end_epoch()
+        self.log.close()
+        return True
+
+    def _train_epoch(self, deadline: float | None) -> bool:
+        """Train the rest of the present epoch; False if the deadline came first."""
+        progress, settings = self.progress, self.settings
+        self.network.train()
+        self.batches.set_epoch(progress.epoch)
+        title = f"epoch {progress.epoch + 1}/{settings.epochs}"
+        pending: list[tuple[Tensor, Tensor, int]] = []
+        clock = time.monotonic()
+        with self.output.bar(title, len(self.batches), progress.step) as bar:
+            for batch in self.batches.batches_from(progress.step):
+                pending.append(self.backward(batch))
+                progress.step += 1
+                whole = progress.step == len(self.batches)
+                if progress.step % settings.accumulate and not whole:
+                    continue
+                self.update()
+                self._count(pending, bar)
+                pending = []
+                now = time.monotonic()
+                progress.epoch_seconds += now - clock
+                clock = now
+                self._save_if_due(whole, deadline)
+                if not whole and deadline is not None and now > deadline:
+                    self.save()
+                    return False
+        return True
+
+    def _save_if_due(self, whole: bool, deadline: float | None) -> None:
+        """Checkpoint within the epoch: because it is time, or because someone wants to stop."""
+        if self.stopping.asked:
+            self.save()
+            raise Interrupted(f"stopped in epoch {self.progress.epoch + 1}, after batch {self.progress.step}")
+        every = self.settings.checkpoint_updates
+        due = every is not None and self.progress.updates - self.saved_updates >= every
+        if not whole and (due or time.monotonic() - self.saved_at >= self.settings.checkpoint_seconds):
+            self.save()
+
+    def _group(self) -> int:
+        """How many batches share the present update; the last ones of an epoch may be fewer."""
+        accumulate, step = self.settings.accumulate, self.progress.step
+        return min(accumulate, len(self.batches) - step // accumulate * accumulate)
+
+    def backward(self, batch: Any) -> tuple[Tensor, Tensor, int]:
+        """Add the gradients of a batch; returns its loss, how many it got right and its size, all 0 if left out."""
+        targets = batch.targets.to(self.ranks.device)
+        images, wanted = place(batch.images, self.ranks.device, self.settings.channels_last), targets
+        if self.mixing is not None:
+            draw = (self.recipe.seed, self.progress.epoch, self.progress.step, self.ranks.rank)
+            images, wanted = mix(images, targets, self.classes, self.mixing, draw)
+        if self.buffers:
+            torch._foreach_copy_(self.buffers_before, self.buffers)
+        with autocast(self.ranks.device, self.settings.precision):
+            logits, features = self.call(images)
+            loss = self.criterion(logits.float(), wanted, None if features is None else features.float())
+        if not self.ranks.all_true(bool(torch.isfinite(loss))):
+            self._leave_out(f"the loss is {loss.item()}", batch)
+            return torch.zeros(()), torch.zeros(()), 0
+        self.scaler.scale(loss / self._group()).backward()
+        with torch.no_grad():
+            found = logits.argmax(1) if logits.shape[1] > 1 else (logits[:, 0] > 0).long()
+            return loss.detach() * len(targets), (found == targets).sum(), len(targets)
+
+    def _leave_out(self, reason: str, batch: Any | None) -> None:
+        """Forget a batch: the running statistics are as before it, nothing was added to the gradients."""
+        if self.buffers:
+            torch._foreach_copy_(self.buffers, self.buffers_before)
+        progress = self.progress
+        progress.non_finite += 1
+        progress.non_finite_in_row += 1
+        ids = [] if batch is None else [self.ids[index] for index in batch.index.tolist()]
+        self.log.event("non_finite", epoch=progress.epoch + 1, step=progress.step, reason=reason, ids=ids)
+        self.output.line(
+            f"warning: epoch {progress.epoch + 1}, batch {progress.step + 1} left out: {reason}"
+            + (f" ({', '.join(ids[:3])}{', ...' if len(ids) > 3 else ''})" if ids else ""),
+            style="yellow",
+        )
+        if progress.non_finite_in_row >= self.settings.non_finite_limit:
+            raise NonFiniteLoss(
+                f"{progress.non_finite_in_row} batches in a row were left out, the last because {reason}. Lower "
+                "optimizer.learning_rate, set training.clip, or look at the images named in log.jsonl; "
+                "the checkpoint is from before these batches"
+            )
+
+    def update(self) -> None:
+        """One step of optimizer, schedule and moving average, if the gradients are finite."""
+        self.scaler.unscale_(self.optimizer)
+        parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
+        if not parameters:  # every batch of the group was left out
+            return
+        limit = math.inf if self.settings.clip is None else self.settings.clip
+        norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
+        finite = bool(torch.isfinite(norm))
+        if not finite and not self.scaler.is_enabled():
+            self._leave_out("the gradient is not finite", None)
+        if finite or self.scaler.is_enabled():
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        if not finite:
+            return
+        self.progress.non_finite_in_row = 0
+        self.progress.updates += 1
+        self.progress.epoch_updates += 1
+        self.schedule.step_update(self.progress.updates)
+        if self.ema is not None:
+            self.ema.update(self.model, step=self.progress.updates)
+
+    def _count(self, pending: list[tuple[Tensor, Tensor, int]], bar: Bar) -> None:
+        """Add what the batches of an update gave to the epoch's sums; here, because it waits for the device."""
+        for loss, correct, size in pending:
+            if size:
+                self.progress.loss_sum += loss.item()
+                self.progress.correct += correct.item()
+                self.progress.seen += size
+        seen = max(self.progress.seen, 1)
+        bar.advance(f"loss {self.progress.loss_sum / seen:.4f}", len(pending))
+
+    def _validate(self) -> tuple[float, float, dict[str, float]]:
+        """The monitored value (higher is better), the loss and the metrics on the validation part."""
+        from cellops.models.training.evaluate import quick_metrics
+
+        assert self.validation is not None
+        indices, found = predict_batches(
+            self.evaluated,
+            self.validation,
+            self.ranks.device,
+            self.activation,
+            precision=self.settings.precision,
+            channels_last=self.settings.channels_last,
+        )
+        wanted = np.asarray(self.validation.indices)
+        order = {index: place for place, index in enumerate(wanted.tolist())}
+        found = self.ranks.gather(np.array([order[index] for index in indices.tolist()], int), found, len(wanted))
+        metrics = quick_metrics(found, self.labels[wanted], self.settings.monitor)
+        value = metrics[self.settings.monitor]
+        return -value if self.settings.monitor == "loss" else value, metrics["loss"], metrics
+
+    def _end_epoch(self) -> None:
+        """Validate, keep the weights if they are the best, log and checkpoint."""
+        progress = self.progress
+        clock = time.monotonic()
+        loss_sum, correct, seen = self.ranks.total([progress.loss_sum, progress.correct, progress.seen])
+        row: dict[str, Any] = {
+            "epoch": progress.epoch + 1,
+            "loss": loss_sum / seen if seen else math.nan,
+            "accuracy_micro": correct / seen if seen else math.nan,
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "non_finite": progress.non_finite,
+        }
+        better = False
+        if self.validation is not None:
+            value, loss, metrics = self._validate()
+            row |= {f"validation_{name}": number for name, number in metrics.items()}
+            finite = math.isfinite(value) and math.isfinite(loss) and progress.epoch_updates > 0
+            better = finite and (value, -loss) > (progress.best_value, -progress.best_loss)
+            if better:
+                progress.best_epoch, progress.best_value, progress.best_loss = progress.epoch + 1, value, loss
+                if self.ranks.main:
+                    facts = {**self.facts, "epoch": progress.epoch + 1, "validation": metrics}
+                    save_weights(self.checkpoints / BEST, self.evaluated.state_dict(), facts)
+            patience = self.settings.patience
+            if patience is not None and progress.epoch + 1 - progress.best_epoch >= patience:
+                progress.stopped = f"no better {self.settings.monitor} for {patience} epochs"
+        progress.epoch_seconds += time.monotonic() - clock
+        row["seconds"] = round(progress.epoch_seconds, 3)
+        progress.seconds += progress.epoch_seconds
+        self.history.append(row)
+        progress.epoch += 1
+        progress.step, progress.epoch_updates, progress.epoch_seconds = 0, 0, 0.0
+        progress.loss_sum = progress.correct = progress.seen = 0.0
+        self.save()
+        self.log.epoch(row)
+        self.output.line(self._epoch_line(row, better))
+        if progress.stopped:
+            self.output.line(f"stopped after epoch {progress.epoch}: {progress.stopped}")
+        if self.stopping.asked and not self.finished:
+            raise Interrupted(f"stopped after epoch {progress.epoch}")
+
+    def _epoch_line(self, row: Mapping[str, Any], better: bool) -> str:
+        text = (
+            f"epoch {row['epoch']:>3}/{self.settings.epochs}  loss {row['loss']:.4f}  "
+            f"accuracy {row['accuracy_micro']:.2%}"
+        )
+        if self.validation is not None:
+            text += f"  |  validation: loss {row['validation_loss']:.4f}  "
+            text += f"accuracy {row['validation_accuracy_micro']:.2%}"
+        return f"{text}  {row['seconds']:.1f} s{'  *' if better else ''}"

@@ -1,0 +1,112 @@
+"""A model as the loop and the evaluation call it: logits, pooled features where the loss wants them, probabilities."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TURNS = {
+    "none": [(0, False)],
+    "flips": [(0, False), (0, True), (2, False), (2, True)],
+    "dihedral": [(quarter, flipped) for quarter in range(4) for flipped in (False, True)],
+}
+
+
+class WithFeatures(nn.Module):
+    """A model that also returns what its last convolution found, averaged over the positions.
+
+    Args:
+        model: has `forward_features` and `forward_head`.
+        wanted: whether features are returned, else None.
+    """
+
+    def __init__(self, model: Any, wanted: bool) -> None:
+        super().__init__()
+        self.model: Any = model
+        self.wanted = wanted
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        if not self.wanted:
+            return self.model(images), None
+        features = self.model.forward_features(images)
+        return self.model.forward_head(features), features.mean((2, 3)) if features.dim() == 4 else features
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[None]:
+    """Mixed precision of a recipe's name."""
+    return torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "float32")
+
+
+def place(images: Tensor, device: torch.device, channels_last: bool) -> Tensor:
+    """A batch on the device, in the layout."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return images.to(device, non_blocking=True).contiguous(memory_format=layout)
+
+
+def probabilities(logits: Tensor, activation: str) -> Tensor:
+    """Class probabilities [N, K] in float64.
+
+    Args:
+        logits: [N, K], or [N, 1] for the second of two classes.
+        activation: "softmax", or "sigmoid" for networks trained with one binary loss a class; scaled to the sum 1.
+    """
+    logits = logits.double()
+    if logits.shape[1] == 1:
+        second = logits.sigmoid()
+        return torch.cat([1 - second, second], 1)
+    if activation == "sigmoid":
+        scores = logits.sigmoid().clamp_min(1e-12)
+        return scores / scores.sum(1, keepdim=True)
+    return logits.softmax(1)
+
+
+@torch.inference_mode()
+def predict_batches(
+    model: nn.Module,
+    batches: Iterable,
+    device: torch.device,
+    activation: str,
+    tta: str = "none",
+    precision: str = "float32",
+    channels_last: bool = False,
+    each: Callable[[], object] = lambda: None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Probabilities of every image, averaged over the views of test-time augmentation.
+
+    Args:
+        model: gives logits.
+        batches: of `Batch`.
+        device: where the model is.
+        activation: see `probabilities`.
+        tta: a key of TURNS.
+        precision: of the forward pass.
+        channels_last: layout of the images.
+        each: called after every batch.
+
+    Returns:
+        The indices of the images [N] and their probabilities [N, K].
+    """
+    training = model.training
+    model.eval()
+    indices, found = [], []
+    for batch in batches:
+        images = place(batch.images, device, channels_last)
+        mean: Any = 0
+        for quarter, flipped in TURNS[tta]:
+            view = images.rot90(quarter, (2, 3)) if quarter else images
+            with autocast(device, precision):
+                logits = model(view.flip(3) if flipped else view)
+            mean = mean + probabilities(logits.float(), activation)
+        found.append((mean / len(TURNS[tta])).cpu().numpy())
+        indices.append(batch.index.numpy())
+        each()
+    model.train(training)
+    if not found:
+        return np.empty(0, dtype=np.int64), np.empty((0, 0))
+    return np.concatenate(indices), np.concatenate(found)

@@ -1,0 +1,146 @@
+"""The report: what it holds, that it opens without a network, and that a browser draws it."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from training_runs import TinyCells, finish, start, tiny_recipe
+
+from cellops.models.report import write_report
+from cellops.models.report.mistakes import grad_cam, overlay, worst
+from cellops.models.training.evaluate import Predictions, calibrate, with_temperature
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A run with both protocols and mistakes."""
+    path = tmp_path_factory.mktemp("report") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CELLOPS_CACHE", str(tmp_path_factory.getbasetemp() / "cellops-cache"))
+        recipe = tiny_recipe(
+            title="Ünusual <title> & more",
+            data={"options": {"count": 150}, "protocol": "both"},
+            training={"epochs": 2},
+            evaluation={"cost": True, "worst": 5},
+        )
+        finish(start(path, recipe))
+    return path
+
+
+def test_holds_everything(folder):
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    assert "<title>SYNTHETIC images – Ünusual &lt;title&gt; &amp; more</title>" in text
+    for heading in (
+        "Both splits side by side",
+        "Learning curves",
+        "Confusion – grouped",
+        "Confusion – paper",
+        "Classes – grouped",
+        "Ranking and calibration – paper",
+        "How sure are these figures",
+        "Worst mistakes",
+        "Cost",
+        "Data",
+        "How this was made",
+    ):
+        assert heading in text, heading
+    for words in ("accuracy", "specificity", "temperature", "Grad-CAM", "torchstat", "latency", "drawn by a program"):
+        assert words in text, words
+    assert text.count("data:image/svg+xml;base64,") == 1 + 2 * 4
+    assert text.count("data:image/png;base64,") == 10
+
+
+def test_needs_no_network(folder):
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    assert not re.search(r"""(?:src|href)\s*=\s*["'](?!data:)""", text)
+    assert not re.search(r"url\(|@import|<script|<link", text)
+
+
+def test_is_made_from_the_files_alone(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "moved")
+    (tmp_path / "moved" / "report.html").unlink()
+    path = write_report(tmp_path / "moved")
+    assert path.read_text() == (folder / "report.html").read_text()
+
+
+def test_while_training_is_not_complete(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "paper")
+    text = write_report(tmp_path / "run").read_text()
+    assert "Both splits" not in text and "Confusion" in text
+    (tmp_path / "run" / "grouped" / "fold_1" / "metrics.json").unlink()
+    assert "no fold has results yet" in write_report(tmp_path / "run").read_text()
+
+
+def test_opens_in_a_browser(folder, tmp_path):
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no chromium is installed")
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--hide-scrollbars"]
+    options += [f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1200,3000", "--no-first-run"]
+    picture = tmp_path / "page.png"
+    address = (folder / "report.html").as_uri()
+    subprocess.run(
+        [browser, *options, f"--screenshot={picture}", address], check=True, capture_output=True, timeout=120
+    )
+    pixels = np.asarray(Image.open(picture).convert("RGB")).astype(int)
+    assert pixels.shape == (3000, 1200, 3)
+    card = (abs(pixels - (0x2B, 0x5F, 0xA8)).sum(-1) < 6).mean()
+    assert card > 0.003, "the blue card of the accuracy is not there"
+    assert pixels.std() > 15 and len(np.unique(pixels.reshape(-1, 3)[::97], axis=0)) > 200  # figures and photographs
+    dumped = subprocess.run(
+        [browser, *options, "--dump-dom", address], check=True, capture_output=True, text=True, timeout=120
+    ).stdout
+    assert "SYNTHETIC images" in dumped and dumped.count("<img") == 19
+
+
+def test_grad_cam_finds_the_spot():
+    """A network that adds up red looks where the red is."""
+    model = TinyCells(2, 3, "batch", 0.0).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        model.norm.weight.fill_(1)
+        model.first.weight[0, 0] = 1
+        model.second.weight[0, 0] = 1
+        model.head.weight[1, 0] = 1
+    images = torch.zeros(1, 3, 32, 32)
+    images[0, 0, 4:10, 20:26] = 1
+    heat = grad_cam(model, images, torch.tensor([1]))[0]
+    row, column = np.unravel_index(heat.argmax(), heat.shape)
+    assert 2 <= row <= 11 and 18 <= column <= 27 and heat.max() == pytest.approx(1)
+    assert heat[20:, :15].max() < 0.05
+    assert overlay(np.zeros((32, 32, 3), np.uint8), heat).shape == (32, 32, 3)
+
+
+def test_grad_cam_without_maps():
+    class Flat(torch.nn.Module):
+        def forward(self, images):
+            return images.mean((2, 3))
+
+    assert grad_cam(Flat(), torch.zeros(1, 3, 8, 8), torch.tensor([0])) is None
+
+
+def test_worst_first():
+    rows = np.array([[0.9, 0.1], [0.2, 0.8], [0.4, 0.6], [0.01, 0.99]])
+    found = Predictions(["a", "b", "c", "d"], np.array([0, 0, 0, 0]), rows, ("x", "y"))
+    assert worst(found, 2).tolist() == [3, 1]
+
+
+def test_temperature():
+    generator = np.random.default_rng(0)
+    logits = generator.normal(size=(4000, 3))
+    targets = np.array([generator.choice(3, p=row) for row in np.exp(logits) / np.exp(logits).sum(1, keepdims=True)])
+    sharp = np.exp(3 * logits) / np.exp(3 * logits).sum(1, keepdims=True)
+    part = Predictions([str(n) for n in range(4000)], targets, sharp, ("a", "b", "c"))
+    for validation in (part, None):
+        found = calibrate(part, validation)
+        assert found["temperature"] == pytest.approx(3, rel=0.1)
+        assert found["ece_before"] > 0.15 and found["ece_after"] < 0.03
+    np.testing.assert_allclose(with_temperature(sharp, 1.0), sharp, atol=1e-9)

@@ -1,0 +1,560 @@
+"""Training: what resumes is what would have been, and nothing that goes wrong costs more than the last minutes."""
+
+from __future__ import annotations
+
+import errno
+import json
+import random
+import resource
+import socket
+import time
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from training_runs import (
+    NAME,
+    child,
+    differences,
+    finish,
+    join_ranks,
+    start,
+    state,
+    tiny_recipe,
+)
+
+from cellops.models.training import checkpoint, optim
+from cellops.models.training.checkpoint import CheckpointError, load_weights, read_weights, save_weights
+from cellops.models.training.evaluate import Predictions
+from cellops.models.training.log import RunLog, read_log
+from cellops.models.training.loop import Interrupted, NonFiniteLoss
+from cellops.models.training.mixing import mix
+from cellops.models.training.recipe import RecipeError
+from cellops.models.training.settings import MixingSettings, OptimizerSettings, ScheduleSettings
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    """Stores of images in one place for all tests of this file."""
+    monkeypatch.setenv("CELLOPS_CACHE", str(tmp_path_factory.getbasetemp() / "cellops-cache"))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CELLOPS_CACHE", str(tmp_path_factory.getbasetemp() / "cellops-cache"))
+        finish(start(folder))
+    return folder
+
+
+def predictions(folder):
+    return (folder / "predictions.csv").read_bytes()
+
+
+def same_run(folder, whole):
+    assert differences(state(folder), state(whole)) == []
+    assert predictions(folder) == predictions(whole)
+    columns = [{name: value for name, value in row.items() if name != "seconds"} for row in read_log(folder)]
+    assert columns == [{name: value for name, value in row.items() if name != "seconds"} for row in read_log(whole)]
+
+
+def test_leaves_what_it_promises(whole):
+    names = {path.name for path in whole.iterdir()}
+    assert {"recipe.yaml", "environment.json", "run.json", "folds_paper.json", "log.csv", "log.jsonl"} <= names
+    assert {"weights.safetensors", "predictions.csv", "metrics.json", "results.json", "report.html"} <= names
+    assert {path.name for path in (whole / "checkpoints").iterdir()} == {"last.pt", "previous.pt", "best.safetensors"}
+    assert len(read_log(whole)) == 4
+    found = json.loads((whole / "metrics.json").read_text())
+    assert found["judged_on"] == "test" and found["training"]["images"] == {"train": 38, "validation": 10, "test": 12}
+    loaded = Predictions.load(whole / "predictions.csv")
+    assert np.mean(loaded.found == loaded.targets) == pytest.approx(found["metrics"]["accuracy_micro"])
+
+
+def test_two_and_two_epochs_are_four(whole, tmp_path):
+    assert not finish(start(tmp_path / "run"), stop_after=2)
+    assert len(read_log(tmp_path / "run")) == 2
+    assert finish(start(tmp_path / "run", resume=True))
+    same_run(tmp_path / "run", whole)
+
+
+def test_stops_and_goes_on_within_an_epoch(whole, tmp_path):
+    """As Ctrl-C does, after every second update."""
+    folder, stops = tmp_path / "run", 0
+    while True:
+        run = start(folder, resume=folder.exists())
+        trainer = run._first
+        update = trainer.update
+
+        def ask(trainer=trainer, update=update):
+            update()
+            trainer.stopping.asked = trainer.progress.updates % 2 == 0
+
+        trainer.update = ask
+        try:
+            finish(run)
+            break
+        except Interrupted:
+            stops += 1
+    assert stops >= 7
+    same_run(folder, whole)
+
+
+def kill_at_random_moments(folder, whole, kills, seed):
+    """Kill -9 a training process `kills` times, each time go on, and compare the end."""
+    draw, recipe, done, attempts = random.Random(seed), tiny_recipe(training={"checkpoint_updates": 1}), 0, 0
+    while not (folder / "report.html").exists():
+        process, begun = child(folder, recipe)
+        assert begun.wait(60), "the training process did not begin"
+        attempts += 1
+        process.join(draw.uniform(0.0, 0.25) if done < kills else 60)
+        if process.exitcode is None:
+            process.kill()
+            done += 1
+        process.join()
+        assert attempts < 4 * kills + 5
+    assert done >= kills, f"it was over after {done} kills"
+    same_run(folder, whole)
+
+
+def test_kill_9_loses_nothing(whole, tmp_path):
+    kill_at_random_moments(tmp_path / "run", whole, kills=3, seed=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(1, 6))
+def test_kill_9_at_many_moments(whole, tmp_path, seed):
+    kill_at_random_moments(tmp_path / "run", whole, kills=5, seed=seed)
+
+
+def test_truncated_checkpoint(whole, tmp_path):
+    folder = tmp_path / "run"
+    finish(start(folder), stop_after=2)
+    last = folder / "checkpoints" / "last.pt"
+    last.write_bytes(last.read_bytes()[:-1000])
+    assert finish(start(folder, resume=True))  # from the one before
+    same_run(folder, whole)
+
+
+def test_no_checkpoint_is_left(tmp_path):
+    folder = tmp_path / "run"
+    finish(start(folder), stop_after=2)
+    for name in ("last.pt", "previous.pt"):
+        path = folder / "checkpoints" / name
+        path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match=r"last\.pt \(1000 bytes\) is damaged or truncated.*previous\.pt"):
+        finish(start(folder, resume=True))
+
+
+def test_checkpoint_of_another_network(tmp_path):
+    folder = tmp_path / "run"
+    finish(start(folder), stop_after=1)
+    path = folder / "checkpoints" / "last.pt"
+    found = torch.load(path, weights_only=True)
+    found["model"]["head.weight"] = torch.zeros(3, 16)
+    torch.save(found, path)
+    with pytest.raises(CheckpointError, match="another network"):
+        finish(start(folder, resume=True))
+
+
+def test_settings_may_not_change_on_the_way(tmp_path):
+    folder = tmp_path / "run"
+    finish(start(folder), stop_after=1)
+    with pytest.raises(ValueError, match=r"training\.batch_size was 5, is now 7"):
+        start(folder, tiny_recipe(training={"batch_size": 7}), resume=True)
+    start(folder, tiny_recipe(training={"workers": 0, "checkpoint_seconds": 5}), resume=True).lock.close()
+    with pytest.raises(ValueError, match="is not empty"):
+        start(folder)
+    with pytest.raises(ValueError, match="no run to resume"):
+        start(tmp_path / "other", resume=True)
+
+
+def test_one_process_a_folder(tmp_path):
+    run = start(tmp_path / "run")
+    with pytest.raises(ValueError, match="another process"):
+        start(tmp_path / "run", resume=True)
+    run.lock.close()
+
+
+class Spoiled(nn.Module):
+    """A loss that is NaN for some calls."""
+
+    needs_features = False
+
+    def __init__(self, loss, calls):
+        super().__init__()
+        self.loss, self.calls, self.count = loss, calls, 0
+
+    def forward(self, logits, targets, features=None):
+        self.count += 1
+        value = self.loss(logits, targets, features)
+        return value * float("nan") if self.count in self.calls else value
+
+
+def spoil(run, calls):
+    run._first.criterion = Spoiled(run._first.criterion, calls)
+    return run
+
+
+def test_nan_loss_is_left_out(tmp_path):
+    run = spoil(start(tmp_path / "run"), {3, 9})
+    trainer = run._first
+    assert finish(run)
+    assert trainer.progress.non_finite == 2
+    events = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    left_out = [event for event in events if event["event"] == "non_finite"]
+    assert [(event["epoch"], event["step"], len(event["ids"])) for event in left_out] == [(1, 2, 5), (2, 0, 5)]
+    known = {sample.id for sample in run.data.samples}
+    assert all(set(event["ids"]) <= known for event in left_out)
+    for weights in (trainer.model.state_dict(), trainer.ema.module.state_dict()):
+        assert all(torch.isfinite(tensor).all() for tensor in weights.values())
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["training"]["left_out_batches"] == 2
+
+
+def test_only_nan_stops(tmp_path):
+    run = spoil(start(tmp_path / "run", tiny_recipe(training={"non_finite_limit": 4})), set(range(10, 1000)))
+    trainer = run._first
+    with pytest.raises(NonFiniteLoss, match="4 batches in a row"):
+        finish(run)
+    assert trainer.progress.best_epoch <= 1
+    assert all(torch.isfinite(tensor).all() for tensor in trainer.model.state_dict().values())
+
+
+def test_an_epoch_without_updates_is_never_the_best(tmp_path):
+    run = spoil(start(tmp_path / "run", tiny_recipe(training={"epochs": 1, "non_finite_limit": 100})), range(1, 100))
+    trainer = run._first
+    assert finish(run)
+    assert trainer.progress.updates == 0 and trainer.progress.best_epoch == 0
+    assert not (tmp_path / "run" / "checkpoints" / "best.safetensors").exists()
+
+
+def test_nan_image_does_not_reach_the_running_statistics(tmp_path):
+    run = start(tmp_path / "run")
+    trainer = run._first
+    batch = next(iter(trainer.batches))
+    trainer.backward(batch)
+    trainer.update()
+    before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    batch.images[0, 0, 3, 3] = float("nan")
+    trainer.open_log()
+    trainer.backward(batch)
+    trainer.update()
+    assert differences(before, dict(trainer.model.state_dict())) == []
+    run.lock.close()
+
+
+def test_infinite_gradient_is_left_out(tmp_path):
+    run = start(tmp_path / "run", tiny_recipe(training={"non_finite_limit": 3, "accumulate": 1}))
+    trainer = run._first
+    trainer.model.head.weight.register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(NonFiniteLoss, match="the gradient is not finite"):
+        finish(run)
+    assert trainer.progress.updates == 0
+
+
+def test_disk_full(whole, tmp_path):
+    """The system refuses to write more than some bytes of a file; what was there stays, and training goes on later."""
+    folder = tmp_path / "run"
+    finish(start(folder), stop_after=2)
+    files = {path: path.read_bytes() for path in (folder / "checkpoints").iterdir()}
+    run = start(folder, resume=True)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, hard))
+    try:
+        with pytest.raises(CheckpointError, match=r"cannot write .*File too large.*the earlier one is untouched"):
+            finish(run)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert {path: path.read_bytes() for path in (folder / "checkpoints").iterdir()} == files
+    assert finish(start(folder, resume=True))
+    same_run(folder, whole)
+
+
+def test_no_space_left(tmp_path, monkeypatch):
+    path = tmp_path / "last.pt"
+    path.write_text("old")
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        checkpoint.write_text(path, "new")
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_weights_file(tmp_path):
+    model = nn.Linear(3, 2)
+    path = tmp_path / "w.safetensors"
+    save_weights(path, model.state_dict(), {"classes": ["a", "b"]})
+    weights, facts = read_weights(path)
+    assert facts == {"classes": ["a", "b"]} and torch.equal(weights["weight"], model.weight)
+    with pytest.raises(CheckpointError, match="another network: 1 of another shape, the first weight"):
+        load_weights(nn.Linear(4, 2), path)
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(CheckpointError, match=r"w\.safetensors .* damaged or truncated"):
+        read_weights(path)
+
+
+def test_accumulation_is_a_larger_batch(tmp_path):
+    """Three batches of 6 for an update give what one of 18 gives, in a network without batch statistics."""
+    plain = {
+        "mixing": {"mixup": 0, "cutmix": 0},
+        "model": {"arguments": {"norm": "group", "drop": 0.0}},
+        "augmentation": {},
+        "evaluation": {"worst": 0},
+    }
+    small = {"epochs": 2, "batch_size": 6, "accumulate": 3, "ema": None, "drop_last": True}
+    large = {"epochs": 2, "batch_size": 18, "accumulate": 1, "ema": None, "drop_last": True}
+    states = []
+    for name, training in (("small", small), ("large", large)):
+        run = start(tmp_path / name, tiny_recipe(**plain, training=training))
+        finish(run)
+        states.append(state(tmp_path / name))
+    assert states[0]["progress"]["updates"] == states[1]["progress"]["updates"] == 4
+    for name, tensor in states[0]["model"].items():
+        torch.testing.assert_close(tensor, states[1]["model"][name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+@pytest.mark.parametrize("kind", ["mixup", "cutmix"])
+def test_mixing(size, kind):
+    generator = torch.Generator().manual_seed(0)
+    images, targets = torch.rand(size, 3, 8, 6, generator=generator), torch.arange(size) % 3
+    settings = MixingSettings(**{kind: 1.0})
+    for draw in range(20):
+        mixed, soft = mix(images, targets, 3, settings, (0, draw))
+        again, _ = mix(images, targets, 3, settings, (0, draw))
+        assert torch.equal(mixed, again)
+        torch.testing.assert_close(soft.sum(1), torch.ones(size))
+        share = soft[0, targets[0]].item() if size > 1 and targets[0] != targets[-1] else None
+        if kind == "cutmix" and share is not None:
+            kept = (mixed[0] == images[0]).all(0).float().mean().item()
+            assert kept == pytest.approx(share, abs=1e-6)
+        elif share is not None:
+            torch.testing.assert_close(mixed[0], share * images[0] + (1 - share) * images[-1])
+    middle = size // 2
+    if size % 2:
+        torch.testing.assert_close(mixed[middle], images[middle])
+
+
+def test_mixing_by_chance():
+    images, targets = torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 2, 0])
+    settings = MixingSettings(mixup=1.0, probability=0.0)
+    mixed, soft = mix(images, targets, 3, settings, (0,))
+    assert torch.equal(mixed, images) and torch.equal(soft.argmax(1), targets)
+
+
+def test_optimizers():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    kinds = {}
+    for name in ("sgd", "nesterov", "adam", "adamp", "nadam", "adamw"):
+        optimizer = optim.build_optimizer(OptimizerSettings(name, 0.1, weight_decay=0.01), model)
+        kinds[name] = type(optimizer).__name__
+        assert {group["weight_decay"] for group in optimizer.param_groups} == {0.0, 0.01}
+        assert all(group["lr"] == 0.1 for group in optimizer.param_groups)
+    assert kinds == {
+        "sgd": "SGD",
+        "nesterov": "SGD",
+        "adam": "Adam",
+        "adamp": "AdamP",
+        "nadam": "NAdam",
+        "adamw": "AdamW",
+    }
+    plain = optim.build_optimizer(OptimizerSettings("sgd", 0.1, momentum=0.8, decay_norm_and_bias=True), model)
+    assert [(group["nesterov"], group["momentum"]) for group in plain.param_groups] == [(False, 0.8)]
+    assert optim.build_optimizer(OptimizerSettings("nesterov", 0.1), model).param_groups[0]["nesterov"]
+    with pytest.raises(RecipeError, match="did you mean 'adamw'"):
+        optim.build_optimizer(OptimizerSettings("adamww", 0.1), model)
+    with pytest.raises(RecipeError, match="does not take"):
+        optim.build_optimizer(OptimizerSettings("adamw", 0.1, arguments={"beta": 3}), model)
+
+
+def rates(settings, epochs=6, updates=10):
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = optim.build_schedule(settings, optimizer, epochs, updates)
+    found = []
+    for update in range(epochs * updates):
+        found.append(optimizer.param_groups[0]["lr"])
+        schedule.step_update(update + 1)
+    return np.array(found)
+
+
+def test_schedules():
+    assert np.allclose(rates(ScheduleSettings("constant")), 1)
+    steps = rates(ScheduleSettings("multistep", milestones=[2, 4], gamma=0.1))
+    assert np.allclose(steps, np.repeat([1, 0.1, 0.01], 20))
+    cosine = rates(ScheduleSettings("cosine"))
+    assert np.allclose(cosine, 0.5 * (1 + np.cos(np.pi * np.arange(60) / 60)))
+    warm = rates(ScheduleSettings("cosine", warmup_epochs=1))
+    assert np.allclose(warm[:10], np.arange(10) / 10) and np.allclose(warm[10:], cosine[10:])
+    with pytest.raises(RecipeError, match="milestones"):
+        rates(ScheduleSettings("multistep"))
+    assert np.allclose(rates(ScheduleSettings("constant", warmup_epochs=9))[:31], np.arange(31) / 30)
+
+
+def test_early_stopping_and_the_best_epoch(tmp_path):
+    run = start(tmp_path / "run", tiny_recipe(training={"epochs": 30, "patience": 2, "ema": None}))
+    trainer = run._first
+    values = iter([0.2, 0.5, 0.4, 0.9, 0.4, 0.8])
+    losses = iter([1.0, 1.0, 0.1, 0.5, 0.1, 0.1])
+
+    def validate():
+        return (value := next(values)), (loss := next(losses)), {"loss": loss, "accuracy_micro": value}
+
+    trainer._validate = validate
+    finish(run)
+    assert trainer.progress.best_epoch == 4
+    assert [row["epoch"] for row in trainer.history] == [1, 2, 3, 4, 5, 6]
+
+
+def test_ties_go_to_the_lower_loss_and_patience_ends(tmp_path):
+    run = start(tmp_path / "run", tiny_recipe(training={"epochs": 30, "patience": 2, "ema": None}))
+    trainer = run._first
+    kept = {}
+    values, losses = iter([0.5, 0.5, 0.5, 0.4]), iter([1.0, 0.9, 0.95, 0.1])
+
+    def validate():
+        kept[trainer.progress.epoch + 1] = trainer.model.head.weight.detach().clone()
+        return (value := next(values)), (loss := next(losses)), {"loss": loss, "accuracy_micro": value}
+
+    trainer._validate = validate
+    finish(run)
+    assert trainer.progress.best_epoch == 2 and trainer.progress.epoch == 4
+    assert "no better accuracy_micro for 2 epochs" in trainer.progress.stopped
+    weights, facts = read_weights(tmp_path / "run" / "weights.safetensors")
+    assert facts["epoch"] == 2 and torch.equal(weights["head.weight"], kept[2])
+
+
+def test_folds_and_both_protocols(tmp_path):
+    recipe = tiny_recipe(
+        data={"options": {"count": 150}, "folds": 2, "protocol": "both", "test_fraction": None},
+        training={"epochs": 1},
+        evaluation={"worst": 0},
+    )
+    folder = tmp_path / "run"
+    assert not finish(start(folder, recipe), parts=3)
+    assert (folder / "grouped" / "fold_1" / "metrics.json").exists()
+    first = predictions(folder / "paper" / "fold_1")
+    assert finish(start(folder, resume=True))
+    assert predictions(folder / "paper" / "fold_1") == first
+    summary = json.loads((folder / "results.json").read_text())
+    assert {name: (one["folds_done"], one["folds"]) for name, one in summary.items()} == {
+        "paper": (2, 2),
+        "grouped": (2, 2),
+    }
+    for protocol in ("paper", "grouped"):
+        ids = [
+            name
+            for fold in (1, 2)
+            for name in Predictions.load(folder / protocol / f"fold_{fold}" / "predictions.csv").ids
+        ]
+        assert len(ids) == len(set(ids)) == 150
+    assert "Both splits side by side" in (folder / "report.html").read_text()
+
+
+def test_deadline(whole, tmp_path):
+    folder = tmp_path / "run"
+    run = start(folder)
+    assert not run._first.run(deadline=time.monotonic())
+    run.lock.close()
+    assert state(folder)["progress"]["updates"] == 1
+    assert finish(start(folder, resume=True))
+    same_run(folder, whole)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"training": {"precision": "bfloat16", "epochs": 1}},
+        {"training": {"precision": "float16", "epochs": 1}},
+        {"training": {"channels_last": True, "epochs": 1}},
+        {"training": {"sampler": "balanced", "epochs": 1}},
+        {"training": {"class_weights": True, "epochs": 1}},
+        {"training": {"epochs": 1}, "evaluation": {"tta": "dihedral"}},
+        {"training": {"epochs": 1}, "data": {"train_fraction": 0.5}},
+        {"training": {"epochs": 1, "select": "last"}, "data": {"validation": 0.0}},
+        {"training": {"epochs": 1, "monitor": "f1_macro"}},
+        {"training": {"epochs": 1, "tensorboard": True}},
+        {"loss": {"name": "bce"}, "training": {"epochs": 1}},
+        {
+            "loss": {"name": "hybrid_triplet"},
+            "training": {"epochs": 1, "sampler": "pxk", "samples_per_class": 2, "batch_size": 6},
+            "mixing": {"mixup": 0, "cutmix": 0},
+        },
+        {
+            "loss": {"name": "bce"},
+            "model": {"outputs": 1},
+            "mixing": {"mixup": 0, "cutmix": 0},
+            "data": {
+                "options": {"classes": {"few": ["dyskeratotic", "koilocytotic"], "many": ["metaplastic", "parabasal"]}}
+            },
+            "training": {"epochs": 1},
+        },
+    ],
+    ids=lambda changes: json.dumps(changes)[:60],
+)
+def test_settings_train(tmp_path, changes):
+    run = start(tmp_path / "run", tiny_recipe(**changes))
+    assert finish(run)
+    assert np.isfinite(read_log(tmp_path / "run")[-1]["loss"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"training": {"monitor": "accuracy"}}, "training.monitor: 'accuracy' is not known"),
+        ({"model": {"outputs": 3}}, "model.outputs is 3, but the data has 5 classes"),
+        ({"model": {"arguments": {"colour": 1}}}, "model.arguments do not fit"),
+        ({"model": {"name": "resnet188"}}, "resnet18"),
+        ({"loss": {"name": "hybrid_triplet"}}, "mixed images belong to no class"),
+        ({"training": {"device": "toaster"}}, "toaster"),
+        ({"model": {"name": "alexnet"}}, "data.input_size: alexnet does not take images of 16 x 16"),
+        ({"augmentation": {"rotate": 3}}, "rotate"),
+        ({"model": {"pretrained": True}}, "pretrained"),
+    ],
+)
+def test_bad_settings_write_nothing(tmp_path, changes, text):
+    with pytest.raises(ValueError, match=text):
+        start(tmp_path / "run", tiny_recipe(**changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_torn_line_of_the_log(tmp_path):
+    log = RunLog(tmp_path)
+    log.event("first")
+    with open(tmp_path / "log.jsonl", "a") as file:
+        file.write('{"event": "hal')
+    RunLog(tmp_path).event("second")
+    events = [json.loads(line)["event"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert events == ["first", "second"]
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def test_two_processes_give_the_metrics_of_one(tmp_path):
+    """Without batch statistics and dropout; 12 test images and batches of 10 make the last ones uneven."""
+    recipe = tiny_recipe(
+        model={"name": NAME, "arguments": {"norm": "group", "drop": 0.0}},
+        mixing={"mixup": 0, "cutmix": 0},
+        training={"epochs": 2, "batch_size": 6, "accumulate": 1, "drop_last": True},
+        evaluation={"batch_size": 10},
+        data={"options": {"count": 61, "size": 32}},
+    )
+    finish(start(tmp_path / "one", recipe))
+    assert join_ranks([0, 1], free_port(), tmp_path / "two", recipe) == [0, 0]
+    one, two = (Predictions.load(tmp_path / name / "predictions.csv") for name in ("one", "two"))
+    assert one.ids == two.ids
+    np.testing.assert_allclose(one.probabilities, two.probabilities, atol=1e-4)
+    metrics = [json.loads((tmp_path / name / "metrics.json").read_text())["metrics"] for name in ("one", "two")]
+    assert metrics[0] == pytest.approx(metrics[1], abs=1e-3)
+    logs = [read_log(tmp_path / name) for name in ("one", "two")]
+    for first, second in zip(*logs, strict=True):
+        assert first["loss"] == pytest.approx(second["loss"], abs=1e-4)
+        assert first["validation_loss"] == pytest.approx(second["validation_loss"], abs=1e-4)
