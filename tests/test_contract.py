@@ -21,6 +21,9 @@ from cellops.testing import (
 FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _native.DTYPE_CODES}
 
+INTERPRETED_ELEMENTS = 6000
+"""Larger cases take Triton's interpreter more than a second or so, and are marked slow."""
+
 SECOND_ORDER = (
     "plain",
     "v1",
@@ -53,6 +56,8 @@ def rows(
             for dtype in dtypes:
                 reason = _backend.why_not(backend, case.op, device, DTYPES[dtype])
                 marks = [pytest.mark.skip(reason=str(reason))] if reason else []
+                if backend == "triton" and device == "cpu" and case.elements > INTERPRETED_ELEMENTS:
+                    marks.append(pytest.mark.slow)
                 for layout in formats:
                     name = f"{case}-{backend}-{dtype}-{layout}"
                     found.append(pytest.param(case, backend, device, dtype, layout, marks=marks, id=name))

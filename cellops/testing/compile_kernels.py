@@ -1,0 +1,229 @@
+"""Compiles every Triton kernel for a GPU architecture, on a machine with or without a GPU, and says what came out.
+
+    python -m cellops.testing.compile_kernels sm_90             # a table
+    python -m cellops.testing.compile_kernels sm_90 eca --json  # one op, for programs
+
+The launchers run on tensors without data over the layers of `CASES`, and note what they would launch: the kernels,
+types, alignments and configurations are those that such calls use. Triton's interpreter and its compiler cannot share a
+process, so `cellops.testing.compile_kernels` starts this file in another one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cellops import _backend
+from cellops.testing import Case, cases
+
+CAPABILITIES = {"sm_80": 80, "sm_90": 90, "sm_100": 100, "sm_120": 120}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FORMATS = (torch.contiguous_format, torch.channels_last)
+INSTRUCTIONS = {
+    "wgmma": r"\bwgmma\.mma_async",
+    "tcgen05": r"\btcgen05\.mma",
+    "mma": r"\bmma\.sync",
+    "cp.async": r"\bcp\.async\.c[ag]",
+    "atomics": r"\b(?:red|atom)\.[a-z.]*global",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one kernel at one configuration compiles to.
+
+    Attributes:
+        op: the op whose launcher asked for it.
+        kernel: the Triton function's name.
+        dtype: the op's storage type.
+        configuration: its compile-time constants, warps and stages.
+        registers: of each thread.
+        spill_bytes: of each thread, in local memory.
+        shared_bytes: of each program.
+        instructions: names of `INSTRUCTIONS` that occur.
+        load_bytes: the widest load from global memory, `cp.async` included.
+        atomic_bytes: the widest atomic addition, 0 without any.
+        call: the case that asked for it first.
+    """
+
+    op: str
+    kernel: str
+    dtype: str
+    configuration: str
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    instructions: tuple[str, ...]
+    load_bytes: int
+    atomic_bytes: int
+    call: str
+
+
+def noted(op: str) -> Iterator[tuple[str, torch.dtype, Any]]:
+    """The case, dtype and `Launch` of every launch that forward and backward of an op's layers make."""
+    from cellops.triton._launch import noted_launches
+
+    for case in cases(op, "real", "bench", "full"):
+        for dtype in DTYPES:
+            for memory_format in FORMATS:
+                arguments = case.make(dtype, "meta", memory_format)
+                for deterministic in (False, True):
+                    with noted_launches() as launches:
+                        _call(case, arguments, deterministic)
+                    yield from ((case.name, dtype, launch) for launch in launches)
+
+
+def _call(case: Case, arguments: dict[str, Any], deterministic: bool) -> None:
+    """Forward and backward as the op would call the launchers."""
+    forward, backward = (_backend.triton_launcher(case.op, direction) for direction in ("forward", "backward"))
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        found = forward(**arguments)
+        output, *statistics = found if isinstance(found, tuple) else (found,)
+        given = {**arguments, "grad_output": torch.empty_like(output)}
+        given.update(zip(("mean", "var"), statistics, strict=False))
+        given["wanted"] = [True] * _MOST_TENSORS
+        taken = inspect.signature(backward).parameters
+        backward(**{name: value for name, value in given.items() if name in taken})
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+_MOST_TENSORS = 5
+
+
+def _source(launch: Any) -> tuple[Any, tuple[Any, ...]]:
+    """The launch as Triton's compiler takes it, and what tells it from others."""
+    from triton.compiler import ASTSource
+
+    signature, constants, attributes = {}, dict(launch.constants), {}
+    for index, (name, value) in enumerate(zip(launch.kernel.arg_names, launch.arguments, strict=False)):
+        if isinstance(value, Tensor):
+            signature[name] = f"*{_TYPES[value.dtype]}"
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        elif value is None or value == 1:
+            signature[name], constants[name] = "constexpr", value
+        else:
+            signature[name] = "i64" if value >= 2**31 else "i32"
+            if value % 16 == 0:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+    signature.update(dict.fromkeys(launch.constants, "constexpr"))
+    key = (launch.kernel.__name__, str(signature), str(constants), str(attributes), launch.num_warps, launch.num_stages)
+    return ASTSource(launch.kernel, signature, constants, attributes), key
+
+
+_TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.int64: "i64"}
+
+
+def compile_here(arch: str, ops: tuple[str, ...] = ()) -> Iterator[Row]:
+    """Compile in this process, which must not interpret.
+
+    Args:
+        arch: a key of `CAPABILITIES`.
+        ops: whose kernels; all that have any if empty.
+
+    Raises:
+        RuntimeError: the process has TRITON_INTERPRET=1.
+        ValueError: an unknown architecture.
+    """
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise RuntimeError("a process with TRITON_INTERPRET=1 cannot compile kernels")
+    if arch not in CAPABILITIES:
+        raise ValueError(f"arch must be one of {', '.join(CAPABILITIES)}, got {arch!r}")
+    seen = set()
+    for op in ops or [op for op, backends in _backend.OPS.items() if "triton" in backends]:
+        for call, dtype, launch in noted(op):
+            source, key = _source(launch)
+            if key in seen:
+                continue
+            seen.add(key)
+            yield _compile(arch, op, call, dtype, launch, source)
+
+
+def _compile(arch: str, op: str, call: str, dtype: torch.dtype, launch: Any, source: Any) -> Row:
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True}
+    compiled = triton.compile(source, target=GPUTarget("cuda", CAPABILITIES[arch], 32), options=options)
+    registers, spill_bytes = _resources(compiled.asm["cubin"])
+    ptx = compiled.asm["ptx"]
+    widths = [int(bits) // 8 * int(count or 1) for count, bits in _LOAD.findall(ptx)]
+    widths += [int(size, 0) for size in _ASYNC_LOAD.findall(ptx)]
+    atomics = [int(bits) // 8 * int(count or 1) for count, bits in _ATOMIC.findall(ptx)]
+    constants = [f"{name}={value}" for name, value in launch.constants.items()]
+    return Row(
+        op=op,
+        kernel=launch.kernel.__name__,
+        dtype=str(dtype).removeprefix("torch."),
+        configuration=" ".join([*constants, f"warps={launch.num_warps}", f"stages={launch.num_stages}"]),
+        registers=registers,
+        spill_bytes=spill_bytes,
+        shared_bytes=compiled.metadata.shared,
+        instructions=tuple(name for name, pattern in INSTRUCTIONS.items() if re.search(pattern, ptx)),
+        load_bytes=max(widths, default=0),
+        atomic_bytes=max(atomics, default=0),
+        call=call,
+    )
+
+
+_LOAD = re.compile(r"ld\.global(?:\.[a-z_0-9:]+)*?(?:\.v(\d))?\.[bf](\d+)")
+_ASYNC_LOAD = re.compile(r"cp\.async\.c[ag]\.shared\.global\S* \[[^]]+\], \[[^]]+\], (\w+)")
+_ATOMIC = re.compile(r"(?:red|atom)\.[a-z.]*global[a-z.]*\.add(?:\.noftz)?(?:\.v(\d))?\.f(\d+)")
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """Registers of a thread, and bytes that it spills, as the assembler recorded them."""
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
+    assert found is not None, text
+    return int(found[1]), int(found[2]) + int(found[3])
+
+
+def table(rows: list[Row]) -> str:
+    """The rows as text."""
+    cells = [("kernel", "type", "regs", "spills", "shared", "instructions", "load", "atomic", "configuration", "call")]
+    for row in rows:
+        instructions = " ".join(row.instructions) or "-"
+        numbers = (str(row.registers), str(row.spill_bytes), str(row.shared_bytes))
+        widths = (str(row.load_bytes), str(row.atomic_bytes or "-"))
+        cells.append((row.kernel, row.dtype, *numbers, instructions, *widths, row.configuration, row.call))
+    sizes = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ("  ".join(text.ljust(size) for text, size in zip(cell, sizes, strict=True)) for cell in cells)
+    return "\n".join(map(str.rstrip, lines))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Compile every Triton kernel for one GPU architecture.")
+    parser.add_argument("arch", choices=CAPABILITIES)
+    parser.add_argument("ops", nargs="*")
+    parser.add_argument("--json", action="store_true", help="one JSON list of rows")
+    arguments = parser.parse_args()
+    rows = list(compile_here(arguments.arch, tuple(arguments.ops)))
+    print(json.dumps([asdict(row) for row in rows]) if arguments.json else table(rows))
+    sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()
