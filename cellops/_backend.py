@@ -18,10 +18,10 @@ import torch
 from cellops import _native
 
 OPS: dict[str, tuple[str, ...]] = {
-    "deform_conv2d": ("cpu",),
+    "deform_conv2d": ("cpu", "triton"),
     "offset_sample2d": ("cpu",),
-    "frelu": ("cpu",),
-    "frelu_batch_norm": ("cpu",),
+    "frelu": ("cpu", "triton"),
+    "frelu_batch_norm": ("cpu", "triton"),
     "squeeze_excite": ("cpu", "triton"),
     "eca": ("cpu", "triton"),
     "group_conv1x1": ("cpu",),
