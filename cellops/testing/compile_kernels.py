@@ -20,6 +20,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -29,6 +30,9 @@ from cellops import _backend
 from cellops.testing import Case, cases
 
 CAPABILITIES = {"sm_80": 80, "sm_90": 90, "sm_100": 100, "sm_120": 120}
+LIMITS = {"sm_80": (108, 166912), "sm_90": (132, 232448), "sm_100": (148, 232448), "sm_120": (170, 101376)}
+"""Multiprocessors, and bytes of shared memory that a program may have, of an A100, H200, B200 and RTX 5090."""
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FORMATS = (torch.contiguous_format, torch.channels_last)
 INSTRUCTIONS = {
@@ -71,18 +75,31 @@ class Row:
     call: str
 
 
-def noted(op: str) -> Iterator[tuple[str, torch.dtype, Any]]:
-    """The case, dtype and `Launch` of every launch that forward and backward of an op's layers make."""
-    from cellops.triton._launch import noted_launches
+def noted(op: str, arch: str) -> Iterator[tuple[str, torch.dtype, Any]]:
+    """The case, dtype and `Launch` of every launch that forward and backward of an op's layers make.
+
+    Each layer is called as it is and with 64 times the images, which fills a GPU.
+    """
+    from cellops.triton._launch import Limits, noted_launches
 
     for case in cases(op, "real", "bench", "full"):
-        for dtype in DTYPES:
-            for memory_format in FORMATS:
-                arguments = case.make(dtype, "meta", memory_format)
-                for deterministic in (False, True):
-                    with noted_launches() as launches:
-                        _call(case, arguments, deterministic)
-                    yield from ((case.name, dtype, launch) for launch in launches)
+        drawn = case.make(device="meta")
+        for dtype, memory_format, scale, deterministic in product(DTYPES, FORMATS, (1, 64), (False, True)):
+            arguments = {
+                name: _meta(value, dtype, memory_format, scale if name in ("input", "offset", "mask") else 1)
+                for name, value in drawn.items()
+            }
+            with noted_launches(Limits(*LIMITS[arch])) as launches:
+                _call(case, arguments, deterministic)
+            yield from ((f"{case.name} x{scale}", dtype, launch) for launch in launches)
+
+
+def _meta(value: Any, dtype: torch.dtype, memory_format: torch.memory_format, scale: int) -> Any:
+    """A tensor without data like the value, with `scale` times the images."""
+    if not isinstance(value, Tensor):
+        return value
+    tensor = torch.empty((scale * value.shape[0], *value.shape[1:]), dtype=dtype, device="meta")
+    return tensor.contiguous(memory_format=memory_format) if tensor.dim() == 4 else tensor
 
 
 def _call(case: Case, arguments: dict[str, Any], deterministic: bool) -> None:
@@ -123,7 +140,9 @@ def _source(launch: Any) -> tuple[Any, tuple[Any, ...]]:
             if value % 16 == 0:
                 attributes[(index,)] = [["tt.divisibility", 16]]
     signature.update(dict.fromkeys(launch.constants, "constexpr"))
-    key = (launch.kernel.__name__, str(signature), str(constants), str(attributes), launch.num_warps, launch.num_stages)
+    # Sizes are left out: whether one is 1 or a multiple of 16 makes other code, but no other configuration.
+    types = [kind for name, kind in signature.items() if kind.startswith("*") or constants.get(name, 1) is None]
+    key = (launch.kernel.__name__, *types, str(launch.constants), launch.num_warps, launch.num_stages)
     return ASTSource(launch.kernel, signature, constants, attributes), key
 
 
@@ -147,7 +166,7 @@ def compile_here(arch: str, ops: tuple[str, ...] = ()) -> Iterator[Row]:
         raise ValueError(f"arch must be one of {', '.join(CAPABILITIES)}, got {arch!r}")
     seen = set()
     for op in ops or [op for op, backends in _backend.OPS.items() if "triton" in backends]:
-        for call, dtype, launch in noted(op):
+        for call, dtype, launch in noted(op, arch):
             source, key = _source(launch)
             if key in seen:
                 continue

@@ -234,7 +234,6 @@ def deform_conv2d_backward_input_kernel(
     output_channel_stride,
     output_pixel_stride,
     CONV: tl.constexpr,
-    SEGMENTS: tl.constexpr,
     BLOCKS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_Q: tl.constexpr,

@@ -2,9 +2,9 @@
 
     y[p, o] = bias[o] + sum over taps t, channels c: column[p, t, c] * weight[o, t, c]
 
-No column is ever stored: a program owns BLOCK_P output pixels and BLOCK_O output channels, samples BLOCK_C channels of one
-tap, four corners in 16-byte loads from a channels-last image, blends them in float32, rounds them to the storage type and
-multiplies at once.
+No column is ever stored: a program owns BLOCK_P output pixels and BLOCK_O output channels, samples BLOCK_C channels of
+one tap, four corners in 16-byte loads from a channels-last image, blends them in float32, rounds them to the storage
+type and multiplies at once.
 """
 
 from __future__ import annotations

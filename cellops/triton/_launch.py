@@ -10,7 +10,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+
+class Limits(NamedTuple):
+    """Of a device: how many programs run side by side at least, and the shared memory that one may have."""
+
+    multiprocessors: int
+    shared_bytes: int
+
+
+H200 = Limits(132, 232448)
+
 _notes: list[Launch] | None = None
+_limits_of_notes = H200
 
 
 class Launch(NamedTuple):
@@ -44,20 +55,34 @@ def launch(
 
 
 @contextmanager
-def noted_launches() -> Iterator[list[Launch]]:
-    """A context in which nothing is launched: the launches are listed instead. Tensors may be on "meta"."""
-    global _notes
-    before, _notes = _notes, []
+def noted_launches(limits: Limits = H200) -> Iterator[list[Launch]]:
+    """A context in which nothing is launched: the launches are listed instead. Tensors may be on "meta".
+
+    Args:
+        limits: of the device that the launches are for.
+    """
+    global _notes, _limits_of_notes
+    before, _notes, _limits_of_notes = (_notes, _limits_of_notes), [], limits
     try:
         yield _notes
     finally:
-        _notes = before
+        _notes, _limits_of_notes = before
+
+
+def limits_of(device: torch.device) -> Limits:
+    """The device's limits; an H200's, or the noted ones, where there is no GPU."""
+    return _limits_of_gpu(device) if device.type == "cuda" else _limits_of_notes
 
 
 @cache
+def _limits_of_gpu(device: torch.device) -> Limits:
+    properties = torch.cuda.get_device_properties(device)
+    return Limits(properties.multi_processor_count, properties.shared_memory_per_block_optin)
+
+
 def multiprocessors(device: torch.device) -> int:
-    """How many programs the device runs side by side at least; an H200's number where there is no GPU."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+    """How many programs the device runs side by side at least."""
+    return limits_of(device).multiprocessors
 
 
 def needs_int64(*tensors: Tensor | None) -> bool:

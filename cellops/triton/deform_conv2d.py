@@ -1,10 +1,11 @@
 """Deformable convolution in Triton: what is launched, with which blocks. The kernels are in `_deform_conv2d_*.py`.
 
-With P = N * OH * OW output pixels and E bytes an element, forward does 2 * P * O * C/G * taps operations in products and
-about 8 * P * C * taps in blending. It must move E * (N*C*H*W + P*O + 3 * P * taps * D + weight) bytes; it reads four
-corners for every sample, 4 * E * P * taps * C bytes, nearly all of which hit the caches, once for every BLOCK_O output
-channels. At 32,64,56,64 in bfloat16 that is 7.4 GFLOP of products and 32 MB, 8 us at 4.3 TB/s and 10 us at 780 TFLOP/s, beside
-462 MB through the first-level caches: 17 us at 128 bytes a clock for each multiprocessor of an H200, which is the bound.
+With P = N * OH * OW output pixels and E bytes an element, forward does 2 * P * O * C/G * taps operations in products
+and about 8 * P * C * taps in blending. It must move E * (N*C*H*W + P*O + 3 * P * taps * D + weight) bytes; it reads
+four corners for every sample, 4 * E * P * taps * C bytes, nearly all of which hit the caches, once for every BLOCK_O
+output channels. At 32,64,56,64 in bfloat16 that is 7.4 GFLOP of products, 10 us at 780 TFLOP/s, and 31 MB, 7 us at
+4.3 TB/s, beside 462 MB through the first-level caches, 16 us at 128 bytes a clock (1.7 GHz) for each of an H200's 132
+multiprocessors: the caches are the bound.
 Backward multiplies twice as much, gathers twice (for the weight, and for offset and mask) and adds four corners for
 every sample to the input's gradient in float32: 925 MB of additions at the L2 cache, the bound of backward there.
 """
@@ -25,7 +26,16 @@ from cellops.triton._deform_conv2d_backward import (
     deform_conv2d_backward_weight_kernel,
 )
 from cellops.triton._deform_conv2d_forward import deform_conv2d_depthwise_forward_kernel, deform_conv2d_forward_kernel
-from cellops.triton._launch import ceil_div, dot_precision, launch, multiprocessors, needs_int64, power_of_2
+from cellops.triton._launch import (
+    Limits,
+    ceil_div,
+    dot_precision,
+    launch,
+    limits_of,
+    multiprocessors,
+    needs_int64,
+    power_of_2,
+)
 
 SCRATCH_BYTES = 4 << 20
 """Images that must be copied (NCHW ones, and float32 gradients of others) are taken this many bytes at a time."""
@@ -48,36 +58,43 @@ class Blocks(NamedTuple):
 
 
 @cache
-def forward_blocks(count: int, group_out: int, segment: int, element_size: int, multiprocessors: int) -> Blocks:
+def forward_blocks(count: int, group_out: int, segment: int, element_size: int, limits: Limits) -> Blocks:
     """As many output channels as there are, up to 256: the input is sampled again for each further block of them.
+
+    128 pixels where that fills the device. Two stages of four corners of 128 x 64 half-type channels take 128 KiB of
+    shared memory: half as many channels where a program may not have that much.
 
     Args:
         count: output pixels.
         group_out: output channels of a group.
         segment: input channels that share a group and an offset group.
         element_size: bytes of the storage type.
-        multiprocessors: of the device.
+        limits: of the device.
     """
-    block_o = power_of_2(group_out, 16, 256 if element_size == 2 else 128)
-    block_c = power_of_2(segment, 16, 64 if element_size == 2 else 32)
-    wide = block_o <= 128 and ceil_div(count, 128) >= multiprocessors
-    return Blocks(128 if wide else 64, block_o, block_c, 8, 2)
+    small = limits.shared_bytes < 160 << 10
+    block_o = power_of_2(group_out, 16, 256 if element_size == 2 and not small else 128)
+    block_c = power_of_2(segment, 16, 128 // element_size // (2 if small else 1))
+    wide = block_o <= 128 and ceil_div(count, 128) >= limits.multiprocessors
+    return _blocks(128 if wide or block_c == 16 else 64, block_o, block_c)
 
 
 @cache
 def backward_blocks(group_out: int, segment: int, element_size: int) -> Blocks:
     """Blocks of the gradients to input, offset and mask: a tile of gradients, four corners and their sums at a time."""
-    block_c = power_of_2(segment, 16, 64 if element_size == 2 else 32)
-    return Blocks(64, power_of_2(group_out, 16, 64 if element_size == 2 else 32), block_c, 8, 2)
+    block_c = power_of_2(segment, 16, 128 // element_size)
+    return _blocks(128 if block_c == 16 else 64, power_of_2(group_out, 16, 128 // element_size), block_c)
 
 
 @cache
 def weight_blocks(group_out: int, segment: int, element_size: int) -> Blocks:
-    """Blocks of the gradient to the weight, with as many output channels as forward has."""
-    block_o = power_of_2(group_out, 16, 128 if element_size == 2 else 64)
-    return Blocks(
-        64 if element_size == 2 else 32, block_o, power_of_2(segment, 16, 64 if element_size == 2 else 32), 8, 2
-    )
+    """Blocks of the gradient to the weight; the samples are taken again for each further block of output channels."""
+    block_c, block_o = power_of_2(segment, 16, 128 // element_size), power_of_2(group_out, 16, 256 // element_size)
+    return _blocks((256 if block_c == 16 else 128) // element_size, block_o, block_c)
+
+
+def _blocks(p: int, o: int, c: int) -> Blocks:
+    """Four warps for 2048 gathered elements, 16 bytes of a corner for each thread; eight for more, or they spill."""
+    return Blocks(p, o, c, 4 if p * c <= 2048 and o <= 64 else 8, 2)
 
 
 class _Geometry(NamedTuple):
@@ -187,8 +204,7 @@ def _forward(tensors: tuple[Tensor | None, ...], geometry: _Geometry) -> None:
         blocks = {"BLOCK_P": block_p, "BLOCK_O": block_o}
         launch(deform_conv2d_depthwise_forward_kernel, grid, *tensors, *geometry.sizes, **blocks, **geometry.constants)
         return
-    processors = multiprocessors(input.device)
-    blocks = forward_blocks(geometry.count, group_out, segment, input.element_size(), processors)
+    blocks = forward_blocks(geometry.count, group_out, segment, input.element_size(), limits_of(input.device))
     launch(
         deform_conv2d_forward_kernel,
         (ceil_div(geometry.count, blocks.p), geometry.groups * ceil_div(group_out, blocks.o)),
@@ -282,7 +298,7 @@ def _grad_input(tensors: tuple[Tensor | None, ...], geometry: _Geometry) -> None
     grad_input = tensors[-1]
     batch, _, height, width = grad_input.shape
     blocks = backward_blocks(geometry.group_out, geometry.segment, grad_input.element_size())
-    block_c, block_q = min(blocks.c, 32), 64
+    block_c, block_q = min(blocks.c, 32), 64  # with 64 samples and eight warps: more of either spills
     segment_blocks = ceil_div(geometry.segment, block_c)
     launch(
         deform_conv2d_backward_input_kernel,
@@ -291,15 +307,14 @@ def _grad_input(tensors: tuple[Tensor | None, ...], geometry: _Geometry) -> None
         *_strides(grad_input)[1:],
         *geometry.sizes,
         **geometry.constants,
-        SEGMENTS=1,
         BLOCKS=segment_blocks,
-        BLOCK_P=blocks.p,
+        BLOCK_P=64,
         BLOCK_Q=block_q,
         BLOCK_O=blocks.o,
         BLOCK_C=block_c,
         DEPTHWISE=geometry.depthwise,
         PRECISION=dot_precision(),
-        **blocks.compiled,
+        num_warps=8,
     )
 
 
