@@ -19,13 +19,13 @@ from cellops import _native
 
 OPS: dict[str, tuple[str, ...]] = {
     "deform_conv2d": ("cpu", "triton"),
-    "offset_sample2d": ("cpu",),
+    "offset_sample2d": ("cpu", "triton"),
     "frelu": ("cpu", "triton"),
     "frelu_batch_norm": ("cpu", "triton"),
     "squeeze_excite": ("cpu", "triton"),
     "eca": ("cpu", "triton"),
-    "group_conv1x1": ("cpu",),
-    "group_conv1x1_batch_norm": ("cpu",),
+    "group_conv1x1": ("cpu", "triton"),
+    "group_conv1x1_batch_norm": ("cpu", "triton"),
     "spatial_attention": ("cpu",),
 }
 """The kernels each op has, the preferred of a device first. Every op has the reference beside them."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -34,7 +35,7 @@ class Tiles(NamedTuple):
     """How the pixels of all images are cut up: for kernels that map them, and for kernels that sum over them."""
 
     channels: int
-    count: int  # pixels of all images
+    total: int  # pixels of all images
     image_pixels: int
     image_elements: int
     channel_stride: int
@@ -48,7 +49,7 @@ class Tiles(NamedTuple):
     @property
     def sizes(self) -> tuple[int, ...]:
         """The kernels' arguments in order."""
-        return self.channels, self.count, self.image_pixels, self.image_elements, self.channel_stride, self.pixel_stride
+        return self.channels, self.total, self.image_pixels, self.image_elements, self.channel_stride, self.pixel_stride
 
     @property
     def constants(self) -> dict[str, int]:
@@ -57,7 +58,7 @@ class Tiles(NamedTuple):
     @property
     def grid(self) -> tuple[int, int]:
         """A program for each tile."""
-        return ceil_div(self.count, self.block_p), ceil_div(self.channels, self.block_c)
+        return ceil_div(self.total, self.block_p), ceil_div(self.channels, self.block_c)
 
     @property
     def part_grid(self) -> tuple[int, int]:
@@ -84,7 +85,7 @@ def tiles(image: Tensor, elements: int = 1024) -> Tiles:
     part_pixels = max(part_blocks, 1) * block_p
     return Tiles(
         channels=channels,
-        count=count,
+        total=count,
         image_pixels=pixels,
         image_elements=channels * pixels,
         channel_stride=strides[0],
@@ -95,3 +96,19 @@ def tiles(image: Tensor, elements: int = 1024) -> Tiles:
         parts=ceil_div(count, part_pixels),
         part_pixels=part_pixels,
     )
+
+
+def combined_statistics(means: Tensor, squares: Tensor, total: int, part_pixels: int) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each channel from those of the parts.
+
+    Args:
+        means: [parts, C] float32.
+        squares: [parts, C] float32, sums of squared distances from the part's mean.
+        total: pixels of all parts.
+        part_pixels: pixels of each but the last.
+    """
+    starts = torch.arange(means.shape[0], device=means.device).unsqueeze(1) * part_pixels
+    sizes = (total - starts).clamp(max=part_pixels)
+    mean = (means * sizes).sum(0) / total if total else means.sum(0) / 0
+    variance = (squares + (means - mean).square() * sizes).sum(0) / max(total, 1)
+    return mean, variance if total else mean

@@ -102,7 +102,7 @@ class _Geometry(NamedTuple):
 
     sizes: tuple[int, ...]
     conv: tuple[int, ...]
-    count: int
+    total: int  # output pixels
     groups: int
     offset_groups: int
     group_in: int
@@ -200,14 +200,14 @@ def _forward(tensors: tuple[Tensor | None, ...], geometry: _Geometry) -> None:
     if geometry.depthwise:
         block_o = power_of_2(segment * group_out, 16, 64)
         block_p = 2048 // block_o
-        grid = (ceil_div(geometry.count, block_p), geometry.offset_groups * ceil_div(segment * group_out, block_o))
-        blocks = {"BLOCK_P": block_p, "BLOCK_O": block_o}
-        launch(deform_conv2d_depthwise_forward_kernel, grid, *tensors, *geometry.sizes, **blocks, **geometry.constants)
+        grid = (ceil_div(geometry.total, block_p), geometry.offset_groups * ceil_div(segment * group_out, block_o))
+        constants = {"BLOCK_P": block_p, "BLOCK_O": block_o, **geometry.constants}
+        launch(deform_conv2d_depthwise_forward_kernel, grid, *tensors, *geometry.sizes, **constants)
         return
-    blocks = forward_blocks(geometry.count, group_out, segment, input.element_size(), limits_of(input.device))
+    blocks = forward_blocks(geometry.total, group_out, segment, input.element_size(), limits_of(input.device))
     launch(
         deform_conv2d_forward_kernel,
-        (ceil_div(geometry.count, blocks.p), geometry.groups * ceil_div(group_out, blocks.o)),
+        (ceil_div(geometry.total, blocks.p), geometry.groups * ceil_div(group_out, blocks.o)),
         *tensors,
         *geometry.sizes,
         **geometry.constants,
@@ -278,7 +278,7 @@ def _grad_data(tensors: tuple[Tensor | None, ...], geometry: _Geometry) -> None:
     blocks = backward_blocks(geometry.group_out, geometry.segment, tensors[1].element_size())
     launch(
         deform_conv2d_backward_data_kernel,
-        (ceil_div(geometry.count, blocks.p), geometry.taps * geometry.offset_groups),
+        (ceil_div(geometry.total, blocks.p), geometry.taps * geometry.offset_groups),
         *tensors,
         *geometry.sizes,
         **geometry.constants,
@@ -328,8 +328,8 @@ def _grad_weight(
     programs = geometry.taps * out_blocks * geometry.channels // geometry.segment * segment_blocks
     size = geometry.groups * geometry.group_out * geometry.taps * geometry.group_in
     parts = max(min(ceil_div(2 * multiprocessors(input.device), programs), 2 * SCRATCH_BYTES // (4 * size)), 1)
-    part_pixels = ceil_div(ceil_div(geometry.count, parts), blocks.p) * blocks.p
-    parts = ceil_div(geometry.count, part_pixels) if part_pixels else 0
+    part_pixels = ceil_div(ceil_div(geometry.total, parts), blocks.p) * blocks.p
+    parts = ceil_div(geometry.total, part_pixels) if part_pixels else 0
     rows = geometry.groups * geometry.group_out
     grad_weights = torch.empty(parts, rows, size // rows, dtype=torch.float32, device=input.device)
     launch(

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from cellops.triton._launch import launch, power_of_2
 from cellops.triton._numerics import narrow
-from cellops.triton._pixels import Tiles, channel_values, pixel_elements, tiles
+from cellops.triton._pixels import Tiles, channel_values, combined_statistics, pixel_elements, tiles
 
 
 @triton.jit
@@ -334,17 +334,8 @@ def frelu_batch_norm_forward_triton(
     sizes = (layout.part_pixels, *_sizes(input, layout))
     tensors = (input, weight, means, squares)
     launch(frelu_statistics_kernel, layout.part_grid, *tensors, *sizes, K=weight.shape[2], **layout.constants)
-    mean, variance = combined_statistics(means, squares, layout)
+    mean, variance = combined_statistics(means, squares, layout.total, layout.part_pixels)
     return _forward(input, weight, mean, (variance + eps).rsqrt(), gamma, beta), mean, variance
-
-
-def combined_statistics(means: Tensor, squares: Tensor, layout: Tiles) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance [C] from those of the parts, [parts, C]."""
-    starts = torch.arange(layout.parts, device=means.device).unsqueeze(1) * layout.part_pixels
-    sizes = (layout.count - starts).clamp(max=layout.part_pixels)
-    mean = (means * sizes).sum(0) / layout.count if layout.count else means.sum(0) / 0
-    variance = (squares + (means - mean).square() * sizes).sum(0) / max(layout.count, 1)
-    return mean, variance if layout.count else mean
 
 
 def _sums(arguments: tuple[Tensor | None, ...], layout: Tiles) -> tuple[Tensor, Tensor]:
@@ -414,5 +405,5 @@ def frelu_batch_norm_backward_triton(
     layout = tiles(input)
     arguments = (grad_output, input, weight, mean, (var + eps).rsqrt(), gamma, beta)
     grad_beta, grad_gamma = _sums(arguments, layout)
-    count = max(layout.count, 1)
+    count = max(layout.total, 1)
     return *_convolution(arguments, grad_beta / count, grad_gamma / count, layout), grad_gamma, grad_beta
