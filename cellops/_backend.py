@@ -26,7 +26,7 @@ OPS: dict[str, tuple[str, ...]] = {
     "eca": ("cpu", "triton"),
     "group_conv1x1": ("cpu", "triton"),
     "group_conv1x1_batch_norm": ("cpu", "triton"),
-    "spatial_attention": ("cpu",),
+    "spatial_attention": ("cpu", "triton"),
 }
 """The kernels each op has, the preferred of a device first. Every op has the reference beside them."""
 

@@ -1,7 +1,8 @@
 """Grouped 1x1 convolution with what follows it, in Triton: y = shuffle(act(gamma * n + beta)).
 
-n = (z - mean) / deviation and z = conv(x, weight), group by group; the call without statistics has mean 0 and deviation 1. z is never stored: every
-kernel multiplies again, 2 * C/G operations for each output, which the tensor cores do far faster than memory delivers.
+n = (z - mean) / deviation and z = conv(x, weight), group by group; the call without statistics has mean 0 and deviation
+1. z is never stored: every kernel multiplies again, 2 * C/G operations for each output, which the tensor cores do far
+faster than memory delivers.
 
 Passes over memory for x of B bytes and y of as many (bound on an H200: passes * B / 4.3 TB/s):
     forward                     2: read x, write y; that is the floor
@@ -48,7 +49,7 @@ class _Geometry(NamedTuple):
 
 
 def _geometry(input: Tensor, weight: Tensor, groups: int) -> _Geometry:
-    """Tiles of 64 pixels, and of a group's channels up to 64: 16-byte loads where a group has 8 of a half type."""
+    """Tiles of 64 or 128 pixels, and of a group's channels up to 64: 16-byte loads where a group has 8 of a half type."""
     batch, channels, height, width = input.shape
     out_channels, group_in, pixels = weight.shape[0], weight.shape[1], height * width
     group_out = out_channels // groups
@@ -57,7 +58,7 @@ def _geometry(input: Tensor, weight: Tensor, groups: int) -> _Geometry:
     else:
         strides = (1, channels, 1, out_channels)
     block_o, block_c = power_of_2(group_out, 16, 64), power_of_2(group_in, 16, 64)
-    block_p = 128 if max(block_o, block_c) <= 32 else 64
+    block_p = 128 if max(block_o, block_c) <= 32 and input.element_size() == 2 else 64  # more of float32 spills
     wide = needs_int64(input) or batch * out_channels * pixels >= 2**31
     return _Geometry(
         sizes=(batch * pixels, pixels, channels, out_channels, groups, group_in, group_out, *strides),
@@ -89,7 +90,7 @@ def _forward(
     memory_format = torch.contiguous_format if input.is_contiguous() else torch.channels_last
     output = torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=memory_format)
     grid = (ceil_div(geometry.total, geometry.block_p), geometry.out_blocks)
-    settings = {"ACTIVATION": activation, "SHUFFLE": shuffle}
+    settings: dict[str, Any] = {"ACTIVATION": activation, "SHUFFLE": shuffle}
     launch(group_conv1x1_forward_kernel, grid, *tensors, output, *geometry.sizes, **settings, **geometry.constants)
     return output
 

@@ -108,10 +108,10 @@ def offset_sample2d_forward_kernel(
     plane = channel[:, None] * channel_stride + (image * image_elements)[None, :]
     y = tl.where(known, 0.0, float("nan"))
     for corner in tl.static_range(4):
-        DOWN: tl.constexpr = corner // 2
-        RIGHT: tl.constexpr = corner % 2
-        value, _, _ = _corner(input, plane, valid, top + DOWN, left + RIGHT, height, width, pixel_stride, WIDE)
-        y += value * (below if DOWN else 1 - below) * (right if RIGHT else 1 - right)
+        value, _, _ = _corner(
+            input, plane, valid, top + corner // 2, left + corner % 2, height, width, pixel_stride, WIDE
+        )
+        y += value * (below if corner // 2 else 1 - below) * (right if corner % 2 else 1 - right)
     tl.store(output + channel[:, None] * channel_stride + place[None, :], narrow(y, output.dtype.element_ty), valid)
 
 
@@ -155,14 +155,12 @@ def offset_sample2d_backward_kernel(
     grad_y = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
     grad_x = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
     for corner in tl.static_range(4):
-        DOWN: tl.constexpr = corner // 2
-        RIGHT: tl.constexpr = corner % 2
         value, element, inside = _corner(
-            input, plane, valid & known, top + DOWN, left + RIGHT, height, width, pixel_stride, WIDE
+            input, plane, valid & known, top + corner // 2, left + corner % 2, height, width, pixel_stride, WIDE
         )
-        weight_y, weight_x = (below if DOWN else 1 - below), (right if RIGHT else 1 - right)
-        grad_y += grad * value * weight_x * (2 * DOWN - 1)
-        grad_x += grad * value * weight_y * (2 * RIGHT - 1)
+        weight_y, weight_x = (below if corner // 2 else 1 - below), (right if corner % 2 else 1 - right)
+        grad_y += grad * value * weight_x * (corner // 2 * 2 - 1)
+        grad_x += grad * value * weight_y * (corner % 2 * 2 - 1)
         if grad_input is not None:
             tl.atomic_add(grad_input + element, grad * weight_y * weight_x, inside, sem="relaxed")
     if grad_offset is not None:
