@@ -49,7 +49,7 @@ class _Geometry(NamedTuple):
 
 
 def _geometry(input: Tensor, weight: Tensor, groups: int) -> _Geometry:
-    """Tiles of 64 or 128 pixels, and of a group's channels up to 64: 16-byte loads where a group has 8 of a half type."""
+    """Tiles of 64 or 128 pixels and up to 64 channels of a group: 16-byte loads where it has 8 of a half type."""
     batch, channels, height, width = input.shape
     out_channels, group_in, pixels = weight.shape[0], weight.shape[1], height * width
     group_out = out_channels // groups
@@ -58,7 +58,7 @@ def _geometry(input: Tensor, weight: Tensor, groups: int) -> _Geometry:
     else:
         strides = (1, channels, 1, out_channels)
     block_o, block_c = power_of_2(group_out, 16, 64), power_of_2(group_in, 16, 64)
-    block_p = 128 if max(block_o, block_c) <= 32 and input.element_size() == 2 else 64  # more of float32 spills
+    block_p = 128 if max(block_o, block_c) <= 32 and input.element_size() == 2 else 64  # 128 of float32 spill
     wide = needs_int64(input) or batch * out_channels * pixels >= 2**31
     return _Geometry(
         sizes=(batch * pixels, pixels, channels, out_channels, groups, group_in, group_out, *strides),

@@ -1,7 +1,7 @@
 """Spatial attention in Triton: y = x * sigmoid(conv(source) + bias), source = x, or x's maximum and mean over channels.
 
 A program owns some pixels and all of their channels: it finds their scale, then scales, so that what the scale was
-found from is still in the caches. Maps of one number for each pixel, in float32, are all that is stored between kernels.
+found from is still in the caches. Maps of one number for each pixel, in float32, are all that is stored between them.
 
 Passes over memory for a tensor of B bytes (bound on an H200: passes * B / 4.3 TB/s; 2 * k * k operations an element):
     forward, "conv"     2: read x, write y, the floor; for k > 1 the neighbours come from the caches
@@ -223,7 +223,7 @@ def spatial_attention_backward_input_kernel(
     height, width, channels, count, image_pixels, image_elements, channel_stride, pixel_stride,
     K: tl.constexpr, POOL: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """grad_input = grad_output * scale + the transposed convolution of grad_logits, through maximum and mean if pooled."""
+    """grad_input = grad_output * scale + the transposed convolution of grad_logits, through the pooling if there is."""
     index = tl.program_id(0).to(tl.int64 if WIDE else tl.int32) * BLOCK_P + tl.arange(0, BLOCK_P)
     exists, pixel, place = pixel_elements(index, count, image_pixels, image_elements, pixel_stride, WIDE)
     scale = tl.load(scales + index, exists, 0.0)
