@@ -17,6 +17,11 @@ class Limits(NamedTuple):
     multiprocessors: int
     shared_bytes: int
 
+    @property
+    def small(self) -> bool:
+        """Not of the H100's or B200's kind: less shared memory, and products that are fed from registers."""
+        return self.shared_bytes < 200 << 10
+
 
 H200 = Limits(132, 232448)
 

@@ -62,7 +62,7 @@ def forward_blocks(count: int, group_out: int, segment: int, element_size: int, 
     """As many output channels as there are, up to 256: the input is sampled again for each further block of them.
 
     128 pixels where that fills the device. Two stages of four corners of 128 x 64 half-type channels take 128 KiB of
-    shared memory: half as many channels where a program may not have that much.
+    shared memory: half as many channels on small devices, where they would spill besides.
 
     Args:
         count: output pixels.
@@ -71,18 +71,19 @@ def forward_blocks(count: int, group_out: int, segment: int, element_size: int, 
         element_size: bytes of the storage type.
         limits: of the device.
     """
-    small = limits.shared_bytes < 160 << 10
-    block_o = power_of_2(group_out, 16, 256 if element_size == 2 and not small else 128)
-    block_c = power_of_2(segment, 16, 128 // element_size // (2 if small else 1))
+    block_o = power_of_2(group_out, 16, 256 if element_size == 2 and not limits.small else 128)
+    block_c = power_of_2(segment, 16, (64 if limits.small else 128) // element_size)
     wide = block_o <= 128 and ceil_div(count, 128) >= limits.multiprocessors
     return _blocks(128 if wide or block_c == 16 else 64, block_o, block_c)
 
 
 @cache
-def backward_blocks(group_out: int, segment: int, element_size: int) -> Blocks:
+def backward_blocks(group_out: int, segment: int, element_size: int, limits: Limits) -> Blocks:
     """Blocks of the gradients to input, offset and mask: a tile of gradients, four corners and their sums at a time."""
-    block_c = power_of_2(segment, 16, 128 // element_size)
-    return _blocks(128 if block_c == 16 else 64, power_of_2(group_out, 16, 128 // element_size), block_c)
+    block_c = power_of_2(segment, 16, (64 if limits.small else 128) // element_size)
+    block_p = 128 if block_c == 16 and not limits.small else 64
+    blocks = _blocks(block_p, power_of_2(group_out, 16, 128 // element_size), block_c)
+    return blocks._replace(num_warps=8) if limits.small else blocks
 
 
 @cache
@@ -275,7 +276,9 @@ def deform_conv2d_backward_triton(
 
 def _grad_data(tensors: tuple[Tensor | None, ...], geometry: _Geometry) -> None:
     """Gradients to offset and mask, and to the input by atomics."""
-    blocks = backward_blocks(geometry.group_out, geometry.segment, tensors[1].element_size())
+    blocks = backward_blocks(
+        geometry.group_out, geometry.segment, tensors[1].element_size(), limits_of(tensors[1].device)
+    )
     launch(
         deform_conv2d_backward_data_kernel,
         (ceil_div(geometry.total, blocks.p), geometry.taps * geometry.offset_groups),
@@ -297,8 +300,10 @@ def _grad_input(tensors: tuple[Tensor | None, ...], geometry: _Geometry) -> None
     """The gradient to the input without atomics."""
     grad_input = tensors[-1]
     batch, _, height, width = grad_input.shape
-    blocks = backward_blocks(geometry.group_out, geometry.segment, grad_input.element_size())
-    block_c, block_q = min(blocks.c, 32), 64  # with 64 samples and eight warps: more of either spills
+    blocks = backward_blocks(
+        geometry.group_out, geometry.segment, grad_input.element_size(), limits_of(grad_input.device)
+    )
+    block_c, block_q = 32, 64  # with 64 samples and eight warps: more of either spills
     segment_blocks = ceil_div(geometry.segment, block_c)
     launch(
         deform_conv2d_backward_input_kernel,
