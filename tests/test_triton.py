@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import INTERPRETER_ERROR
 from torch import Tensor
 
 from cellops import _backend
@@ -20,7 +21,10 @@ from cellops.reference.frelu import frelu_batch_norm as reference_frelu_batch_no
 from cellops.testing import Case, assert_close_to_reference, cases, forward_and_gradients, to_dtype
 from cellops.testing._compile_kernels import LIMITS, noted
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
+    pytest.mark.skipif(INTERPRETER_ERROR is not None and not torch.cuda.is_available(), reason=str(INTERPRETER_ERROR)),
+]
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is not used beside a GPU")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
