@@ -82,8 +82,9 @@ def backward_blocks(group_out: int, segment: int, element_size: int, limits: Lim
     """Blocks of the gradients to input, offset and mask: a tile of gradients, four corners and their sums at a time."""
     block_c = power_of_2(segment, 16, (64 if limits.small else 128) // element_size)
     block_p = 128 if block_c == 16 and not limits.small else 64
-    blocks = _blocks(block_p, power_of_2(group_out, 16, 128 // element_size), block_c)
-    return blocks._replace(num_warps=8) if limits.small else blocks
+    block_o = power_of_2(group_out, 16, (64 if limits.small else 128) // element_size)
+    blocks = _blocks(block_p, block_o, block_c)
+    return blocks._replace(num_warps=8) if limits.small and block_c * block_o > 256 else blocks
 
 
 @cache
