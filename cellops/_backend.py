@@ -6,26 +6,27 @@ runs or raises its recorded reason, it never falls back.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import warnings
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from cellops import _native
 
 OPS: dict[str, tuple[str, ...]] = {
-    "deform_conv2d": ("cpu",),
-    "offset_sample2d": ("cpu",),
-    "frelu": ("cpu",),
-    "frelu_batch_norm": ("cpu",),
-    "squeeze_excite": ("cpu",),
-    "eca": ("cpu",),
-    "group_conv1x1": ("cpu",),
-    "group_conv1x1_batch_norm": ("cpu",),
-    "spatial_attention": ("cpu",),
+    "deform_conv2d": ("cpu", "triton"),
+    "offset_sample2d": ("cpu", "triton"),
+    "frelu": ("cpu", "triton"),
+    "frelu_batch_norm": ("cpu", "triton"),
+    "squeeze_excite": ("cpu", "triton"),
+    "eca": ("cpu", "triton"),
+    "group_conv1x1": ("cpu", "triton"),
+    "group_conv1x1_batch_norm": ("cpu", "triton"),
+    "spatial_attention": ("cpu", "triton"),
 }
 """The kernels each op has, the preferred of a device first. Every op has the reference beside them."""
 
@@ -99,13 +100,34 @@ def why_not(
     dtypes = tuple(_native.DTYPE_CODES) if backend == "cpu" else _GPU_DTYPES
     if dtype not in dtypes:
         return RuntimeError(f"its dtypes are {', '.join(map(_short, dtypes))}")
-    if backend == "triton" and importlib.util.find_spec("triton") is None:
-        return ImportError("triton is not installed")
+    if backend == "triton" and (missing := _why_no_triton()) is not None:
+        return ImportError(missing)
     if backend in ("cpu", "cuda") and _native.error is not None:
         return ImportError(str(_native.error))
     if backend == "cuda" and (built := _native.library().build_info()["cuda"]).startswith("off"):
         return RuntimeError(f"the library was built without CUDA ({built})")
     return RuntimeError(refused) if refused else None
+
+
+def triton_launcher(op: str, direction: str) -> Any:
+    """`<op>_<direction>_triton` of `cellops/triton/<op>.py`, which is imported when it is first asked for.
+
+    Args:
+        op: its name; "<op>_batch_norm" is found in the op's own file.
+        direction: "forward" or "backward".
+    """
+    module = importlib.import_module(f"cellops.triton.{op.removesuffix('_batch_norm')}")
+    return getattr(module, f"{op}_{direction}_triton")
+
+
+def _why_no_triton() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    try:
+        importlib.import_module("triton.language")
+    except Exception as error:  # a broken installation may raise anything, and must not break the other backends
+        return f"triton cannot be imported: {type(error).__name__}: {error}"
+    return None
 
 
 _WRONG_DEVICE = {

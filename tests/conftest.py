@@ -2,6 +2,8 @@
 
 import os
 from collections.abc import Iterator
+from importlib.metadata import version
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -9,8 +11,19 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is imported, so before cellops
 
+import numpy
+
 import cellops
 from cellops import _native
+
+INTERPRETER_ERROR = (
+    "the interpreter of Triton 3.6 needs numpy < 2.4: it makes integers of arrays with one element"
+    if find_spec("triton") is not None
+    and version("triton").startswith("3.6.")
+    and tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4)
+    else None
+)
+"""Why Triton's interpreter cannot run here, or None."""
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 

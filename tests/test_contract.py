@@ -6,6 +6,7 @@ import functools
 
 import pytest
 import torch
+from conftest import INTERPRETER_ERROR
 from torch import Tensor
 
 from cellops import _backend, _native
@@ -20,6 +21,10 @@ from cellops.testing import (
 
 FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _native.DTYPE_CODES}
+
+INTERPRETED_ELEMENTS = 2000
+INTERPRETED = (("float32", "nchw"), ("bfloat16", "channels_last"))
+"""What Triton's interpreter runs by default; larger cases and the other types and layouts are marked slow."""
 
 SECOND_ORDER = (
     "plain",
@@ -42,8 +47,12 @@ def rows(
     names: tuple[str, ...] = (),
     dtypes: tuple[str, ...] = tuple(DTYPES),
     formats: tuple[str, ...] = tuple(FORMATS),
+    once: bool = False,
 ) -> list:
-    """Case x backend x dtype x memory format; a backend that cannot run here is skipped with its reason."""
+    """Case x backend x dtype x memory format; a backend that cannot run here is skipped with its reason.
+
+    With `once`, everything that Triton's interpreter runs is marked slow: another test has run the case already.
+    """
     found = []
     for case in cases(None, *tags):
         if names and case.name not in names:
@@ -52,10 +61,15 @@ def rows(
             device = "cuda" if backend == "cuda" or (backend == "triton" and torch.cuda.is_available()) else "cpu"
             for dtype in dtypes:
                 reason = _backend.why_not(backend, case.op, device, DTYPES[dtype])
+                if backend == "triton" and device == "cpu":
+                    reason = reason or INTERPRETER_ERROR
                 marks = [pytest.mark.skip(reason=str(reason))] if reason else []
                 for layout in formats:
                     name = f"{case}-{backend}-{dtype}-{layout}"
-                    found.append(pytest.param(case, backend, device, dtype, layout, marks=marks, id=name))
+                    interpreted = backend == "triton" and device == "cpu"
+                    slow = interpreted and (case.elements > INTERPRETED_ELEMENTS or (dtype, layout) not in INTERPRETED)
+                    more = [*marks, pytest.mark.slow] if slow or (interpreted and once) else marks
+                    found.append(pytest.param(case, backend, device, dtype, layout, marks=more, id=name))
     return found
 
 
@@ -98,7 +112,7 @@ def test_real_size(case: Case, backend: str, device: str, dtype: str, layout: st
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
 @pytest.mark.parametrize(
-    ("case", "backend", "device", "dtype", "layout"), rows("small", dtypes=("float32",), formats=("nchw",))
+    ("case", "backend", "device", "dtype", "layout"), rows("small", dtypes=("float32",), formats=("nchw",), once=True)
 )
 def test_other_values(case: Case, backend: str, device: str, dtype: str, layout: str, seed: int) -> None:
     arguments = case.make(DTYPES[dtype], device, FORMATS[layout], seed)
@@ -139,7 +153,7 @@ def non_contiguous(tensor: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", ["input", "offset", "weight", "bias", "mask"])
 @pytest.mark.parametrize(
     ("case", "backend", "device", "dtype", "layout"),
-    rows("small", names=("plain", "crossed_groups", "depthwise"), dtypes=("float32",), formats=("nchw",)),
+    rows("small", names=("plain", "crossed_groups", "depthwise"), dtypes=("float32",), formats=("nchw",), once=True),
 )
 def test_non_contiguous(case: Case, backend: str, device: str, dtype: str, layout: str, name: str) -> None:
     arguments = case.make(DTYPES[dtype], device)

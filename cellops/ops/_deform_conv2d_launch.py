@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cellops import _backend, _native
-from cellops.ops._registration import autocast_disabled, expect
+from cellops.ops._registration import autocast_disabled, device_of, expect
 from cellops.reference import deform_conv2d as reference
 
 Shape = Sequence[int]
@@ -118,7 +118,8 @@ def check_devices(input: Tensor, **others: Tensor | None) -> None:
 class _Plan(NamedTuple):
     """All that a launch needs to know of a configuration, found once for all its calls."""
 
-    params: Any  # _C.DeformConv2dParams, None where the reference runs
+    backend: str
+    params: Any  # _C.DeformConv2dParams, None where another backend runs
     output_shape: tuple[int, int, int, int]
     output_strides: tuple[int, ...]
     memory_format: torch.memory_format
@@ -158,7 +159,7 @@ def _plan(
     memory_format = torch.channels_last if layouts[0] else torch.contiguous_format
     strides = torch.empty(sizes.output, device="meta", memory_format=memory_format).stride()
     if backend != "cpu":
-        return _Plan(None, sizes.output, strides, memory_format, config)
+        return _Plan(backend, None, sizes.output, strides, memory_format, config)
     params = _native.library().DeformConv2dParams(
         batch=input[0],
         in_channels=input[1],
@@ -185,7 +186,7 @@ def _plan(
         mask_channels_last=layouts[3],
         output_channels_last=layouts[0],
     )
-    return _Plan(params, sizes.output, strides, memory_format, config)
+    return _Plan(backend, params, sizes.output, strides, memory_format, config)
 
 
 def _plan_of(
@@ -254,7 +255,7 @@ def forward_cpu(
         None if mask is None else mask.dtype,
     )
     if plan.params is None:
-        return _forward_reference(plan, input, offset, weight, bias, mask)
+        return _forward_without_library(plan, input, offset, weight, bias, mask)
     output = input.new_empty_strided(plan.output_shape, plan.output_strides)  # 0.7 µs less than torch.empty(shape)
     _native._C.deform_conv2d_forward_cpu(
         plan.params,
@@ -276,15 +277,20 @@ def forward_any_device(
     check_devices(input, offset=offset, weight=weight, bias=bias, mask=mask)
     layouts = (_native.is_channels_last(input), False, False, False) if input.dim() == 4 else _NCHW
     plan = _plan_of(input.device.type, layouts, config, input, offset, weight, bias, mask)
-    return _forward_reference(plan, input, offset, weight, bias, mask)
+    return _forward_without_library(plan, input, offset, weight, bias, mask)
 
 
-def _forward_reference(
+def _forward_without_library(
     plan: _Plan, input: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None
 ) -> Tensor:
     stride, padding, dilation = plan.config[0:2], plan.config[2:4], plan.config[4:6]
-    with autocast_disabled():
-        output = reference.deform_conv2d(input, offset, weight, bias, stride, padding, dilation, mask)
+    kernel = reference.deform_conv2d
+    if plan.backend == "triton":
+        kernel = _backend.triton_launcher("deform_conv2d", "forward")
+        input, offset, weight, mask, _ = _dense(input, offset, weight, mask)
+        bias = None if bias is None else bias.contiguous()
+    with autocast_disabled(), device_of(input):
+        output = kernel(input, offset, weight, bias, stride, padding, dilation, mask)
         return output.contiguous(memory_format=plan.memory_format)
 
 
@@ -330,7 +336,7 @@ def backward_cpu(
     plan = _plan_of("cpu", layouts, config, input, offset, weight, None, mask)
     _check_grad_output(grad_output, input, plan.output_shape)
     if plan.params is None:
-        return _backward_reference(plan, grad_output, input, offset, weight, mask, wanted)
+        return _backward_without_library(plan, grad_output, input, offset, weight, mask, wanted)
     gradients = _allocate(input, offset, weight, mask, wanted)
     grad_input, grad_offset, grad_weight, grad_bias, grad_mask = map(_native.pointer, gradients)
     grad_output = grad_output.contiguous(memory_format=plan.memory_format)
@@ -357,12 +363,13 @@ def backward_any_device(
     """Kernel of the backward op for devices without one of their own."""
     config, wanted = _split(config)
     check_devices(input, grad_output=grad_output, offset=offset, weight=weight, mask=mask)
-    plan = _plan_of(input.device.type, _NCHW, config, input, offset, weight, None, mask)
+    layouts = (_native.is_channels_last(input), False, False, False) if input.dim() == 4 else _NCHW
+    plan = _plan_of(input.device.type, layouts, config, input, offset, weight, None, mask)
     _check_grad_output(grad_output, input, plan.output_shape)
-    return _backward_reference(plan, grad_output, input, offset, weight, mask, wanted)
+    return _backward_without_library(plan, grad_output, input, offset, weight, mask, wanted)
 
 
-def _backward_reference(
+def _backward_without_library(
     plan: _Plan,
     grad_output: Tensor,
     input: Tensor,
@@ -372,14 +379,18 @@ def _backward_reference(
     wanted: Sequence[bool],
 ) -> list[Tensor]:
     stride, padding, dilation = plan.config[0:2], plan.config[2:4], plan.config[4:6]
-    with autocast_disabled():
-        gradients = reference.deform_conv2d_backward(
-            grad_output, input, offset, weight, stride, padding, dilation, mask, wanted
-        )
     formats = _formats(input, offset, weight, mask)
+    kernel = reference.deform_conv2d_backward
+    if plan.backend == "triton":
+        kernel = _backend.triton_launcher("deform_conv2d", "backward")
+        grad_output = grad_output.contiguous(memory_format=plan.memory_format)
+        input, offset, weight, mask, _ = _dense(input, offset, weight, mask)
+    with autocast_disabled(), device_of(input):
+        gradients = kernel(grad_output, input, offset, weight, stride, padding, dilation, mask, wanted)
+    dtypes = (input.dtype, offset.dtype, weight.dtype, weight.dtype, input.dtype)
     return [
-        gradient.contiguous(memory_format=memory_format)
-        for gradient, memory_format in zip(gradients, formats, strict=True)
+        gradient.to(dtype).contiguous(memory_format=memory_format)
+        for gradient, dtype, memory_format in zip(gradients, dtypes, formats, strict=True)
         if gradient is not None
     ]
 

@@ -23,6 +23,7 @@ from cellops.ops._registration import (
     autocast,
     autocast_disabled,
     define,
+    device_of,
     expect,
     has_tangent,
     is_transformed_for_reverse_mode,
@@ -50,7 +51,8 @@ class Call(NamedTuple):
 class _Plan(NamedTuple):
     """All that a launch needs to know of a configuration, found once for all its calls."""
 
-    params: Any  # the library's, None where the reference runs
+    backend: str
+    params: Any  # the library's, None where another backend runs
     output_shape: Shape
     memory_format: torch.memory_format
     wide: torch.dtype  # what the library computes in
@@ -206,7 +208,7 @@ class Operator:
                 more[f"{self.names[i]}_channels_last"] = flag
             params = self.params(call, dtype=codes[0], channels_last=channels_last[0], **more)
         memory_format = torch.channels_last if channels_last[0] else torch.contiguous_format
-        return _Plan(params, output_shape, memory_format, _wide(dtypes[0]))
+        return _Plan(backend, params, output_shape, memory_format, _wide(dtypes[0]))
 
     def _plan_of(self, device_type: str, tensors: Tensors, config: Config, channels_last: tuple[bool, ...]) -> _Plan:
         shapes = tuple([None if tensor is None else tensor.shape for tensor in tensors])
@@ -233,7 +235,7 @@ class Operator:
         tensors, channels_last = self._dense(tensors)
         plan = self._plan_of("cpu", tensors, config, channels_last)
         if plan.params is None:
-            return self._reference(tensors, config, plan.memory_format)
+            return self._forward_without_library(plan, tensors, config)
         output = torch.empty(plan.output_shape, dtype=arguments[0].dtype, memory_format=plan.memory_format)
         kernel = getattr(_native.library(), f"{self.name}_forward_cpu")
         statistics = [torch.empty(plan.output_shape[1], dtype=plan.wide) for _ in self.statistics]
@@ -245,16 +247,19 @@ class Operator:
         """Kernel of the op for devices without one of their own."""
         tensors, config = self._split(arguments)
         self._check(tensors, config[:-1])
-        memory_format = _native.memory_format(arguments[0])
-        self._plan_of(arguments[0].device.type, tensors, config, (memory_format is torch.channels_last,))
-        return self._reference(tensors, config, memory_format)
+        channels_last = _native.memory_format(arguments[0]) is torch.channels_last
+        plan = self._plan_of(arguments[0].device.type, tensors, config, (channels_last,))
+        return self._forward_without_library(plan, tensors, config)
 
-    def _reference(self, tensors: Tensors, config: Config, memory_format: torch.memory_format) -> Result:
-        with autocast_disabled():
-            found = self.formula(*tensors, *config[:-1])
+    def _forward_without_library(self, plan: _Plan, tensors: Tensors, config: Config) -> Result:
+        kernel = self.formula
+        if plan.backend == "triton":
+            kernel, tensors = _backend.triton_launcher(self.name, "forward"), self._dense(tensors)[0]
+        with autocast_disabled(), device_of(tensors[0]):
+            found = kernel(*tensors, *config[:-1])
         if not self.statistics:
-            return found.contiguous(memory_format=memory_format)
-        return (found[0].contiguous(memory_format=memory_format), *found[1:])
+            return found.contiguous(memory_format=plan.memory_format)
+        return (found[0].contiguous(memory_format=plan.memory_format), *found[1:])
 
     def forward_fake(self, *arguments: Any) -> Result:
         """What the op returns, without values: the checks and allocation of the other kernels."""
@@ -283,7 +288,7 @@ class Operator:
         plan = self._plan_of("cpu", tensors, config, channels_last)
         self._check_grad_output(grad_output, tensors[0], plan.output_shape)
         if plan.params is None:
-            return self.backward_formula(grad_output, given, config[:-1], wanted)
+            return self._backward_without_library(plan, grad_output, given, statistics, config, wanted)
         gradients = [
             _empty_gradient(tensor, plan.wide if wide else tensor.dtype, i == 0 or i in self.own_format)
             if want and tensor is not None
@@ -295,19 +300,39 @@ class Operator:
         tensors = self._widened(tensors, plan.wide)
         addresses = map(_native.pointer, (grad_output, *tensors, *statistics, *gradients))
         kernel(plan.params, torch.get_num_threads(), *addresses)
-        return [
-            gradient.to(tensor.dtype, memory_format=_format(tensor))
-            for gradient, tensor in zip(gradients, given, strict=True)
-            if gradient is not None and tensor is not None
-        ]
+        return _like(gradients, given)
 
     def backward_any_device(self, grad_output: Tensor, *arguments: Any) -> list[Tensor]:
         """Kernel of the backward op for devices without one of their own."""
-        tensors, _, config, wanted = self._split_backward(arguments)
+        tensors, statistics, config, wanted = self._split_backward(arguments)
         shape = self._check(tensors, config[:-1])
         self._check_grad_output(grad_output, tensors[0], shape)
-        self._plan_of(grad_output.device.type, tensors, config, (False,))
-        return self.backward_formula(grad_output, tensors, config[:-1], wanted)
+        channels_last = _native.memory_format(arguments[0]) is torch.channels_last
+        plan = self._plan_of(grad_output.device.type, tensors, config, (channels_last,))
+        return self._backward_without_library(plan, grad_output, tensors, statistics, config, wanted)
+
+    def _backward_without_library(
+        self,
+        plan: _Plan,
+        grad_output: Tensor,
+        tensors: Tensors,
+        statistics: Tensors,
+        config: Config,
+        wanted: Sequence[bool],
+    ) -> list[Tensor]:
+        if plan.backend != "triton":
+            return self.backward_formula(grad_output, tensors, config[:-1], wanted)
+        kernel = _backend.triton_launcher(self.name, "backward")
+        grad_output = grad_output.contiguous(memory_format=plan.memory_format)
+        with autocast_disabled(), device_of(grad_output):
+            gradients = kernel(grad_output, *self._dense(tensors)[0], *statistics, *config[:-1], wanted)
+        return _like(
+            [
+                gradient if want and tensor is not None else None
+                for gradient, tensor, want in zip(gradients, tensors, wanted, strict=True)
+            ],
+            tensors,
+        )
 
     def backward_fake(self, grad_output: Tensor, *arguments: Any) -> list[Tensor]:
         """What the backward op returns, without values."""
@@ -423,6 +448,15 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 def _format(tensor: Tensor) -> torch.memory_format:
     return _native.memory_format(tensor) if tensor.dim() == 4 else torch.contiguous_format
+
+
+def _like(gradients: Sequence[Tensor | None], tensors: Tensors) -> list[Tensor]:
+    """The gradients there are, each in its tensor's shape, dtype and memory format."""
+    return [
+        gradient.reshape(tensor.shape).to(tensor.dtype).contiguous(memory_format=_format(tensor))
+        for gradient, tensor in zip(gradients, tensors, strict=True)
+        if gradient is not None and tensor is not None
+    ]
 
 
 def _empty_gradient(tensor: Tensor, dtype: torch.dtype, keeps_format: bool) -> Tensor:

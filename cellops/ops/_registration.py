@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -39,6 +40,11 @@ def define(schema: str, kernels: dict[str, Callable]) -> torch._ops.OpOverload:
 def autocast_disabled() -> torch._C._ExcludeDispatchKeyGuard:
     """A context in which no op casts: an implementation multiplies in the type that it was given."""
     return torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS)
+
+
+def device_of(tensor: Tensor) -> AbstractContextManager[object]:
+    """A context whose current device is the tensor's: kernels are launched on the current one."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 def autocast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -17,6 +17,7 @@ from cellops.testing._check import (
     forward_and_gradients,
     to_dtype,
 )
+from cellops.testing._compile_kernels import compile_kernels
 
 __all__ = [
     "CASES",
@@ -27,6 +28,7 @@ __all__ = [
     "Case",
     "assert_close_to_reference",
     "cases",
+    "compile_kernels",
     "forward_and_gradients",
     "maker",
     "off_grid",

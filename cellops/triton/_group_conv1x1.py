@@ -1,0 +1,382 @@
+"""The kernels of the grouped 1x1 convolution: a program multiplies the channels of one group, pixel by pixel.
+
+n = (z - mean) * inverse and before = gamma * n + beta throughout; an absent tensor counts as 0 (mean, beta) or 1.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from cellops.triton._numerics import dot, narrow
+
+
+@triton.jit
+def _activated(x, ACTIVATION: tl.constexpr):
+    if ACTIVATION == "relu":
+        return tl.where(x <= 0, 0.0, x)  # NaN stays, as in the others
+    elif ACTIVATION == "relu6":
+        return tl.where(x <= 0, 0.0, tl.where(x >= 6, 6.0, x))
+    elif ACTIVATION == "gelu":
+        return x * 0.5 * (1 + tl.erf(x * 0.7071067811865476))
+    elif ACTIVATION == "silu":
+        return x * tl.sigmoid(x)
+    elif ACTIVATION == "hardswish":
+        return x * tl.where(x <= -3, 0.0, tl.where(x >= 3, 6.0, x + 3)) / 6
+    else:
+        return x
+
+
+@triton.jit
+def _slope(x, ACTIVATION: tl.constexpr):
+    """The activation's derivative; at the kinks PyTorch's."""
+    if ACTIVATION == "relu":
+        return tl.where(x <= 0, 0.0, 1.0)
+    elif ACTIVATION == "relu6":
+        return tl.where((x <= 0) | (x >= 6), 0.0, 1.0)
+    elif ACTIVATION == "gelu":
+        return 0.5 * (1 + tl.erf(x * 0.7071067811865476)) + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
+    elif ACTIVATION == "silu":
+        sigmoid = tl.sigmoid(x)
+        return sigmoid * (1 + x * (1 - sigmoid))
+    elif ACTIVATION == "hardswish":
+        return tl.where(x <= -3, 0.0, tl.where(x < 3, x / 3 + 0.5, 1.0))
+    else:
+        return tl.full(x.shape, 1.0, tl.float32)
+
+
+@triton.jit
+def _row(values, out, known, ABSENT: tl.constexpr):
+    """Numbers of the output channels in float32, ABSENT for an absent tensor."""
+    if values is None:
+        return tl.full(out.shape, ABSENT, tl.float32)[None, :]
+    else:
+        return tl.load(values + out, known, ABSENT).to(tl.float32)[None, :]
+
+
+@triton.jit
+def _pixels(index, image_pixels, channels, out_channels, pixel_stride, out_pixel_stride, WIDE: tl.constexpr):
+    """Offsets [P] of the pixels' first channel in input and output."""
+    image, pixel = index // image_pixels, index % image_pixels
+    if WIDE:
+        image, pixel = image.to(tl.int64), pixel.to(tl.int64)
+    base = image * image_pixels
+    return base * channels + pixel * pixel_stride, base * out_channels + pixel * out_pixel_stride
+
+
+@triton.jit
+def _convolved(
+    input,
+    place,
+    exists,
+    weight,
+    group,
+    out,
+    known,
+    group_in,
+    channel_stride,
+    BLOCK_C: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """z [P, O] of one group's output channels `out`."""
+    sum = tl.zeros([place.shape[0], out.shape[0]], tl.float32)
+    for start in range(0, group_in, BLOCK_C):
+        channel = start + tl.arange(0, BLOCK_C)
+        inside = channel < group_in
+        element = place[:, None] + (group * group_in + channel)[None, :] * channel_stride
+        x = tl.load(input + element, exists[:, None] & inside[None, :], 0.0)
+        kernel = tl.load(weight + out[None, :] * group_in + channel[:, None], inside[:, None] & known[None, :], 0.0)
+        sum = dot(x, kernel, sum, PRECISION)
+    return sum
+
+
+@triton.jit
+def _shuffled(out, groups, group_out, SHUFFLE: tl.constexpr):
+    """Where the output channels stand in the output."""
+    if SHUFFLE:
+        return out % group_out * groups + out // group_out
+    else:
+        return out
+
+
+@triton.jit
+def _grad_of_affine(
+    grad_output,
+    out_place,
+    exists,
+    out,
+    known,
+    out_channel_stride,
+    groups,
+    group_out,
+    before,
+    ACTIVATION: tl.constexpr,
+    SHUFFLE: tl.constexpr,
+):
+    """The gradient [P, O] to what the activation was given."""
+    element = out_place[:, None] + _shuffled(out, groups, group_out, SHUFFLE)[None, :] * out_channel_stride
+    valid = exists[:, None] & known[None, :]
+    grad = tl.load(grad_output + element, valid, 0.0).to(tl.float32)
+    return tl.where(valid, grad * _slope(before, ACTIVATION), 0.0)
+
+
+@triton.jit
+def _grad_convolved(
+    grad_output,
+    out_place,
+    input,
+    place,
+    exists,
+    weight,
+    mean,
+    inverse,
+    gamma,
+    beta,
+    grad_beta,
+    grad_gamma,
+    group,
+    out,
+    known,
+    group_in,
+    channel_stride,
+    out_channel_stride,
+    groups,
+    group_out,
+    ACTIVATION: tl.constexpr,
+    SHUFFLE: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """grad_z = (grad - grad_beta - n * grad_gamma) * gamma * inverse, [P, O]."""
+    z = _convolved(input, place, exists, weight, group, out, known, group_in, channel_stride, BLOCK_C, PRECISION)
+    normalized = (z - _row(mean, out, known, 0.0)) * _row(inverse, out, known, 1.0)
+    before = normalized * _row(gamma, out, known, 1.0) + _row(beta, out, known, 0.0)
+    grad = _grad_of_affine(
+        grad_output, out_place, exists, out, known, out_channel_stride, groups, group_out, before, ACTIVATION, SHUFFLE
+    )
+    if grad_beta is not None:
+        grad -= _row(grad_beta, out, known, 0.0) + normalized * _row(grad_gamma, out, known, 0.0)
+    grad *= _row(gamma, out, known, 1.0) * _row(inverse, out, known, 1.0)
+    return tl.where(exists[:, None] & known[None, :], grad, 0.0)
+
+
+@triton.jit
+def group_conv1x1_forward_kernel(
+    input, weight, mean, inverse, gamma, beta,
+    output,  # [N, O, H, W]
+    count, image_pixels, channels, out_channels, groups, group_in, group_out,
+    channel_stride, pixel_stride, out_channel_stride, out_pixel_stride,
+    ACTIVATION: tl.constexpr, SHUFFLE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr,
+    BLOCK_C: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """output = shuffle(act(gamma * (z - mean) * inverse + beta))."""
+    index = tl.program_id(0).to(tl.int64 if WIDE else tl.int32) * BLOCK_P + tl.arange(0, BLOCK_P)
+    exists = index < count
+    place, out_place = _pixels(index, image_pixels, channels, out_channels, pixel_stride, out_pixel_stride, WIDE)
+    out_blocks = tl.cdiv(group_out, BLOCK_O)
+    group = tl.program_id(1) // out_blocks
+    out = tl.program_id(1) % out_blocks * BLOCK_O + tl.arange(0, BLOCK_O)
+    known = out < group_out
+    out += group * group_out
+    z = _convolved(input, place, exists, weight, group, out, known, group_in, channel_stride, BLOCK_C, PRECISION)
+    normalized = (z - _row(mean, out, known, 0.0)) * _row(inverse, out, known, 1.0)
+    before = normalized * _row(gamma, out, known, 1.0) + _row(beta, out, known, 0.0)
+    element = out_place[:, None] + _shuffled(out, groups, group_out, SHUFFLE)[None, :] * out_channel_stride
+    y = narrow(_activated(before, ACTIVATION), output.dtype.element_ty)
+    tl.store(output + element, y, exists[:, None] & known[None, :])
+
+
+@triton.jit
+def group_conv1x1_statistics_kernel(
+    input, weight,
+    means,  # [parts, O] float32
+    squares,  # [parts, O] float32: sums of squared distances from the part's mean
+    part_pixels,
+    count, image_pixels, channels, out_channels, groups, group_in, group_out,
+    channel_stride, pixel_stride, out_channel_stride, out_pixel_stride,
+    BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Mean and squared distances of z over a part of the pixels, tile by tile (Chan et al. 1979)."""
+    out_blocks = tl.cdiv(group_out, BLOCK_O)
+    group = tl.program_id(1) // out_blocks
+    out = tl.program_id(1) % out_blocks * BLOCK_O + tl.arange(0, BLOCK_O)
+    known = out < group_out
+    out += group * group_out
+    mean = tl.zeros([BLOCK_O], tl.float32)
+    square = tl.zeros([BLOCK_O], tl.float32)
+    seen = 0.0
+    first = tl.program_id(0).to(tl.int64 if WIDE else tl.int32) * part_pixels
+    for start in range(0, part_pixels, BLOCK_P):
+        index = first + start + tl.arange(0, BLOCK_P)
+        exists = index < count
+        place, _ = _pixels(index, image_pixels, channels, out_channels, pixel_stride, out_pixel_stride, WIDE)
+        z = _convolved(input, place, exists, weight, group, out, known, group_in, channel_stride, BLOCK_C, PRECISION)
+        size = tl.sum(exists.to(tl.float32), 0)
+        share = size / tl.maximum(seen + size, 1.0)
+        tile_mean = tl.sum(tl.where(exists[:, None], z, 0.0), 0) / tl.maximum(size, 1.0)
+        distance = tl.where(exists[:, None], z - tile_mean[None, :], 0.0)
+        apart = tl.where(size > 0, tile_mean - mean, 0.0)
+        square += tl.sum(distance * distance, 0) + apart * apart * seen * share
+        mean += apart * share
+        seen += size
+    row = tl.program_id(0) * out_channels + out
+    tl.store(means + row, mean, known)
+    tl.store(squares + row, square, known)
+
+
+@triton.jit
+def group_conv1x1_backward_sums_kernel(
+    grad_output, input, weight, mean, inverse, gamma, beta,
+    sums,  # [parts, O] float32: of the gradient before the activation
+    products,  # [parts, O] float32: of it times the normalized convolution
+    part_pixels,
+    count, image_pixels, channels, out_channels, groups, group_in, group_out,
+    channel_stride, pixel_stride, out_channel_stride, out_pixel_stride,
+    ACTIVATION: tl.constexpr, SHUFFLE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr,
+    BLOCK_C: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Gradients to beta and gamma over a part of the pixels."""
+    out_blocks = tl.cdiv(group_out, BLOCK_O)
+    group = tl.program_id(1) // out_blocks
+    out = tl.program_id(1) % out_blocks * BLOCK_O + tl.arange(0, BLOCK_O)
+    known = out < group_out
+    out += group * group_out
+    sum = tl.zeros([BLOCK_O], tl.float32)
+    product = tl.zeros([BLOCK_O], tl.float32)
+    first = tl.program_id(0).to(tl.int64 if WIDE else tl.int32) * part_pixels
+    for start in range(0, part_pixels, BLOCK_P):
+        index = first + start + tl.arange(0, BLOCK_P)
+        exists = index < count
+        place, out_place = _pixels(index, image_pixels, channels, out_channels, pixel_stride, out_pixel_stride, WIDE)
+        z = _convolved(input, place, exists, weight, group, out, known, group_in, channel_stride, BLOCK_C, PRECISION)
+        normalized = (z - _row(mean, out, known, 0.0)) * _row(inverse, out, known, 1.0)
+        before = normalized * _row(gamma, out, known, 1.0) + _row(beta, out, known, 0.0)
+        grad = _grad_of_affine(
+            grad_output,
+            out_place,
+            exists,
+            out,
+            known,
+            out_channel_stride,
+            groups,
+            group_out,
+            before,
+            ACTIVATION,
+            SHUFFLE,
+        )
+        sum += tl.sum(grad, 0)
+        product += tl.sum(tl.where(exists[:, None], grad * normalized, 0.0), 0)
+    row = tl.program_id(0) * out_channels + out
+    tl.store(sums + row, sum, known)
+    tl.store(products + row, product, known)
+
+
+@triton.jit
+def group_conv1x1_backward_input_kernel(
+    grad_output, input, weight, mean, inverse, gamma, beta, grad_beta, grad_gamma,
+    grad_input,  # [N, C, H, W]
+    count, image_pixels, channels, out_channels, groups, group_in, group_out,
+    channel_stride, pixel_stride, out_channel_stride, out_pixel_stride,
+    ACTIVATION: tl.constexpr, SHUFFLE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr,
+    BLOCK_C: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, GRAD_PRECISION: tl.constexpr,
+):  # fmt: skip
+    """grad_input[p, c] = sum over o of grad_z[p, o] * weight[o, c]."""
+    index = tl.program_id(0).to(tl.int64 if WIDE else tl.int32) * BLOCK_P + tl.arange(0, BLOCK_P)
+    exists = index < count
+    place, out_place = _pixels(index, image_pixels, channels, out_channels, pixel_stride, out_pixel_stride, WIDE)
+    in_blocks = tl.cdiv(group_in, BLOCK_C)
+    group = tl.program_id(1) // in_blocks
+    channel = tl.program_id(1) % in_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = channel < group_in
+    sum = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    for start in range(0, group_out, BLOCK_O):
+        out = start + tl.arange(0, BLOCK_O)
+        known = out < group_out
+        out += group * group_out
+        grad = _grad_convolved(
+            grad_output,
+            out_place,
+            input,
+            place,
+            exists,
+            weight,
+            mean,
+            inverse,
+            gamma,
+            beta,
+            grad_beta,
+            grad_gamma,
+            group,
+            out,
+            known,
+            group_in,
+            channel_stride,
+            out_channel_stride,
+            groups,
+            group_out,
+            ACTIVATION,
+            SHUFFLE,
+            BLOCK_C,
+            PRECISION,
+        )
+        kernel = tl.load(weight + out[:, None] * group_in + channel[None, :], known[:, None] & inside[None, :], 0.0)
+        sum = dot(grad, kernel.to(tl.float32), sum, GRAD_PRECISION)
+    element = place[:, None] + (group * group_in + channel)[None, :] * channel_stride
+    tl.store(grad_input + element, narrow(sum, grad_input.dtype.element_ty), exists[:, None] & inside[None, :])
+
+
+@triton.jit
+def group_conv1x1_backward_weight_kernel(
+    grad_output, input, weight, mean, inverse, gamma, beta, grad_beta, grad_gamma,
+    grad_weights,  # [parts, O, C / G] float32
+    part_pixels,
+    count, image_pixels, channels, out_channels, groups, group_in, group_out,
+    channel_stride, pixel_stride, out_channel_stride, out_pixel_stride,
+    ACTIVATION: tl.constexpr, SHUFFLE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr,
+    BLOCK_C: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, GRAD_PRECISION: tl.constexpr,
+):  # fmt: skip
+    """grad_weight[o, c] = sum over p of grad_z[p, o] * x[p, c], over a part of the pixels."""
+    in_blocks, out_blocks = tl.cdiv(group_in, BLOCK_C), tl.cdiv(group_out, BLOCK_O)
+    group = tl.program_id(1) // (in_blocks * out_blocks)
+    channel = tl.program_id(1) % in_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = channel < group_in
+    out = tl.program_id(1) // in_blocks % out_blocks * BLOCK_O + tl.arange(0, BLOCK_O)
+    known = out < group_out
+    out += group * group_out
+    sum = tl.zeros([BLOCK_O, BLOCK_C], tl.float32)
+    first = tl.program_id(0).to(tl.int64 if WIDE else tl.int32) * part_pixels
+    for start in range(0, part_pixels, BLOCK_P):
+        index = first + start + tl.arange(0, BLOCK_P)
+        exists = index < count
+        place, out_place = _pixels(index, image_pixels, channels, out_channels, pixel_stride, out_pixel_stride, WIDE)
+        grad = _grad_convolved(
+            grad_output,
+            out_place,
+            input,
+            place,
+            exists,
+            weight,
+            mean,
+            inverse,
+            gamma,
+            beta,
+            grad_beta,
+            grad_gamma,
+            group,
+            out,
+            known,
+            group_in,
+            channel_stride,
+            out_channel_stride,
+            groups,
+            group_out,
+            ACTIVATION,
+            SHUFFLE,
+            BLOCK_C,
+            PRECISION,
+        )
+        element = place[:, None] + (group * group_in + channel)[None, :] * channel_stride
+        x = tl.load(input + element, exists[:, None] & inside[None, :], 0.0).to(tl.float32)
+        sum = dot(tl.trans(grad), x, sum, GRAD_PRECISION)
+    element = (tl.program_id(0) * out_channels + out[:, None]) * group_in + channel[None, :]
+    tl.store(grad_weights + element, sum, known[:, None] & inside[None, :])

@@ -1,0 +1,114 @@
+"""Tiles of channels and pixels, for kernels that treat the pixels of all images as one row."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from cellops.triton._launch import ceil_div, multiprocessors, needs_int64, power_of_2
+
+
+@triton.jit
+def pixel_elements(index, count, image_pixels, image_elements, pixel_stride, WIDE: tl.constexpr):
+    """Of pixels numbered over all images: whether they exist, their number in the image, their offset [P]."""
+    pixel = index % image_pixels
+    image = index // image_pixels
+    if WIDE:
+        image, pixel_stride = image.to(tl.int64), tl.cast(pixel_stride, tl.int64)
+    return index < count, pixel, image * image_elements + pixel * pixel_stride
+
+
+@triton.jit
+def channel_values(values, channel, valid, ABSENT: tl.constexpr):
+    """Numbers of the channels in float32 as a column, ABSENT for an absent tensor."""
+    if values is None:
+        return tl.full(channel.shape, ABSENT, tl.float32)[:, None]
+    else:
+        return tl.load(values + channel, valid, ABSENT).to(tl.float32)[:, None]
+
+
+class Tiles(NamedTuple):
+    """How the pixels of all images are cut up: for kernels that map them, and for kernels that sum over them."""
+
+    channels: int
+    total: int  # pixels of all images
+    image_pixels: int
+    image_elements: int
+    channel_stride: int
+    pixel_stride: int
+    block_c: int
+    block_p: int
+    wide: bool
+    parts: int  # of the pixels, each summed by one program
+    part_pixels: int  # a multiple of block_p
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The kernels' arguments in order."""
+        return self.channels, self.total, self.image_pixels, self.image_elements, self.channel_stride, self.pixel_stride
+
+    @property
+    def constants(self) -> dict[str, int]:
+        return {"BLOCK_C": self.block_c, "BLOCK_P": self.block_p, "WIDE": self.wide}
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """A program for each tile."""
+        return ceil_div(self.total, self.block_p), ceil_div(self.channels, self.block_c)
+
+    @property
+    def part_grid(self) -> tuple[int, int]:
+        """A program for each part of the pixels."""
+        return self.parts, ceil_div(self.channels, self.block_c)
+
+
+def tiles(image: Tensor, elements: int = 1024) -> Tiles:
+    """Tiles for an image [N, C, H, W], dense in either memory format.
+
+    Tiles are wide along what is contiguous, for 16-byte loads: 1024 elements are 8 for each of 128 threads. Sums take
+    about four programs for each multiprocessor, over parts that depend on sizes alone: the order of additions is fixed.
+    """
+    batch, channels, height, width = image.shape
+    pixels, count = height * width, batch * height * width
+    if image.is_contiguous():
+        strides, block_p = (pixels, 1), power_of_2(count, 16, elements)
+        block_c = power_of_2(channels, 1, elements // block_p)
+    else:
+        strides, block_c = (1, channels), power_of_2(channels, 16, 64)
+        block_p = elements // block_c
+    programs = 4 * multiprocessors(image.device)
+    part_blocks = ceil_div(ceil_div(count, block_p), ceil_div(programs, ceil_div(channels, block_c)))
+    part_pixels = max(part_blocks, 1) * block_p
+    return Tiles(
+        channels=channels,
+        total=count,
+        image_pixels=pixels,
+        image_elements=channels * pixels,
+        channel_stride=strides[0],
+        pixel_stride=strides[1],
+        block_c=block_c,
+        block_p=block_p,
+        wide=needs_int64(image),
+        parts=ceil_div(count, part_pixels),
+        part_pixels=part_pixels,
+    )
+
+
+def combined_statistics(means: Tensor, squares: Tensor, total: int, part_pixels: int) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each channel from those of the parts.
+
+    Args:
+        means: [parts, C] float32.
+        squares: [parts, C] float32, sums of squared distances from the part's mean.
+        total: pixels of all parts.
+        part_pixels: pixels of each but the last.
+    """
+    starts = torch.arange(means.shape[0], device=means.device).unsqueeze(1) * part_pixels
+    sizes = (total - starts).clamp(max=part_pixels)
+    mean = (means * sizes).sum(0) / total if total else means.sum(0) / 0
+    variance = (squares + (means - mean).square() * sizes).sum(0) / max(total, 1)
+    return mean, variance if total else mean

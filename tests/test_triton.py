@@ -1,0 +1,295 @@
+"""What is special about the Triton backend: its choice, its two ways to the input's gradient, its configurations."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import inspect
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from conftest import INTERPRETER_ERROR
+from torch import Tensor
+
+from cellops import _backend
+from cellops.ops.frelu import frelu_batch_norm
+from cellops.reference.frelu import frelu_batch_norm as reference_frelu_batch_norm
+from cellops.testing import Case, assert_close_to_reference, cases, forward_and_gradients, to_dtype
+from cellops.testing._compile_kernels import LIMITS
+
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
+    pytest.mark.skipif(INTERPRETER_ERROR is not None and not torch.cuda.is_available(), reason=str(INTERPRETER_ERROR)),
+]
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is not used beside a GPU")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TRITON_OPS = [op for op, backends in _backend.OPS.items() if "triton" in backends]
+
+
+def case_of(op: str, name: str) -> Case:
+    (case,) = (case for case in cases(op) if case.name == name)
+    return case
+
+
+def agrees(case: Case, arguments: dict[str, Any]) -> None:
+    """Forward and gradients agree with the float64 reference."""
+    found = forward_and_gradients(
+        functools.partial(case.function, backend="triton"), arguments, grad_dtype=torch.float32
+    )
+    wanted = forward_and_gradients(case.reference, to_dtype(arguments, torch.float64), grad_dtype=torch.float32)
+    for name, tensor in found.items():
+        assert_close_to_reference(tensor, wanted[name], terms=case.terms[name], what=name)
+
+
+@pytest.fixture
+def atomics() -> None:
+    torch.use_deterministic_algorithms(False)
+
+
+# The choice
+
+
+def test_every_op_has_launchers_like_its_formula() -> None:
+    for op in TRITON_OPS:
+        module = importlib.import_module(f"cellops.reference.{op.removesuffix('_batch_norm')}")
+        launcher = _backend.triton_launcher(op, "forward")
+        assert [*inspect.signature(launcher).parameters] == [*inspect.signature(getattr(module, op)).parameters]
+        assert "wanted" in inspect.signature(_backend.triton_launcher(op, "backward")).parameters
+
+
+@pytest.mark.parametrize("op", TRITON_OPS)
+def test_gpus_take_it_and_float64_takes_the_reference(op: str) -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert _backend.preferred(op, "cuda", dtype).name == "triton"
+    choice = _backend.preferred(op, "cuda", torch.float64)
+    assert choice.name == "reference"
+    assert choice.reasons["triton"] == "its dtypes are float32, bfloat16, float16"
+    with pytest.raises(RuntimeError, match=rf"backend='triton' cannot run {op} on cuda with float64: its dtypes are"):
+        _backend.choose(op, "cuda", torch.float64, "triton")
+
+
+def test_nothing_of_it_is_imported_before_it_is_chosen() -> None:
+    code = (
+        "import sys, torch, cellops\n"
+        "cellops.eca(torch.rand(1, 3, 2, 2), torch.rand(1, 1, 3))\n"
+        "print([name for name in sys.modules if name.startswith('cellops.triton')])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+def test_cpu_tensors_need_the_interpreter() -> None:
+    code = "import torch, cellops; cellops.eca(torch.rand(1, 3, 2, 2), torch.rand(1, 1, 3), backend='triton')"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert "RuntimeError: backend='triton' cannot run eca on cpu with float32" in done.stderr
+    assert "on the CPU with TRITON_INTERPRET=1" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("broken", "reason"), [(False, "triton is not installed"), (True, "triton cannot be imported")]
+)
+def test_without_triton_everything_else_works(tmp_path: Any, broken: bool, reason: str) -> None:
+    finder = "raise OSError('no driver')" if broken else "raise ModuleNotFoundError(name='triton')"
+    if broken:
+        (tmp_path / "triton").mkdir()
+        (tmp_path / "triton" / "__init__.py").write_text(finder)
+    code = (
+        "import sys\n"
+        f"broken = {broken}\n"
+        f"sys.path.insert(0, {str(tmp_path)!r})\n"
+        "if not broken:\n"
+        "    import importlib.util; find = importlib.util.find_spec\n"
+        "    importlib.util.find_spec = lambda name, *more: None if name == 'triton' else find(name, *more)\n"
+        "import torch, cellops\n"
+        "from cellops import _backend\n"
+        "cellops.eca(torch.rand(1, 3, 2, 2), torch.rand(1, 1, 3))\n"
+        "print(_backend.preferred('eca', 'cuda', torch.float32))\n"
+        "try:\n"
+        "    _backend.choose('eca', 'cuda', torch.float32, 'triton')\n"
+        "except ImportError as error:\n"
+        "    print('raised', error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "Choice(name='reference'" in done.stdout, done.stdout + done.stderr
+    assert f"raised backend='triton' cannot run eca on cuda with float32: {reason}" in done.stdout
+
+
+# Gradients of the input
+
+
+@pytest.mark.parametrize(
+    "name", ["plain", "v1", "stride_uneven", "crossed_groups", "depthwise_multiplier", "channels17", "far"]
+)
+def test_deform_conv2d_adds_up_with_atomics(atomics: None, name: str) -> None:
+    case = case_of("deform_conv2d", name)
+    agrees(case, case.make(device=DEVICE))
+    agrees(case, case.make(device=DEVICE, memory_format=torch.channels_last))
+
+
+@pytest.mark.parametrize("name", ["offset_basic", "offset_interleaved"])
+def test_offset_sample2d_adds_up_with_atomics(atomics: None, name: str) -> None:
+    case = case_of("offset_sample2d", name)
+    agrees(case, case.make(device=DEVICE))
+    agrees(case, case.make(device=DEVICE, memory_format=torch.channels_last))
+
+
+@pytest.mark.parametrize("op", ["deform_conv2d", "offset_sample2d"])
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_deterministic_mode_launches_no_atomics(op: str, deterministic: bool) -> None:
+    from cellops.triton._launch import noted_launches
+
+    torch.use_deterministic_algorithms(deterministic)
+    case = cases(op, "small")[0]
+    with noted_launches() as launches:
+        forward_and_gradients(functools.partial(case.function, backend="triton"), case.make(device=DEVICE))
+    owning = [launch for launch in launches if launch.kernel.__name__ == f"{op}_backward_input_kernel"]
+    adding = [
+        launch
+        for launch in launches
+        if launch not in owning
+        and dict(zip(launch.kernel.arg_names, launch.arguments, strict=False)).get("grad_input") is not None
+    ]
+    assert (len(owning), len(adding)) == ((1, 0) if deterministic else (0, 1))
+
+
+# Values at the edges
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e30, -1e30, 3e9])
+def test_no_offset_reads_outside(value: float) -> None:
+    for op, name in (("deform_conv2d", "plain"), ("offset_sample2d", "offset_basic")):
+        case = case_of(op, name)
+        arguments = case.make(device=DEVICE)
+        arguments["offset"].view(-1)[::7] = value
+        agrees(case, arguments)
+
+
+def test_zero_offsets_take_the_right_derivative() -> None:
+    for op, name in (("deform_conv2d", "plain"), ("offset_sample2d", "offset_basic")):
+        case = case_of(op, name)
+        arguments = case.make(device=DEVICE)
+        arguments["offset"].zero_()
+        agrees(case, arguments)
+
+
+@pytest.mark.parametrize(("op", "name"), [("deform_conv2d", "plain"), ("offset_sample2d", "offset_basic")])
+def test_float32_offsets_beside_half_inputs(op: str, name: str) -> None:
+    case = case_of(op, name)
+    arguments = case.make(torch.bfloat16, DEVICE)
+    arguments["offset"] = case.make(device=DEVICE)["offset"]
+    found, eager = (
+        forward_and_gradients(function, arguments)
+        for function in (functools.partial(case.function, backend="triton"), case.reference)
+    )
+    wanted = forward_and_gradients(case.reference, to_dtype(arguments, torch.float64), grad_dtype=torch.bfloat16)
+    assert found["offset"].dtype == torch.float32
+    for key in ("output", "input"):
+        assert_close_to_reference(found[key], wanted[key], terms=case.terms[key], eager=eager[key], what=key)
+
+
+def test_statistics_far_from_zero() -> None:
+    generator = torch.Generator().manual_seed(0)
+    input = (1000 + torch.randn(4, 3, 20, 20, generator=generator)).to(DEVICE)
+    weight = torch.tensor([1.0]).expand(3, 1, 1, 1).contiguous().to(DEVICE)
+    _, mean, variance = frelu_batch_norm(input, weight, backend="triton")
+    _, wanted_mean, wanted_variance = reference_frelu_batch_norm(input.double(), weight.double(), None, None, 1e-5)
+    torch.testing.assert_close(mean.double(), wanted_mean, rtol=1e-6, atol=0)
+    torch.testing.assert_close(variance.double(), wanted_variance, rtol=1e-4, atol=0)
+
+
+# Configurations
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("op", "name"),
+    [
+        ("deform_conv2d", "plain"),
+        ("deform_conv2d", "depthwise"),
+        ("offset_sample2d", "offset_interleaved"),
+        ("frelu", "frelu_basic"),
+        ("eca", "eca_basic"),
+        ("group_conv1x1", "group_conv1x1_basic"),
+        ("spatial_attention", "spatial_pool3"),
+    ],
+)
+def test_64_bit_offsets_give_the_same(op: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels of tensors with 2^31 elements, here on small ones."""
+    from cellops.triton import _launch
+
+    case = case_of(op, name)
+    call = functools.partial(forward_and_gradients, functools.partial(case.function, backend="triton"))
+    narrow = call(case.make())
+    launch, flags = _launch.launch, []
+
+    def wide(*arguments: Any, **constants: Any) -> None:
+        flags.append("WIDE" in constants)
+        launch(*arguments, **{**constants, **({"WIDE": True} if "WIDE" in constants else {})})
+
+    for module in [module for key, module in sys.modules.items() if key.startswith("cellops.triton.")]:
+        if getattr(module, "launch", None) is launch:
+            monkeypatch.setattr(module, "launch", wide)
+    for key, tensor in call(case.make()).items():
+        assert torch.equal(tensor, narrow[key]), key
+    assert any(flags)
+
+
+@pytest.mark.parametrize("op", [op for op in TRITON_OPS if op not in ("squeeze_excite", "eca")])
+def test_64_bit_offsets_where_sizes_need_them(op: str) -> None:
+    from cellops.triton._launch import noted_launches
+
+    case = next(case for case in cases(op, "real"))
+    drawn = case.make(device="meta")
+    for scale, expected in ((1, False), (2**31 // drawn["input"].numel() + 1, True)):
+        arguments = {
+            name: value.new_empty(scale * value.shape[0], *value.shape[1:])
+            if name in ("input", "offset", "mask") and isinstance(value, Tensor)
+            else value
+            for name, value in drawn.items()
+        }
+        with noted_launches() as launches:
+            _backend.triton_launcher(op, "forward")(**to_channels_last(arguments))
+        flags = [launch.constants["WIDE"] for launch in launches if "WIDE" in launch.constants]
+        assert flags and (any(flags) == expected)
+
+
+def to_channels_last(arguments: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: value.contiguous(memory_format=torch.channels_last)
+        if isinstance(value, Tensor) and value.dim() == 4
+        else value
+        for name, value in arguments.items()
+    }
+
+
+def test_blocks_of_deform_conv2d() -> None:
+    from cellops.triton._launch import Limits
+    from cellops.triton.deform_conv2d import forward_blocks
+
+    h200, rtx = Limits(*LIMITS["sm_90"]), Limits(*LIMITS["sm_120"])
+    assert forward_blocks(100352, 64, 64, 2, h200)[:3] == (128, 64, 64)
+    assert forward_blocks(3136, 64, 64, 2, h200)[:3] == (64, 64, 64), "few pixels: twice as many programs"
+    assert forward_blocks(100352, 256, 256, 2, h200)[:3] == (64, 256, 64), "every input channel is sampled once"
+    assert forward_blocks(100352, 256, 256, 2, rtx)[:3] == (128, 128, 32), "less shared memory"
+    assert forward_blocks(100352, 3, 3, 4, h200)[:3] == (128, 16, 16), "tl.dot takes no less than 16"
+
+
+@interpreted
+def test_images_in_chunks_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    from cellops.triton import _channel_attention, deform_conv2d
+
+    for op, name in (("deform_conv2d", "plain"), ("eca", "eca_basic"), ("spatial_attention", "spatial_pool3")):
+        case = case_of(op, name)
+        call = functools.partial(forward_and_gradients, functools.partial(case.function, backend="triton"))
+        whole = call(case.make())
+        with monkeypatch.context() as patch:
+            patch.setattr(deform_conv2d, "SCRATCH_BYTES", 1)
+            patch.setattr(_channel_attention, "CHUNK_BYTES", 1)
+            for key, tensor in call(case.make()).items():
+                torch.testing.assert_close(tensor, whole[key], rtol=1e-6, atol=1e-6, msg=key)
