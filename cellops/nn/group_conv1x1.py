@@ -8,12 +8,15 @@ from cellops.nn import _batch_norm
 from cellops.ops.group_conv1x1 import ACTIVATION_CODES, group_conv1x1, group_conv1x1_batch_norm
 from cellops.reference.group_conv1x1 import ACTIVATIONS
 
+_LANES = 16  # of float32 in the widest vectors
+
 
 class GroupConv1x1(nn.Module):
     """Grouped 1x1 convolution, batch normalisation, activation and channel shuffle in one; children `conv` and `bn`.
 
     In training the convolution is normalised by its batch, in evaluation by the running statistics, which are folded
-    into scale and shift. A child that is not what it was made as (SyncBatchNorm, a frozen one) or has hooks is called.
+    into scale and shift. A child that is not what it was made as (SyncBatchNorm, a frozen one) or has hooks is called;
+    so are both in training where that is the faster (`_plain_is_faster`).
 
     Args:
         in_channels: C.
@@ -57,15 +60,8 @@ class GroupConv1x1(nn.Module):
             ValueError: in training, one value per channel; else the errors are those of `cellops.group_conv1x1`.
         """
         if not _batch_norm.can_fuse(self.conv, self.bn):
-            return self._compose(input)
+            return _compose(input, self.conv, self.bn, self.groups, self.activation, self.shuffle)
         return convolve(input, self.conv, self.bn, self.groups, self.activation, self.shuffle)
-
-    def _compose(self, input: Tensor) -> Tensor:
-        output = self.conv(input)
-        if self.bn is not None:
-            output = self.bn(output)
-        output = ACTIVATIONS[self.activation](output)
-        return nn.functional.channel_shuffle(output, self.groups) if self.shuffle else output
 
     def extra_repr(self) -> str:
         return f"activation={self.activation!r}, shuffle={self.shuffle}"
@@ -86,7 +82,34 @@ def convolve(
         return group_conv1x1(input, conv.weight, scale, shift, groups, activation, shuffle)
     shape = input.shape
     _batch_norm.check_batch(shape[:1] + conv.weight.shape[:1] + shape[2:])
+    if _plain_is_faster(input, conv, groups):
+        return _compose(input, conv, bn, groups, activation, shuffle)
     gamma, beta = _batch_norm.affine(bn, conv.bias)
     output, mean, var = group_conv1x1_batch_norm(input, conv.weight, gamma, beta, bn.eps, groups, activation, shuffle)
     _batch_norm.update_running_statistics(bn, mean, var, conv.bias, shape[0] * shape[2] * shape[3])
     return output
+
+
+def _plain_is_faster(input: Tensor, conv: nn.Conv2d, groups: int) -> bool:
+    """Whether PyTorch's modules take less time in training: on a CPU, where neighbours in memory do not fill vectors.
+
+    Ours / theirs on one core of an AMD EPYC, forward and backward of 32 images: 5.0 / 2.8 ms from 120 to 480 channels
+    in 3 groups at 6 x 6 in channels_last, 4.1 / 2.8 ms from 960 to 240 at 3 x 3 in NCHW; elsewhere ours take 0.5 to
+    0.95 of the time.
+    """
+    if input.device.type != "cpu" or input.dim() != 4:
+        return False
+    pixels = input.shape[2] * input.shape[3]
+    if pixels > 1 and input.is_contiguous():
+        return pixels < _LANES
+    return bool(conv.in_channels // groups % _LANES or conv.out_channels // groups % _LANES)
+
+
+def _compose(
+    input: Tensor, conv: nn.Module, bn: nn.Module | None, groups: int, activation: str, shuffle: bool
+) -> Tensor:
+    output = conv(input)
+    if bn is not None:
+        output = bn(output)
+    output = ACTIVATIONS[activation](output)
+    return nn.functional.channel_shuffle(output, groups) if shuffle else output
