@@ -24,7 +24,7 @@ DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _native.DTYPE_CO
 
 INTERPRETED_ELEMENTS = 2000
 INTERPRETED = (("float32", "nchw"), ("bfloat16", "channels_last"))
-"""What Triton's interpreter runs by default; larger cases and the other types and layouts are marked slow."""
+"""What Triton's interpreter runs by default; larger cases and the other types and layouts are marked exhaustive."""
 
 SECOND_ORDER = (
     "plain",
@@ -51,7 +51,7 @@ def rows(
 ) -> list:
     """Case x backend x dtype x memory format; a backend that cannot run here is skipped with its reason.
 
-    With `once`, everything that Triton's interpreter runs is marked slow: another test has run the case already.
+    With `once`, everything that Triton's interpreter runs is marked exhaustive: another test has run the case already.
     """
     found = []
     for case in cases(None, *tags):
@@ -68,7 +68,7 @@ def rows(
                     name = f"{case}-{backend}-{dtype}-{layout}"
                     interpreted = backend == "triton" and device == "cpu"
                     slow = interpreted and (case.elements > INTERPRETED_ELEMENTS or (dtype, layout) not in INTERPRETED)
-                    more = [*marks, pytest.mark.slow] if slow or (interpreted and once) else marks
+                    more = [*marks, pytest.mark.exhaustive] if slow or (interpreted and once) else marks
                     found.append(pytest.param(case, backend, device, dtype, layout, marks=more, id=name))
     return found
 

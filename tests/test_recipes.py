@@ -276,7 +276,7 @@ def test_two_steps(name, tmp_path):
     two_steps(name, tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", SHIPPED)
 def test_two_steps_of_every_recipe(name, tmp_path):
     two_steps(name, tmp_path)

@@ -47,6 +47,12 @@ def test_unknown_architecture() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
+def test_deformable_convolution_multiplies_by_the_architectures_own_instructions(arch: str) -> None:
+    check(arch, "deform_conv2d", ("bfloat16",))
+
+
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("arch", LIMITS)
 @pytest.mark.parametrize(

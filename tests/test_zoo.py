@@ -25,11 +25,11 @@ TIMM = (
 )
 TORCHVISION = "alexnet squeezenet1_1 shufflenet_v2_x1_0"
 LARGE = {"hqnet", "vgg16", "vgg19", "convnext_base", "resnet101"}
-"""Seconds to draw, or more than a tenth of a billion parameters: run for real by `-m slow` only."""
+"""Seconds to draw, or more than a tenth of a billion parameters: run for real by `-m exhaustive` only."""
 
 
 def marked(names: list[str]) -> list[Any]:
-    return [pytest.param(name, marks=pytest.mark.slow if name in LARGE else ()) for name in names]
+    return [pytest.param(name, marks=pytest.mark.exhaustive if name in LARGE else ()) for name in names]
 
 
 def test_lists_the_networks_of_each_source() -> None:

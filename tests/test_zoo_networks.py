@@ -170,7 +170,7 @@ def test_traces_without_a_break(name: str) -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", MAIN)
 def test_compiles(name: str) -> None:
     """The same by the real compiler."""
