@@ -1,4 +1,4 @@
-"""Every python block of the README runs, and its speed tables are what the results say."""
+"""Every python block of the README and of docs/ runs, and the speed tables are what the results say."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 
 
-def python_blocks() -> list[tuple[int, str]]:
+def python_blocks(page: Path = README) -> list[tuple[int, str]]:
     """First line and text of each block."""
-    text = README.read_text()
+    text = page.read_text()
     found = re.finditer(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     return [(text.count("\n", 0, match.start(1)) + 1, match[1]) for match in found]
 
@@ -26,6 +26,21 @@ def test_block_runs(line: int, block: str, capsys: pytest.CaptureFixture[str]) -
     exec(code, {"__name__": "__main__"})
 
 
+@pytest.mark.parametrize(
+    "block",
+    [
+        pytest.param(block, id=f"{page.stem}{line}")
+        for page in sorted((ROOT / "docs").glob("*.md"))
+        for line, block in python_blocks(page)
+    ],
+)
+def test_block_of_docs_runs(block: str) -> None:
+    """In a process of its own: the blocks may register networks."""
+    pytest.importorskip("timm", reason="timm is not installed")
+    done = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
 def test_speed_tables_come_from_the_results() -> None:
     command = [sys.executable, str(ROOT / "benchmarks" / "table.py"), "--check"]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -33,7 +48,15 @@ def test_speed_tables_come_from_the_results() -> None:
 
 
 @pytest.mark.parametrize(
-    "path", sorted(set(re.findall(r"`((?:csrc|cellops|benchmarks|tests)/[\w/.]*)`", README.read_text())))
+    "path",
+    sorted(
+        set(
+            re.findall(
+                r"`((?:csrc|cellops|benchmarks|tests|models|docs)/[\w/.]*)`",
+                "".join(page.read_text() for page in (README, *(ROOT / "docs").glob("*.md"))),
+            )
+        )
+    ),
 )
 def test_named_file_exists(path: str) -> None:
     assert (ROOT / path).exists()
