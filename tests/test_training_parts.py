@@ -1,0 +1,90 @@
+"""The parts of training that need no run: mixed batches, optimizers, schedules."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from cellops.models.training import optim
+from cellops.models.training.mixing import mix
+from cellops.models.training.recipe import RecipeError
+from cellops.models.training.settings import MixingSettings, OptimizerSettings, ScheduleSettings
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+@pytest.mark.parametrize("kind", ["mixup", "cutmix"])
+def test_mixing(size, kind):
+    generator = torch.Generator().manual_seed(0)
+    images, targets = torch.rand(size, 3, 8, 6, generator=generator), torch.arange(size) % 3
+    settings = MixingSettings(**{kind: 1.0})
+    for draw in range(20):
+        mixed, soft = mix(images, targets, 3, settings, (0, draw))
+        again, _ = mix(images, targets, 3, settings, (0, draw))
+        assert torch.equal(mixed, again)
+        torch.testing.assert_close(soft.sum(1), torch.ones(size))
+        share = soft[0, targets[0]].item() if size > 1 and targets[0] != targets[-1] else None
+        if kind == "cutmix" and share is not None:
+            kept = (mixed[0] == images[0]).all(0).float().mean().item()
+            assert kept == pytest.approx(share, abs=1e-6)
+        elif share is not None:
+            torch.testing.assert_close(mixed[0], share * images[0] + (1 - share) * images[-1])
+    middle = size // 2
+    if size % 2:
+        torch.testing.assert_close(mixed[middle], images[middle])
+
+
+def test_mixing_by_chance():
+    images, targets = torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 2, 0])
+    settings = MixingSettings(mixup=1.0, probability=0.0)
+    mixed, soft = mix(images, targets, 3, settings, (0,))
+    assert torch.equal(mixed, images) and torch.equal(soft.argmax(1), targets)
+
+
+def test_optimizers():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    kinds = {}
+    for name in ("sgd", "nesterov", "adam", "adamp", "nadam", "adamw"):
+        optimizer = optim.build_optimizer(OptimizerSettings(name, 0.1, weight_decay=0.01), model)
+        kinds[name] = type(optimizer).__name__
+        assert {group["weight_decay"] for group in optimizer.param_groups} == {0.0, 0.01}
+        assert all(group["lr"] == 0.1 for group in optimizer.param_groups)
+    assert kinds == {
+        "sgd": "SGD",
+        "nesterov": "SGD",
+        "adam": "Adam",
+        "adamp": "AdamP",
+        "nadam": "NAdam",
+        "adamw": "AdamW",
+    }
+    plain = optim.build_optimizer(OptimizerSettings("sgd", 0.1, momentum=0.8, decay_norm_and_bias=True), model)
+    assert [(group["nesterov"], group["momentum"]) for group in plain.param_groups] == [(False, 0.8)]
+    assert optim.build_optimizer(OptimizerSettings("nesterov", 0.1), model).param_groups[0]["nesterov"]
+    with pytest.raises(RecipeError, match="did you mean 'adamw'"):
+        optim.build_optimizer(OptimizerSettings("adamww", 0.1), model)
+    with pytest.raises(RecipeError, match="does not take"):
+        optim.build_optimizer(OptimizerSettings("adamw", 0.1, arguments={"beta": 3}), model)
+
+
+def rates(settings, epochs=6, updates=10):
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = optim.build_schedule(settings, optimizer, epochs, updates)
+    found = []
+    for update in range(epochs * updates):
+        found.append(optimizer.param_groups[0]["lr"])
+        schedule.step_update(update + 1)
+    return np.array(found)
+
+
+def test_schedules():
+    assert np.allclose(rates(ScheduleSettings("constant")), 1)
+    steps = rates(ScheduleSettings("multistep", milestones=[2, 4], gamma=0.1))
+    assert np.allclose(steps, np.repeat([1, 0.1, 0.01], 20))
+    cosine = rates(ScheduleSettings("cosine"))
+    assert np.allclose(cosine, 0.5 * (1 + np.cos(np.pi * np.arange(60) / 60)))
+    warm = rates(ScheduleSettings("cosine", warmup_epochs=1))
+    assert np.allclose(warm[:10], np.arange(10) / 10) and np.allclose(warm[10:], cosine[10:])
+    with pytest.raises(RecipeError, match="milestones"):
+        rates(ScheduleSettings("multistep"))
+    assert np.allclose(rates(ScheduleSettings("constant", warmup_epochs=9))[:31], np.arange(31) / 30)
