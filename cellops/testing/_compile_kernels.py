@@ -1,7 +1,7 @@
 """Compiles every Triton kernel for a GPU architecture, on a machine with or without a GPU, and says what came out.
 
-    python -m cellops.testing.compile_kernels sm_90                            # a table
-    python -m cellops.testing.compile_kernels sm_90 eca --dtype bfloat16 --json  # some of it, for programs
+    python -m cellops.testing sm_90                            # a table
+    python -m cellops.testing sm_90 eca --dtype bfloat16 --json  # some of it, for programs
 
 The launchers run on tensors without data over the layers of `CASES`, and note what they would launch: the kernels,
 types, alignments and configurations are those that such calls use. Triton's interpreter and its compiler cannot share a
@@ -177,7 +177,7 @@ def compile_kernels(arch: str, ops: Sequence[str] = (), dtypes: Sequence[str] = 
     root = str(Path(cellops.__file__).parents[1])
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, environment.get("PYTHONPATH"))))
     chosen = [word for name in dtypes for word in ("--dtype", name)]
-    command = [sys.executable, "-m", "cellops.testing.compile_kernels", arch, *ops, *chosen, "--json"]
+    command = [sys.executable, "-m", "cellops.testing", arch, *ops, *chosen, "--json"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         raise RuntimeError(f"the kernels do not compile for {arch}: {done.stderr}")
@@ -263,7 +263,9 @@ def table(rows: list[Row]) -> str:
 def main() -> None:
     """The command."""
     names = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
-    parser = argparse.ArgumentParser(description="Compile every Triton kernel for one GPU architecture.")
+    parser = argparse.ArgumentParser(
+        prog="python -m cellops.testing", description="Compile every Triton kernel for one GPU architecture."
+    )
     parser.add_argument("arch", choices=CAPABILITIES)
     parser.add_argument("ops", nargs="*", metavar="op")
     parser.add_argument("--dtype", action="append", choices=names, help="may be repeated; all by default")
