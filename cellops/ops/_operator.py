@@ -451,11 +451,14 @@ def _format(tensor: Tensor) -> torch.memory_format:
 
 
 def _like(gradients: Sequence[Tensor | None], tensors: Tensors) -> list[Tensor]:
-    """The gradients there are, each in its tensor's shape, dtype and memory format."""
+    """The gradients there are, each in its tensor's shape, dtype and memory format.
+
+    Reshaping to the same shape would change the strides of dimensions of size 1.
+    """
     return [
-        (gradient if gradient.shape == tensor.shape else gradient.reshape(tensor.shape)).to(
-            tensor.dtype, memory_format=_format(tensor)
-        )
+        (gradient if gradient.shape == tensor.shape else gradient.reshape(tensor.shape))
+        .to(tensor.dtype)
+        .contiguous(memory_format=_format(tensor))
         for gradient, tensor in zip(gradients, tensors, strict=True)
         if gradient is not None and tensor is not None
     ]
