@@ -116,6 +116,13 @@ CHANGES = {
 }
 
 
+@pytest.fixture
+def always_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or the module would be compared with itself where it stands back in training."""
+    monkeypatch.setattr("cellops.nn.group_conv1x1._plain_is_faster", lambda *arguments: False)
+
+
+@pytest.mark.usefixtures("always_fused")
 @each_layout
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 @pytest.mark.parametrize("change", list(CHANGES))
@@ -140,6 +147,31 @@ def fused_calls(module: nn.Module, input: Tensor) -> int:
         child.forward = lambda *args, forward=forward: (calls.append(1), forward(*args))[1]
     watched(input)
     return len(calls)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "pixels", "layout", "calls"),
+    [
+        ((12, 18, 3), 5, torch.contiguous_format, 0),
+        ((12, 18, 3), 3, torch.contiguous_format, 2),
+        ((12, 18, 3), 5, torch.channels_last, 2),
+        ((32, 96, 2), 5, torch.channels_last, 0),
+        ((32, 96, 2), 1, torch.contiguous_format, 0),
+    ],
+    ids=["planes", "short_planes", "short_groups", "whole_groups", "pixels"],
+)
+def test_stands_back_in_training_where_vectors_are_not_filled(
+    sizes: tuple[int, int, int], pixels: int, layout: torch.memory_format, calls: int
+) -> None:
+    input = torch.randn(2, sizes[0], pixels, pixels).contiguous(memory_format=layout)
+    module = GroupConv1x1(*sizes, shuffle=True)
+    assert fused_calls(module, input) == calls
+    assert fused_calls(module.eval(), input) == 0
+
+
+@each_layout
+def test_same_where_it_stands_back(layout: torch.memory_format) -> None:
+    assert_same(*pair(bias=True, shuffle=True), layout)
 
 
 def test_children_that_were_changed_or_are_watched_are_called() -> None:
@@ -226,6 +258,7 @@ def test_errors_of_the_op() -> None:
         group_conv1x1(input, weight, None, torch.ones(18).double(), groups=3)
 
 
+@pytest.mark.usefixtures("always_fused")
 @each_layout
 @pytest.mark.parametrize("training", [True, False])
 def test_half_types_keep_running_statistics_in_float32(training: bool, layout: torch.memory_format) -> None:
