@@ -143,6 +143,28 @@ CASES: list[Case] = [
         shuffle=True,
         tags="edge",
     ),
+    *_both(
+        "kept",
+        "images that are whole tiles, of groups that are dear to compute twice",
+        batch=2,
+        in_channels=72,
+        out_channels=24,
+        height=12,
+        width=20,
+        shuffle=True,
+        tags="edge",
+    ),
+    *_both(
+        "wide",
+        "groups of many channels out, whose weights' gradient is summed another way",
+        batch=3,
+        in_channels=64,
+        out_channels=128,
+        height=9,
+        width=7,
+        activation="none",
+        tags="edge",
+    ),
     group_conv1x1_case("16x128x56x56", "a grouped bottleneck, the layer of the targets", tags="real bench", **_LAYER),
     group_conv1x1_case(
         "16x128x56x56", "a grouped bottleneck, the layer of the targets", batch_norm=True, tags="real", **_LAYER

@@ -1,5 +1,6 @@
 // Grouped 1x1 convolution with what follows it, forward: tile by tile, so that the convolution's result never reaches
-// memory. With batch statistics it is computed twice, first for them and then for the output.
+// memory. With batch statistics it is computed twice, first for them and then for the output; where that takes longer
+// than to write and read it, it waits in the output's memory.
 #include "group_conv1x1.h"
 #include "group_conv1x1_by_channel.h"
 #include "group_conv1x1_by_position.h"
@@ -44,27 +45,37 @@ class Moments {
   const Buffer<double> mean_, squares_, count_;
 };
 
+// Takes the moments of the convolution, which it leaves in `kept`, a tensor like the output, or nowhere if that is
+// null.
 template <class Tile, class T, class S>
 void find_moments(const Tiling& t, const Team& team, Tile& tile, const T* input, const Moments& moments, S* means,
-                  S* squares) {
+                  S* squares, const Affine<S>& unchanged, T* kept) {
+  const bool streamed = kept && t.streamed(t.out, kept);
   t.for_tiles(team, [&](int64_t first_group, int64_t position, int64_t count) {
     tile.read(input, nullptr, first_group, position, count);
     for (int64_t group = first_group; group < first_group + t.unit_groups; ++group) {
       tile.convolve(group);
       tile.find_moments(group, means, squares);
       moments.add(group, double(count), means, squares);
+      if (kept) tile.template activate<Activation::none>(group, unchanged, streamed, kept);
     }
   });
+  if (streamed) end_streams();
 }
 
+// The output from the convolution, which is computed, or read where the output will be.
 template <class Tile, class T>
-void find_output(const Tiling& t, const Team& team, Tile& tile, const T* input, Activation activation,
+void find_output(const Tiling& t, const Team& team, Tile& tile, const T* input, bool kept, Activation activation,
                  const Affine<Compute<T>>& affine, T* output) {
   const bool streamed = t.streamed(t.out, output);
   t.for_tiles(team, [&](int64_t first_group, int64_t position, int64_t count) {
-    tile.read(input, nullptr, first_group, position, count);
+    if (kept) {
+      tile.read_kept(output, first_group, position, count);
+    } else {
+      tile.read(input, nullptr, first_group, position, count);
+    }
     for (int64_t group = first_group; group < first_group + t.unit_groups; ++group) {
-      tile.convolve(group);
+      if (!kept) tile.convolve(group);
       with_activation(activation,
                       [&](auto tag) { tile.template activate<tag.value>(group, affine, streamed, output); });
     }
@@ -85,7 +96,8 @@ bool run_forward(const GroupConv1x1Params& p, const GroupConv1x1Forward& io, int
   parallel(tiling.threads, [&](const Team& team) {
     Tile tile(tiling, weights, false);
     if (!team.all(!tile.failed(), &failed)) return;
-    find_output(tiling, team, tile, static_cast<const T*>(io.input), p.activation, affine, static_cast<T*>(io.output));
+    find_output(tiling, team, tile, static_cast<const T*>(io.input), false, p.activation, affine,
+                static_cast<T*>(io.output));
   });
   return !failed;
 }
@@ -100,7 +112,10 @@ bool run_batch_norm_forward(const GroupConv1x1Params& p, const GroupConv1x1Batch
   if (weights.failed() || affine.failed() || moments.failed()) return false;
   weights.set(static_cast<const T*>(io.weight));
   moments.zero();
+  affine.set(nullptr, nullptr);
   const T* input = static_cast<const T*>(io.input);
+  T* output = static_cast<T*>(io.output);
+  const bool keeps = tiling.template keeps<T>();
   bool failed = false;
   parallel(tiling.threads, [&](const Team& team) {
     Tile tile(tiling, weights, false);
@@ -108,7 +123,7 @@ bool run_batch_norm_forward(const GroupConv1x1Params& p, const GroupConv1x1Batch
     const Buffer<S> means(tiling.out.of_group), squares(tiling.out.of_group);
     if (!team.all(!tile.failed() && !own.failed() && !means.failed() && !squares.failed(), &failed)) return;
     own.zero();
-    find_moments(tiling, team, tile, input, own, means.get(), squares.get());
+    find_moments(tiling, team, tile, input, own, means.get(), squares.get(), affine, keeps ? output : nullptr);
     team.in_order([&] { moments.add(own); });
     int64_t begin, end;
     team.share(p.out_channels, &begin, &end);
@@ -119,7 +134,7 @@ bool run_batch_norm_forward(const GroupConv1x1Params& p, const GroupConv1x1Batch
     }
     affine.normalise(io.gamma, io.beta, mean, var, p.eps, begin, end);
     team.barrier();
-    find_output(tiling, team, tile, input, p.activation, affine, static_cast<T*>(io.output));
+    find_output(tiling, team, tile, input, keeps, p.activation, affine, output);
   });
   return !failed;
 }

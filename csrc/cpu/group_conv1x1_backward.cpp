@@ -1,6 +1,7 @@
 // Grouped 1x1 convolution with what follows it, backward. Tile by tile the convolution is computed again, with it the
 // activation's slope and the gradient to the convolution; from that the gradients to input and weight. With batch
-// statistics two sums over the batch are needed first: a pass of its own.
+// statistics two sums over the batch are needed first: a pass of its own, which leaves the convolution in the memory of
+// the gradient to the input where it has room and is dear to compute.
 #include "group_conv1x1.h"
 #include "group_conv1x1_by_channel.h"
 #include "group_conv1x1_by_position.h"
@@ -11,16 +12,17 @@ namespace {
 // What a pass is for: the sums, the gradients to input and weight (each may be null), or both.
 enum class Pass { sum, apply, both };
 
-// One pass by one thread. Only what the activation is part of is compiled for each.
+// One pass by one thread. Only what the activation is part of is compiled for each. `kept`: null, or the gradient to
+// the input, where a pass for the sums leaves the convolution for that which applies them.
 template <class Tile, class T>
 void run_pass(Pass pass, const Tiling& t, const Team& team, Tile& tile, Activation activation, const T* grad_output,
-              const T* input, const Chain<Compute<T>>& chain, const Sums& sums, T* grad_input,
+              const T* input, const Chain<Compute<T>>& chain, const Sums& sums, T* kept, T* grad_input,
               Compute<T>* grad_weight) {
   const bool streamed = t.streamed(t.in, grad_input);
   t.for_tiles(team, [&](int64_t first_group, int64_t position, int64_t count) {
     tile.read(input, grad_output, first_group, position, count);
     for (int64_t group = first_group; group < first_group + t.unit_groups; ++group) {
-      tile.convolve_again(group);
+      tile.convolve_again(group, kept, pass == Pass::apply);
       with_activation(activation, [&](auto tag) {
         if (pass == Pass::sum) return tile.template chain<tag.value, true, false>(group, chain, sums);
         if (pass == Pass::apply) return tile.template chain<tag.value, false, true>(group, chain, sums);
@@ -81,6 +83,8 @@ bool with_tiles(const GroupConv1x1Params& p, const Tensors<T>& io, const Chain<C
   weights.set(io.weight);
   grad_weight.zero();
   total.zero();
+  T* kept =
+      statistics && tiling.out.of_group <= tiling.in.of_group && tiling.template keeps<T>() ? io.grad_input : nullptr;
   bool failed = false;
   parallel(tiling.threads, [&](const Team& team) {
     Tile tile(tiling, weights, true);
@@ -90,7 +94,8 @@ bool with_tiles(const GroupConv1x1Params& p, const Tensors<T>& io, const Chain<C
     sums.zero();
     own.zero();
     const auto pass = [&](Pass what) {
-      run_pass(what, tiling, team, tile, p.activation, io.grad_output, io.input, chain, sums, io.grad_input, own.get());
+      run_pass(what, tiling, team, tile, p.activation, io.grad_output, io.input, chain, sums, kept, io.grad_input,
+               own.get());
       if (what != Pass::apply) team.in_order([&] { total.add(sums); });
     };
     pass(statistics ? Pass::sum : Pass::both);

@@ -108,6 +108,22 @@ class PlaneAccess {
     }
   }
 
+  // Copies rows of numbers into the places that the group's first rows have in a tensor of planes, or from there.
+  void put_rows(int64_t rows, const S* from, int64_t step, int64_t group, int64_t position, int64_t count,
+                S* tensor) const {
+    for_images(position, count, [&](int64_t image, int64_t pixel, int64_t offset, int64_t length) {
+      S* to = plane(tensor, image, group) + pixel;
+      for (int64_t j = 0; j < rows; ++j) store_run(length, from + j * step + offset, to + j * place_step(), false);
+    });
+  }
+  void take_rows(int64_t rows, S* to, int64_t step, int64_t group, int64_t position, int64_t count,
+                 const S* tensor) const {
+    for_images(position, count, [&](int64_t image, int64_t pixel, int64_t offset, int64_t length) {
+      const S* from = plane(tensor, image, group) + pixel;
+      for (int64_t j = 0; j < rows; ++j) store_run(length, from + j * place_step(), to + j * step + offset, false);
+    });
+  }
+
   void write(int64_t group, int64_t position, int64_t count, bool streamed, T* tensor) const {
     if (t_.rows_of_memory) {
       for (int64_t i = 0; i < count; i += kRowsAtOnce) {
@@ -167,13 +183,20 @@ class ByChannel {
         in_(t, t.in),
         out_(t, t.out),
         stride_(t.tile + 16),
-        convolution_(backward ? t.out.of_group * stride_ : 0) {}
-  bool failed() const { return in_.failed() || out_.failed() || convolution_.failed(); }
+        convolution_(backward ? t.out.of_group * stride_ : 0),
+        transposed_(backward && t.out.of_group >= 64 && t.in.of_group % kLanes<S> == 0 ? t.tile * t.in.of_group : 0) {}
+  bool failed() const { return in_.failed() || out_.failed() || convolution_.failed() || transposed_.failed(); }
 
   void read(const T* input, const T* grad_output, int64_t group, int64_t position, int64_t count) {
     group_ = group, position_ = position, count_ = count;
     in_.read(input, group, position, count);
     if (grad_output) out_.read(grad_output, group, position, count);
+  }
+
+  // Takes a tile of the convolution that is kept where the output will be, instead of computing it.
+  void read_kept(const T* output, int64_t group, int64_t position, int64_t count) {
+    group_ = group, position_ = position, count_ = count;
+    out_.read(output, group, position, count);
   }
 
   // Forward: the convolution of a group, in the place of its output.
@@ -200,20 +223,44 @@ class ByChannel {
     T* place = out_.place(output, group, position_, count_);
     for (int64_t j = 0; j < t_.out.of_group; ++j) {
       const AffineLanes<S> lanes = lanes_of(affine, group * t_.out.of_group + j);
-      S* row = out_.row_of(group) + j * out_.row_step();
       if (place) {
+        const S* row = out_.read_row_of(group) + j * out_.read_row_step();
         T* to = place + j * out_.place_step();
         for (int64_t i = 0; i < count_; i += kLanes<S>)
           put(to + i, lanes.template activated<A>(load(row + i)), streamed);
       } else {
+        S* row = out_.row_of(group) + j * out_.row_step();
         for (int64_t i = 0; i < count_; i += kLanes<S>) store(row + i, lanes.template activated<A>(load(row + i)));
       }
     }
     if (!place && is_last(group)) out_.write(group_, position_, count_, streamed, output);
   }
 
-  // Backward: the convolution again.
-  void convolve_again(int64_t group) { multiply(group, convolution_.get(), stride_, true); }
+  // Backward: the convolution again. It is left in the tile's part of `kept`, which is null or like the input and has
+  // room for it, or found there.
+  void convolve_again(int64_t group, T* kept, bool found) {
+    convolution_row_ = convolution_.get(), convolution_step_ = stride_;
+    bool copied = false;
+    if constexpr (sizeof(T) == sizeof(S)) {
+      if (kept && in_.place(kept, group, position_, count_)) {
+        convolution_row_ = in_.place(kept, group, position_, count_), convolution_step_ = in_.place_step();
+      } else if (kept && t_.rows_of_memory && count_ % kLanes<S> == 0) {  // rows of positions, as nobody else reads it
+        convolution_row_ = kept + position_ * t_.in.count + group * t_.out.of_group * count_,
+        convolution_step_ = count_;
+      } else {
+        copied = kept && !t_.rows_of_memory;
+      }
+      if (copied && found) {
+        in_.take_rows(t_.out.of_group, convolution_row_, convolution_step_, group, position_, count_, kept);
+        return;
+      }
+    }
+    if (found && (copied || convolution_row_ != convolution_.get())) return;
+    multiply(group, convolution_row_, convolution_step_, true);
+    if constexpr (sizeof(T) == sizeof(S)) {
+      if (copied) in_.put_rows(t_.out.of_group, convolution_row_, convolution_step_, group, position_, count_, kept);
+    }
+  }
 
   // The sums and, with Apply, the gradient to the convolution.
   template <Activation A, bool Sum, bool Apply>
@@ -223,14 +270,24 @@ class ByChannel {
       const int64_t o = group * t_.out.of_group + j;
       const ChainLanes<S> lanes{lanes_of(chain.affine, o), broadcast(chain.of_apart.get()[o]),
                                 broadcast(chain.constant.get()[o])};
-      chain_row<A, Sum, Apply>(lanes, convolution_.get() + j * stride_, grads + j * out_.read_row_step(), count_,
-                               out_.row_of(group) + j * out_.row_step(), sums.grad.get() + o, sums.product.get() + o);
+      chain_row<A, Sum, Apply>(lanes, convolution_row_ + j * convolution_step_, grads + j * out_.read_row_step(),
+                               count_, out_.row_of(group) + j * out_.row_step(), sums.grad.get() + o,
+                               sums.product.get() + o);
     }
   }
 
+  // As products of rows, whose sums over lanes take a third of the time of 240 positions; in tiles of many channels,
+  // which have fewer positions, the input is transposed instead.
   void add_grad_weight(int64_t group, S* grad_weight) const {
-    multiply_dots(t_.out.of_group, t_.in.of_group, round_up(count_, kLanes<S>), out_.row_of(group), out_.row_step(),
-                  in_.read_row_of(group), in_.read_row_step(), grad_weight, t_.in.of_group);
+    const int64_t outs = t_.out.of_group, ins = t_.in.of_group;
+    if (transposed_.count() == 0) {
+      multiply_dots(outs, ins, round_up(count_, kLanes<S>), out_.row_of(group), out_.row_step(), in_.read_row_of(group),
+                    in_.read_row_step(), grad_weight, ins);
+      return;
+    }
+    transpose(ins, count_, in_.read_row_of(group), in_.read_row_step(), transposed_.get(), ins);
+    multiply_tile<S, true, kTileRows, kTileVectors>(outs, ins, count_, out_.row_of(group), out_.row_step(), 1,
+                                                    transposed_.get(), ins, grad_weight, ins);
   }
 
   // The gradient to the input; may take the input's place.
@@ -283,7 +340,9 @@ class ByChannel {
   const Weights<S>& weights_;
   PlaneAccess<T> in_, out_;
   const int64_t stride_;
-  const Buffer<S> convolution_;
+  const Buffer<S> convolution_, transposed_;
+  S* convolution_row_ = nullptr;
+  int64_t convolution_step_ = 0;
   int64_t group_ = 0, position_ = 0, count_ = 0;
 };
 

@@ -47,7 +47,7 @@ class ByPosition {
   bool failed() const { return in_.failed() || grads_.failed() || convolution_.failed(); }
 
   void read(const T* input, const T* grad_output, int64_t, int64_t position, int64_t count) {
-    position_ = position, count_ = count;
+    position_ = position, count_ = count, kept_ = nullptr;
     x_ = take(input + position * t_.in.count, t_.in.count, in_);
     next_in_ = reinterpret_cast<const char*>(input + min_of(position + count, t_.positions) * t_.in.count);
     next_in_bytes_ = min_of(count, t_.positions - position - count) * t_.in.count * int64_t(sizeof(T));
@@ -56,6 +56,13 @@ class ByPosition {
     next_out_ = reinterpret_cast<const char*>(grad_output + min_of(position + count, t_.positions) * t_.out.count);
     next_out_bytes_ = min_of(count, t_.positions - position - count) * t_.out.count * int64_t(sizeof(T));
   }
+
+  // Takes a tile of the convolution that is kept where the output will be, instead of computing it.
+  void read_kept(const S* output, int64_t, int64_t position, int64_t count) {
+    position_ = position, count_ = count, kept_ = output + position * t_.out.count;
+  }
+  template <class Half>
+  void read_kept(const Half*, int64_t, int64_t, int64_t) {}  // half types are not kept
 
   void convolve(int64_t group) {
     constexpr int64_t kSome = 2 * kRows;
@@ -68,7 +75,26 @@ class ByPosition {
     }
   }
 
-  void convolve_again(int64_t group) { convolve(group); }
+  // Backward: the convolution again. It is left in the places that the group's first channels have in `kept`, which is
+  // null or like the input, or found there.
+  void convolve_again(int64_t group, T* kept, bool found) {
+    if (!kept || !found) convolve(group);
+    if constexpr (sizeof(T) == sizeof(S)) {
+      if (!kept) return;
+      const int64_t outs = t_.out.of_group;
+      S* place = kept + position_ * t_.in.count + t_.in.first(group);
+      for (int64_t i = 0; i < count_; ++i, place += t_.in.count) {
+        S* row = convolution_.get() + i * outs;
+        for (int64_t j = 0; j < outs; j += kLanes<S>) {
+          if (found) {
+            store(row + j, load(place + j));
+          } else {
+            store(place + j, load(row + j));
+          }
+        }
+      }
+    }
+  }
 
   void find_moments(int64_t, S* means, S* squares) const {
     const int64_t outs = t_.out.of_group;
@@ -91,10 +117,11 @@ class ByPosition {
     const int64_t outs = t_.out.of_group;
     for (int64_t j = 0; j < outs; j += kLanes<S>) {
       const AffineLanes<S> lanes = lanes_of(affine, group * outs + j);
-      const S* column = convolution_.get() + j;
+      const S* column = kept_ ? kept_ + group * outs + j : convolution_.get() + j;
+      const int64_t step = kept_ ? t_.out.count : outs;
       T* to = output + position_ * t_.out.count + group * outs + j;
       for (int64_t i = 0; i < count_; ++i) {
-        put(to + i * t_.out.count, lanes.template activated<A>(load(column + i * outs)), streamed);
+        put(to + i * t_.out.count, lanes.template activated<A>(load(column + i * step)), streamed);
       }
     }
   }
@@ -155,7 +182,7 @@ class ByPosition {
   const Tiling& t_;
   const Weights<S>& weights_;
   const Buffer<S> in_, grads_, convolution_;
-  const S *x_ = nullptr, *g_ = nullptr;
+  const S *x_ = nullptr, *g_ = nullptr, *kept_ = nullptr;
   const char *next_in_ = nullptr, *next_out_ = nullptr;
   int64_t next_in_bytes_ = 0, next_out_bytes_ = 0;
   int64_t position_ = 0, count_ = 0;
