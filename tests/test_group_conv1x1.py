@@ -153,12 +153,14 @@ def fused_calls(module: nn.Module, input: Tensor) -> int:
     ("sizes", "pixels", "layout", "calls"),
     [
         ((12, 18, 3), 5, torch.contiguous_format, 0),
-        ((256, 32, 1), 3, torch.contiguous_format, 2),
+        ((512, 32, 2), 3, torch.contiguous_format, 2),
+        ((128, 32, 2), 3, torch.contiguous_format, 0),
+        ((128, 32, 2), 3, torch.channels_last, 2),
         ((12, 18, 3), 5, torch.channels_last, 2),
         ((32, 96, 2), 5, torch.channels_last, 0),
         ((32, 96, 2), 1, torch.contiguous_format, 0),
     ],
-    ids=["planes", "one_deep_group", "short_groups", "whole_groups", "pixels"],
+    ids=["planes", "deep_groups", "less_deep", "less_deep_rows", "short_groups", "whole_groups", "pixels"],
 )
 def test_stands_back_in_training_where_plain_modules_are_faster(
     sizes: tuple[int, int, int], pixels: int, layout: torch.memory_format, calls: int
