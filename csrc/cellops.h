@@ -311,6 +311,14 @@ struct SpatialAttentionBackward {
 #include "cpu/ops.inc"
 #undef X
 
+// <op>_cuda(params, tensors, device, stream) for every line of ops.inc, in a build with the CUDA kernels: float32,
+// bfloat16 and float16 on a CUDA stream of that device. Gradients that are scattered are float32 and added to, whatever
+// dtype says; they come zeroed. Throws std::runtime_error where a launch fails, std::invalid_argument for what the
+// kernels cannot take.
+#define X(name, Params, Tensors) void name##_cuda(const Params&, const Tensors&, int device, void* stream);
+#include "cuda/ops.inc"
+#undef X
+
 // Instruction-set variants of the CPU kernels, best last; `isa_name` is the one in use.
 // It is chosen at load: the best that the CPU has, or the one that CELLOPS_ISA names.
 int isa_count();
