@@ -20,8 +20,8 @@ from cellops import _native
 OPS: dict[str, tuple[str, ...]] = {
     "deform_conv2d": ("cpu", "triton"),
     "offset_sample2d": ("cpu", "triton", "cuda"),
-    "frelu": ("cpu", "triton"),
-    "frelu_batch_norm": ("cpu", "triton"),
+    "frelu": ("cpu", "triton", "cuda"),
+    "frelu_batch_norm": ("cpu", "triton", "cuda"),
     "squeeze_excite": ("cpu", "triton"),
     "eca": ("cpu", "triton"),
     "group_conv1x1": ("cpu", "triton"),

@@ -157,6 +157,55 @@ struct FreluBatchNormBackward {
   void* grad_beta;
 };
 
+// The funnel activation on a GPU: output = max(input, (dwconv(input) - mean) * scale + shift). Its caller cuts the
+// image into tiles. Every [C] is float32 and may be null: mean, shift, by_value and by_one for 0, scale for 1.
+struct FreluTileParams {
+  int64_t batch, channels, height, width, kernel;
+  int64_t channel_block;  // channels of a tile, a power of two up to 64
+  int64_t rows, columns;  // pixels of a tile
+  int64_t parts;          // of the tiles, each summed by one block for every channel block; at most their number
+  Dtype dtype;
+  bool channels_last;
+  static constexpr const char* kFields[] = {"batch", "channels", "height", "width", "kernel",       "channel_block",
+                                            "rows",  "columns",  "parts",  "dtype", "channels_last"};
+};
+
+struct FreluTileForward {
+  const void* input;   // [N, C, H, W]
+  const void* weight;  // [C, 1, kernel, kernel]
+  const void* mean;
+  const void* scale;
+  const void* shift;
+  void* output;  // [N, C, H, W]
+};
+
+// With grad_output: sums of the gradient that goes through the convolution, and of it times (convolution - mean).
+// Without: sums of (convolution - first) and of its square.
+struct FreluTileSums {
+  const void* grad_output;  // or null
+  const void* input;
+  const void* weight;
+  const void* mean;
+  const void* scale;
+  const void* shift;
+  void* first;  // [C] float32: some value of each channel's convolution; null with grad_output
+  void* sums;   // [parts, 2, C] float32
+};
+
+// The convolution's gradient is scale * (what goes through it) + (convolution - mean) * by_value + by_one.
+struct FreluTileBackward {
+  const void* grad_output;
+  const void* input;
+  const void* weight;
+  const void* mean;
+  const void* scale;
+  const void* shift;
+  const void* by_value;
+  const void* by_one;
+  void* grad_input;
+  void* sums;  // [parts, C, kernel * kernel + 2] float32, zeroed: gradients of the taps, and the two sums as above
+};
+
 // Squeeze-and-excitation: output = input * gate(fc2(act(fc1(mean over pixels)))).
 enum class Activation : int { none = 0, relu = 1, relu6 = 2, gelu = 3, silu = 4, hardswish = 5 };
 enum class Gate : int { sigmoid = 0, hard_sigmoid = 1 };

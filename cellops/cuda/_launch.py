@@ -11,24 +11,24 @@ from torch import Tensor
 from cellops import _native
 
 
-def launch(entry: str, params: Any, first: Tensor, *others: Tensor | None) -> None:
+def launch(entry: str, params: Any, *tensors: Tensor | None) -> None:
     """Run `<entry>_cuda` of the library; what it is given must stay alive until the stream has passed.
 
     Args:
         entry: name of the line in csrc/cuda/ops.inc.
         params: its parameters.
-        first: its first tensor, which says the device; on the CPU for a library that emulates one.
-        others: the other tensors in order, None for an absent one.
+        tensors: its tensors in order, None for an absent one; all on one device, the CPU for a library that emulates
+            one.
 
     Raises:
         RuntimeError: the launch failed.
         ValueError: the kernel cannot take these sizes.
     """
     device, stream = 0, 0
-    if first.is_cuda:
-        device, stream = first.get_device(), torch.cuda.current_stream(first.device).cuda_stream
-    kernel = getattr(_native.library(), f"{entry}_cuda")
-    kernel(params, device, stream, *map(_native.pointer, (first, *others)))
+    there = next(tensor for tensor in tensors if tensor is not None)
+    if there.is_cuda:
+        device, stream = there.get_device(), torch.cuda.current_stream(there.device).cuda_stream
+    getattr(_native.library(), f"{entry}_cuda")(params, device, stream, *map(_native.pointer, tensors))
 
 
 def storage(tensor: Tensor) -> int:
