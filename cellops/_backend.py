@@ -18,7 +18,7 @@ import torch
 from cellops import _native
 
 OPS: dict[str, tuple[str, ...]] = {
-    "deform_conv2d": ("cpu", "triton"),
+    "deform_conv2d": ("cpu", "triton", "cuda"),
     "offset_sample2d": ("cpu", "triton", "cuda"),
     "frelu": ("cpu", "triton", "cuda"),
     "frelu_batch_norm": ("cpu", "triton", "cuda"),

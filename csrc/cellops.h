@@ -71,6 +71,59 @@ struct DeformConv2dBackward {
   void* grad_bias;
 };
 
+// A tile of output pixels of a deformable convolution on a GPU: the sampling, apart from the products. Sizes as above.
+// Columns are [column_groups, count, K, in_channels / column_groups].
+struct DeformConv2dTileParams {
+  int64_t in_channels, in_height, in_width, out_height, out_width;
+  int64_t kernel_height, kernel_width;
+  int64_t stride_height, stride_width;
+  int64_t pad_height, pad_width;
+  int64_t dilation_height, dilation_width;
+  int64_t offset_groups, column_groups;
+  int64_t first, count;  // output pixels, numbered over all images
+  Dtype dtype;
+  Dtype offset_dtype;  // dtype, or float32 beside a half dtype
+  bool offset_channels_last, mask_channels_last;
+  static constexpr const char* kFields[] = {"in_channels",
+                                            "in_height",
+                                            "in_width",
+                                            "out_height",
+                                            "out_width",
+                                            "kernel_height",
+                                            "kernel_width",
+                                            "stride_height",
+                                            "stride_width",
+                                            "pad_height",
+                                            "pad_width",
+                                            "dilation_height",
+                                            "dilation_width",
+                                            "offset_groups",
+                                            "column_groups",
+                                            "first",
+                                            "count",
+                                            "dtype",
+                                            "offset_dtype",
+                                            "offset_channels_last",
+                                            "mask_channels_last"};
+};
+
+struct DeformConv2dColumns {
+  const void* input;   // [N, H, W, C]
+  const void* offset;  // [N, OG * K * 2, OH, OW]
+  const void* mask;    // [N, OG * K, OH, OW], or null
+  void* columns;
+};
+
+struct DeformConv2dCorners {
+  const void* input;
+  const void* offset;
+  const void* mask;
+  const void* grad_columns;
+  void* grad_input;   // [N, H, W, C] float32, added to; or null
+  void* grad_offset;  // as offset; or null
+  void* grad_mask;    // as mask; or null
+};
+
 // Every plane sampled at its own offsets, bilinearly, coordinates clamped to the image.
 struct OffsetSample2dParams {
   int64_t batch, channels, height, width;

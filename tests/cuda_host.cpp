@@ -7,6 +7,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "../csrc/cuda/deform_conv2d.h"
 #include "../csrc/cuda/frelu.h"
 #include "../csrc/cuda/offset_sample2d.h"
 

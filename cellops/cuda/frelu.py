@@ -53,8 +53,8 @@ def tile_of(input: Tensor, kernel: int, backward: bool) -> Tile:
             columns = -(-columns // 2)
         else:
             raise ValueError(
-                f"weight must have a window that fits in {SHARED_BYTES >> 10} KiB of shared memory with backend='cuda', "
-                f"got {kernel} x {kernel}"
+                f"weight must have a window that fits in {SHARED_BYTES >> 10} KiB of shared memory with "
+                f"backend='cuda', got {kernel} x {kernel}"
             )
     return Tile(block, rows, columns)
 
