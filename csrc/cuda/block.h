@@ -4,6 +4,10 @@
 // thread does. It runs as it stands in a kernel (DeviceBlock, below) and on the CPU, where tests/cuda_host.h gives it a
 // block whose threads take turns from one barrier to the next.
 //
+// Its kThreads are those of a block. With kBlocks, that many must fit on a multiprocessor: a limit on registers below
+// which the compiler may take more than it would by itself, which keeps FreluBackwardBody from spilling and makes others
+// spill (nvcc 13.0); they have 0. kBarriers says whether a thread waits for others.
+//
 //   block.thread()         number of this thread in the block, below the body's kThreads
 //   block.index()          number of the block
 //   block.shared<T>()      the block's shared memory
@@ -74,7 +78,10 @@ CELLOPS_BODY Words pack(const T*, const float* from) {
 template <int Count, class T>
 CELLOPS_BODY void load_packs(const T* from, float* to) {
   CELLOPS_UNROLL
-  for (int i = 0; i < Count; i += kPack<T>) unpack(*reinterpret_cast<const Words*>(from + i), from, to + i);
+  for (int i = 0; i < Count; i += kPack<T>) {
+    const Words words = *reinterpret_cast<const Words*>(from + i);  // as a whole, or nvcc reads word by word
+    unpack(words, from, to + i);
+  }
 }
 template <int Count, class T>
 CELLOPS_BODY void store_packs(T* to, const float* from) {

@@ -111,7 +111,7 @@ struct DeformConv2dChannels {
 
 template <class T>
 struct DeformConv2dColumnsBody {
-  static constexpr int kThreads = 128;
+  static constexpr int kThreads = 128, kBlocks = 0;
   static constexpr bool kBarriers = false;
   DeformConv2dView view;
   const T* input;
@@ -149,7 +149,7 @@ struct DeformConv2dColumnsBody {
 
 template <class T>
 struct DeformConv2dCornersBody {
-  static constexpr int kThreads = 128;
+  static constexpr int kThreads = 128, kBlocks = 0;
   static constexpr bool kBarriers = true;  // threads add up among neighbours
   DeformConv2dView view;
   const T* input;

@@ -206,7 +206,7 @@ CELLOPS_BODY float gradient_of_first(float grad, float x, float other) {
 
 template <class T, int Kernel>
 struct FreluForwardBody {
-  static constexpr int kThreads = kFreluThreads;
+  static constexpr int kThreads = kFreluThreads, kBlocks = 0;
   static constexpr bool kBarriers = true;
   FreluView view;
   const T *input, *weight;
@@ -250,7 +250,7 @@ struct FreluForwardBody {
 // channel's first convolution. With it: of the gradient that goes through the convolution, and of it times z - mean.
 template <class T, int Kernel>
 struct FreluSumsBody {
-  static constexpr int kThreads = kFreluThreads;
+  static constexpr int kThreads = kFreluThreads, kBlocks = 0;
   static constexpr bool kBarriers = true;
   FreluView view;
   const T *grad_output, *input, *weight;
@@ -334,7 +334,7 @@ struct FreluSumsBody {
 
 template <class T, int Kernel>
 struct FreluBackwardBody {
-  static constexpr int kThreads = kFreluThreads;
+  static constexpr int kThreads = kFreluThreads, kBlocks = 4;
   static constexpr bool kBarriers = true;
   static constexpr int kTaps = Kernel * Kernel;
   using Sums = FreluSumsBody<T, Kernel>;

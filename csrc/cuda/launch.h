@@ -15,7 +15,7 @@ inline void check(const char* name, cudaError_t error) {
 }
 
 template <class Body>
-__global__ void __launch_bounds__(Body::kThreads) kernel(const Body body) {
+__global__ void __launch_bounds__(Body::kThreads, Body::kBlocks) kernel(const Body body) {
   body(DeviceBlock{});
 }
 

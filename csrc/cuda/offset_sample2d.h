@@ -164,7 +164,7 @@ CELLOPS_BODY uint64_t plane_element(const OffsetSample2dView& view, const Positi
 
 template <class T, bool ChannelsLast>
 struct OffsetSample2dForwardBody {
-  static constexpr int kThreads = 128, kCount = kPack<T>;
+  static constexpr int kThreads = 128, kBlocks = 0, kCount = kPack<T>;
   static constexpr bool kBarriers = false;
   OffsetSample2dView view;
   const T* input;
@@ -222,7 +222,7 @@ struct OffsetSample2dForwardBody {
 
 template <class T, bool ChannelsLast>
 struct OffsetSample2dBackwardBody {
-  static constexpr int kThreads = 128, kCount = kPack<T>;
+  static constexpr int kThreads = 128, kBlocks = 0, kCount = kPack<T>;
   static constexpr bool kBarriers = false;
   OffsetSample2dView view;
   const T* grad_output;
