@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import tempfile
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 SOURCES = Path(__file__).resolve().parent.parent / "csrc" / "cuda"
