@@ -2,10 +2,12 @@
 
 Environment:
     CELLOPS_CUDA: AUTO (default: build the CUDA kernels if nvcc works), ON (fail without it) or OFF.
+    CELLOPS_CUDA_ARCHS: the GPU architectures to compile for, "80;90" (default: 80, 86, 89, 90, 100 and 120).
     CMAKE_ARGS: further arguments for CMake's configuration.
 """
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -36,6 +38,9 @@ class CMakeBuild(build_ext):
         cuda = os.environ.get("CELLOPS_CUDA", "AUTO").upper()
         if cuda not in ("AUTO", "ON", "OFF"):
             raise SystemExit(f"CELLOPS_CUDA must be AUTO, ON or OFF, got {cuda!r}")
+        architectures = os.environ.get("CELLOPS_CUDA_ARCHS", "").replace(",", ";").replace(" ", "")
+        if not re.fullmatch(r"(\d+[a-z]?(;\d+[a-z]?)*)?", architectures):
+            raise SystemExit(f"CELLOPS_CUDA_ARCHS must be numbers as in 80;90, got {architectures!r}")
         output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         build = Path(self.build_temp).resolve() / ext.name
         cmake = tool("cmake")
@@ -53,6 +58,7 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DCELLOPS_CUDA={cuda}",
+            f"-DCELLOPS_CUDA_ARCHS={architectures}",
             f"-DCELLOPS_VERSION={self.distribution.get_version()}",
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]

@@ -18,10 +18,10 @@ import torch
 from cellops import _native
 
 OPS: dict[str, tuple[str, ...]] = {
-    "deform_conv2d": ("cpu", "triton"),
-    "offset_sample2d": ("cpu", "triton"),
-    "frelu": ("cpu", "triton"),
-    "frelu_batch_norm": ("cpu", "triton"),
+    "deform_conv2d": ("cpu", "triton", "cuda"),
+    "offset_sample2d": ("cpu", "triton", "cuda"),
+    "frelu": ("cpu", "triton", "cuda"),
+    "frelu_batch_norm": ("cpu", "triton", "cuda"),
     "squeeze_excite": ("cpu", "triton"),
     "eca": ("cpu", "triton"),
     "group_conv1x1": ("cpu", "triton"),
@@ -109,15 +109,21 @@ def why_not(
     return RuntimeError(refused) if refused else None
 
 
-def triton_launcher(op: str, direction: str) -> Any:
-    """`<op>_<direction>_triton` of `cellops/triton/<op>.py`, which is imported when it is first asked for.
+def gpu_launcher(backend: str, op: str, direction: str) -> Any:
+    """`<op>_<direction>_<backend>` of `cellops/<backend>/<op>.py`, which is imported when it is first asked for.
 
     Args:
+        backend: "triton" or "cuda".
         op: its name; "<op>_batch_norm" is found in the op's own file.
         direction: "forward" or "backward".
     """
-    module = importlib.import_module(f"cellops.triton.{op.removesuffix('_batch_norm')}")
-    return getattr(module, f"{op}_{direction}_triton")
+    module = importlib.import_module(f"cellops.{backend}.{op.removesuffix('_batch_norm')}")
+    return getattr(module, f"{op}_{direction}_{backend}")
+
+
+def triton_launcher(op: str, direction: str) -> Any:
+    """`gpu_launcher` of Triton."""
+    return gpu_launcher("triton", op, direction)
 
 
 def _why_no_triton() -> str | None:

@@ -56,6 +56,16 @@ void bind(py::module_& m, const char* name, void (*kernel)(const Params&, const 
   });
 }
 
+// The same for the CUDA kernels, as f(params, device, stream, *addresses).
+template <class Params, class Tensors, size_t... I>
+void bind(py::module_& m, const char* name, void (*kernel)(const Params&, const Tensors&, int, void*),
+          std::index_sequence<I...>) {
+  m.def(name, [kernel](const Params& params, int device, uintptr_t stream, AddressOf<I>... addresses) {
+    py::gil_scoped_release release;
+    kernel(params, Tensors{Address{addresses}...}, device, reinterpret_cast<void*>(stream));
+  });
+}
+
 py::dict isa_variants() {
   py::dict variants;
   for (int i = 0; i < isa_count(); ++i) variants[isa_name_at(i)] = isa_supported(i);
@@ -81,4 +91,12 @@ PYBIND11_MODULE(_C, m) {
   bind<Params, Tensors>(m, #name "_cpu", &name##_cpu, std::make_index_sequence<sizeof(Tensors) / sizeof(void*)>{});
 #include "cpu/ops.inc"
 #undef X
+
+#ifdef CELLOPS_WITH_CUDA
+#define X(name, Params, Tensors)                                                             \
+  define_params<Params>(m, #Params, std::make_index_sequence<std::size(Params::kFields)>{}); \
+  bind<Params, Tensors>(m, #name "_cuda", &name##_cuda, std::make_index_sequence<sizeof(Tensors) / sizeof(void*)>{});
+#include "cuda/ops.inc"
+#undef X
+#endif
 }

@@ -71,6 +71,59 @@ struct DeformConv2dBackward {
   void* grad_bias;
 };
 
+// A tile of output pixels of a deformable convolution on a GPU: the sampling, apart from the products. Sizes as above.
+// Columns are [column_groups, count, K, in_channels / column_groups].
+struct DeformConv2dTileParams {
+  int64_t in_channels, in_height, in_width, out_height, out_width;
+  int64_t kernel_height, kernel_width;
+  int64_t stride_height, stride_width;
+  int64_t pad_height, pad_width;
+  int64_t dilation_height, dilation_width;
+  int64_t offset_groups, column_groups;
+  int64_t first, count;  // output pixels, numbered over all images
+  Dtype dtype;
+  Dtype offset_dtype;  // dtype, or float32 beside a half dtype
+  bool offset_channels_last, mask_channels_last;
+  static constexpr const char* kFields[] = {"in_channels",
+                                            "in_height",
+                                            "in_width",
+                                            "out_height",
+                                            "out_width",
+                                            "kernel_height",
+                                            "kernel_width",
+                                            "stride_height",
+                                            "stride_width",
+                                            "pad_height",
+                                            "pad_width",
+                                            "dilation_height",
+                                            "dilation_width",
+                                            "offset_groups",
+                                            "column_groups",
+                                            "first",
+                                            "count",
+                                            "dtype",
+                                            "offset_dtype",
+                                            "offset_channels_last",
+                                            "mask_channels_last"};
+};
+
+struct DeformConv2dColumns {
+  const void* input;   // [N, H, W, C]
+  const void* offset;  // [N, OG * K * 2, OH, OW]
+  const void* mask;    // [N, OG * K, OH, OW], or null
+  void* columns;
+};
+
+struct DeformConv2dCorners {
+  const void* input;
+  const void* offset;
+  const void* mask;
+  const void* grad_columns;
+  void* grad_input;   // [N, H, W, C] float32, added to; or null
+  void* grad_offset;  // as offset; or null
+  void* grad_mask;    // as mask; or null
+};
+
 // Every plane sampled at its own offsets, bilinearly, coordinates clamped to the image.
 struct OffsetSample2dParams {
   int64_t batch, channels, height, width;
@@ -155,6 +208,55 @@ struct FreluBatchNormBackward {
   void* grad_weight;
   void* grad_gamma;
   void* grad_beta;
+};
+
+// The funnel activation on a GPU: output = max(input, (dwconv(input) - mean) * scale + shift). Its caller cuts the
+// image into tiles. Every [C] is float32 and may be null: mean, shift, by_value and by_one for 0, scale for 1.
+struct FreluTileParams {
+  int64_t batch, channels, height, width, kernel;
+  int64_t channel_block;  // channels of a tile, a power of two up to 64
+  int64_t rows, columns;  // pixels of a tile
+  int64_t parts;          // of the tiles, each summed by one block for every channel block; at most their number
+  Dtype dtype;
+  bool channels_last;
+  static constexpr const char* kFields[] = {"batch", "channels", "height", "width", "kernel",       "channel_block",
+                                            "rows",  "columns",  "parts",  "dtype", "channels_last"};
+};
+
+struct FreluTileForward {
+  const void* input;   // [N, C, H, W]
+  const void* weight;  // [C, 1, kernel, kernel]
+  const void* mean;
+  const void* scale;
+  const void* shift;
+  void* output;  // [N, C, H, W]
+};
+
+// With grad_output: sums of the gradient that goes through the convolution, and of it times (convolution - mean).
+// Without: sums of (convolution - first) and of its square.
+struct FreluTileSums {
+  const void* grad_output;  // or null
+  const void* input;
+  const void* weight;
+  const void* mean;
+  const void* scale;
+  const void* shift;
+  void* first;  // [C] float32: some value of each channel's convolution; null with grad_output
+  void* sums;   // [parts, 2, C] float32
+};
+
+// The convolution's gradient is scale * (what goes through it) + (convolution - mean) * by_value + by_one.
+struct FreluTileBackward {
+  const void* grad_output;
+  const void* input;
+  const void* weight;
+  const void* mean;
+  const void* scale;
+  const void* shift;
+  const void* by_value;
+  const void* by_one;
+  void* grad_input;
+  void* sums;  // [parts, C, kernel * kernel + 2] float32, zeroed: gradients of the taps, and the two sums as above
 };
 
 // Squeeze-and-excitation: output = input * gate(fc2(act(fc1(mean over pixels)))).
@@ -309,6 +411,14 @@ struct SpatialAttentionBackward {
 // <op>_cpu(params, tensors, threads) for every line of ops.inc. Throws std::bad_alloc where scratch memory is lacking.
 #define X(name, Params, Tensors) void name##_cpu(const Params&, const Tensors&, int threads);
 #include "cpu/ops.inc"
+#undef X
+
+// <op>_cuda(params, tensors, device, stream) for every line of ops.inc, in a build with the CUDA kernels: float32,
+// bfloat16 and float16 on a CUDA stream of that device. Gradients that are scattered are float32 and added to, whatever
+// dtype says; they come zeroed. Throws std::runtime_error where a launch fails, std::invalid_argument for what the
+// kernels cannot take.
+#define X(name, Params, Tensors) void name##_cuda(const Params&, const Tensors&, int device, void* stream);
+#include "cuda/ops.inc"
 #undef X
 
 // Instruction-set variants of the CPU kernels, best last; `isa_name` is the one in use.

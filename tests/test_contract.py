@@ -63,6 +63,8 @@ def rows(
                 reason = _backend.why_not(backend, case.op, device, DTYPES[dtype])
                 if backend == "triton" and device == "cpu":
                     reason = reason or INTERPRETER_ERROR
+                if backend == "cuda" and not torch.cuda.is_available():
+                    reason = reason or "no CUDA device; tests/test_cuda.py runs the kernels' bodies on the CPU"
                 marks = [pytest.mark.skip(reason=str(reason))] if reason else []
                 for layout in formats:
                     name = f"{case}-{backend}-{dtype}-{layout}"

@@ -26,6 +26,9 @@ print(cellops.deform_conv2d(x, offset, weight, padding=1).shape)
 
 PIP_WHEEL = (sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w")
 
+NO_CUDA = {"CELLOPS_CUDA": "OFF"}
+"""For builds that are about something else."""
+
 ONE_VARIANT = {"CMAKE_ARGS": "-DCELLOPS_VARIANTS=baseline"} if os.uname().machine == "x86_64" else {}
 
 
@@ -263,7 +266,7 @@ def repository(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def wheel(repository, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
-    run(*PIP_WHEEL, folder, ".", cwd=repository, **ONE_VARIANT)
+    run(*PIP_WHEEL, folder, ".", cwd=repository, **ONE_VARIANT, **NO_CUDA)
     return next(folder.glob("*.whl"))
 
 
@@ -296,7 +299,7 @@ def test_wheel_contains_everything(wheel):
 def test_wheel_leaves_out_what_was_deleted(repository, wheel, tmp_path):
     stale = next((repository / "build").glob("lib*")) / "cellops" / "deleted.py"
     stale.write_text("")
-    run(*PIP_WHEEL, tmp_path, ".", cwd=repository, **ONE_VARIANT)
+    run(*PIP_WHEEL, tmp_path, ".", cwd=repository, **ONE_VARIANT, **NO_CUDA)
     assert "cellops/deleted.py" not in zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
 
 
@@ -313,7 +316,7 @@ def test_sdist_builds(repository, tmp_path):
     assert {"models/cli.py", "tests/test_packaging.py", "LICENSE", "CHANGELOG.md", "README.md"} <= names
     assert not any(name.endswith(".so") for name in names)
     folder = next(path for path in tmp_path.iterdir() if path.is_dir())
-    run(*PIP_WHEEL, tmp_path, folder, cwd=tmp_path, **ONE_VARIANT)
+    run(*PIP_WHEEL, tmp_path, folder, cwd=tmp_path, **ONE_VARIANT, **NO_CUDA)
 
 
 @pytest.mark.slow
@@ -343,6 +346,7 @@ def test_editable_install(tmp_path):
         repository,
         cwd=tmp_path,
         **ONE_VARIANT,
+        **NO_CUDA,
     )
     for folder in (tmp_path, repository):
         text = run(found, "-c", EXPLAIN, cwd=folder)
@@ -358,5 +362,53 @@ def test_editable_install(tmp_path):
 def test_cuda_switch(repository, tmp_path):
     command = (*PIP_WHEEL, tmp_path, ".")
     assert "must be AUTO, ON or OFF" in run(*command, cwd=repository, expect=1, CELLOPS_CUDA="maybe")
+    assert "must be numbers as in 80;90" in run(*command, cwd=repository, expect=1, CELLOPS_CUDA_ARCHS="sm_90")
     if shutil.which("nvcc") is None:
         assert "CELLOPS_CUDA=ON" in run(*command, cwd=repository, expect=1, CELLOPS_CUDA="ON")
+
+
+def built_library(repository: Path, folder: Path, **environment: str) -> tuple[Path, str]:
+    """The library of a wheel with one instruction set, unpacked, and what the build printed."""
+    text = run(*PIP_WHEEL, folder, "-v", ".", cwd=repository, **ONE_VARIANT, **environment)
+    with zipfile.ZipFile(next(folder.glob("*.whl"))) as files:
+        files.extractall(folder / "site")
+    return next((folder / "site" / "cellops").glob("_C*.so")), text
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the PATH")
+def test_cuda_kernels_are_built_in(repository, tmp_path):
+    """The runtime is linked statically and looks for a driver when a kernel is first launched, not at import."""
+    found, _ = built_library(repository, tmp_path, CELLOPS_CUDA="ON", CELLOPS_CUDA_ARCHS="80;90")
+    needed = run(tool("objdump"), "-p", found, cwd=ROOT)
+    assert not re.search(r"NEEDED .*(cuda|cublas|nvrtc|torch|c10)", needed)
+    undefined = run(tool("nm"), "-D", "-C", "--undefined-only", found, cwd=ROOT)
+    assert not re.search(r"\bcu[A-Z]|\bcuda[A-Z]|\bc10::|\bat::", undefined)
+    code = """
+import torch, cellops
+from cellops import _backend, _native
+print(_native.library().build_info()["cuda"])
+assert [name for name in dir(_native.library()) if name.endswith("_cuda")]
+if not torch.cuda.is_available():
+    forward = _backend.gpu_launcher("cuda", "offset_sample2d", "forward")
+    try:
+        forward(torch.zeros(1, 1, 2, 2), torch.zeros(1, 2, 2, 2), "planar")
+    except RuntimeError as error:
+        print("raised", error)
+"""
+    text = python(code, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"))
+    assert "sm_80, sm_90" in text
+    assert "raised offset_sample2d_forward: cudaError" in text or "raised" not in text
+
+
+@pytest.mark.slow
+def test_an_nvcc_that_fails_leaves_a_build_for_the_cpu(repository, tmp_path):
+    broken = tmp_path / "bin" / "nvcc"
+    broken.parent.mkdir()
+    broken.write_text("#!/bin/sh\necho unsupported GNU version >&2\nexit 1\n")
+    broken.chmod(0o755)
+    path = os.pathsep.join([str(broken.parent), os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath)])
+    found, text = built_library(repository, tmp_path, CELLOPS_CUDA="AUTO", CUDACXX=str(broken), PATH=path)
+    assert "does not compile: cellops is built without its CUDA kernels" in text
+    code = "from cellops import _native; print(_native.library().build_info()['cuda'])"
+    assert "off: " in python(code, cwd=tmp_path, PYTHONPATH=str(found.parents[1]))

@@ -285,8 +285,8 @@ def _forward_without_library(
 ) -> Tensor:
     stride, padding, dilation = plan.config[0:2], plan.config[2:4], plan.config[4:6]
     kernel = reference.deform_conv2d
-    if plan.backend == "triton":
-        kernel = _backend.triton_launcher("deform_conv2d", "forward")
+    if plan.backend != "reference":
+        kernel = _backend.gpu_launcher(plan.backend, "deform_conv2d", "forward")
         input, offset, weight, mask, _ = _dense(input, offset, weight, mask)
         bias = None if bias is None else bias.contiguous()
     with autocast_disabled(), device_of(input):
@@ -381,8 +381,8 @@ def _backward_without_library(
     stride, padding, dilation = plan.config[0:2], plan.config[2:4], plan.config[4:6]
     formats = _formats(input, offset, weight, mask)
     kernel = reference.deform_conv2d_backward
-    if plan.backend == "triton":
-        kernel = _backend.triton_launcher("deform_conv2d", "backward")
+    if plan.backend != "reference":
+        kernel = _backend.gpu_launcher(plan.backend, "deform_conv2d", "backward")
         grad_output = grad_output.contiguous(memory_format=plan.memory_format)
         input, offset, weight, mask, _ = _dense(input, offset, weight, mask)
     with autocast_disabled(), device_of(input):

@@ -253,8 +253,9 @@ class Operator:
 
     def _forward_without_library(self, plan: _Plan, tensors: Tensors, config: Config) -> Result:
         kernel = self.formula
-        if plan.backend == "triton":
-            kernel, tensors = _backend.triton_launcher(self.name, "forward"), self._dense(tensors)[0]
+        if plan.backend != "reference":
+            kernel = _backend.gpu_launcher(plan.backend, self.name, "forward")
+            tensors = self._dense(tensors)[0]
         with autocast_disabled(), device_of(tensors[0]):
             found = kernel(*tensors, *config[:-1])
         if not self.statistics:
@@ -320,9 +321,9 @@ class Operator:
         config: Config,
         wanted: Sequence[bool],
     ) -> list[Tensor]:
-        if plan.backend != "triton":
+        if plan.backend == "reference":
             return self.backward_formula(grad_output, tensors, config[:-1], wanted)
-        kernel = _backend.triton_launcher(self.name, "backward")
+        kernel = _backend.gpu_launcher(plan.backend, self.name, "backward")
         grad_output = grad_output.contiguous(memory_format=plan.memory_format)
         with autocast_disabled(), device_of(grad_output):
             gradients = kernel(grad_output, *self._dense(tensors)[0], *statistics, *config[:-1], wanted)

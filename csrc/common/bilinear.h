@@ -4,14 +4,7 @@
 #pragma once
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define CELLOPS_HD __host__ __device__ inline
-#else
-#define CELLOPS_HD inline __attribute__((always_inline))
-#endif
-#ifndef CELLOPS_ISA
-#define CELLOPS_ISA device
-#endif
+#include "dtype.h"
 
 namespace cellops::CELLOPS_ISA {
 

@@ -10,6 +10,7 @@
 #ifndef CELLOPS_ISA
 #error "compile with -DCELLOPS_ISA=<variant>"
 #endif
+#include "dtype.h"
 #define CELLOPS_INLINE inline __attribute__((always_inline))
 #define CELLOPS_INLINE_LAMBDA __attribute__((always_inline))
 
@@ -22,25 +23,6 @@ inline constexpr int kVectorBytes = 32;
 #else
 inline constexpr int kVectorBytes = 16;
 #endif
-
-struct bfloat16 {
-  uint16_t bits;
-};
-struct float16 {
-  uint16_t bits;
-};
-
-// The type that values of a storage type are computed in, and its vectors.
-template <class T>
-struct ComputeOf {
-  using type = float;
-};
-template <>
-struct ComputeOf<double> {
-  using type = double;
-};
-template <class T>
-using Compute = typename ComputeOf<T>::type;
 
 template <class S, int Bytes>
 struct VectorOf {
@@ -90,59 +72,6 @@ CELLOPS_INLINE int64_t round_up(int64_t a, int64_t b) { return div_up(a, b) * b;
 template <class S>
 CELLOPS_INLINE Vec<S> broadcast(S value) {
   return value - Vec<S>{};
-}
-
-template <class To, class From>
-CELLOPS_INLINE To bit_cast(const From& from) {
-  static_assert(sizeof(To) == sizeof(From));
-  To to;
-  __builtin_memcpy(&to, &from, sizeof(To));
-  return to;
-}
-
-// Scalars ------------------------------------------------------------------------------------------------------
-
-CELLOPS_INLINE float to_compute(float value) { return value; }
-CELLOPS_INLINE double to_compute(double value) { return value; }
-CELLOPS_INLINE float to_compute(bfloat16 value) { return bit_cast<float>(uint32_t(value.bits) << 16); }
-CELLOPS_INLINE float to_compute(float16 value) {
-#if defined(__F16C__)
-  return _cvtsh_ss(value.bits);
-#elif defined(__aarch64__)
-  return float(bit_cast<__fp16>(value.bits));
-#else
-  const uint32_t sign = uint32_t(value.bits & 0x8000u) << 16, magnitude = value.bits & 0x7fffu;
-  if (magnitude >= 0x7c00u) return bit_cast<float>(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
-  // Scaling by 2^112 rebiases the exponent and makes subnormals exact.
-  return bit_cast<float>(sign | bit_cast<uint32_t>(bit_cast<float>(magnitude << 13) * 0x1p112f));
-#endif
-}
-
-CELLOPS_INLINE void from_compute(float* to, float value) { *to = value; }
-CELLOPS_INLINE void from_compute(double* to, double value) { *to = value; }
-CELLOPS_INLINE void from_compute(bfloat16* to, float value) {
-  const uint32_t bits = bit_cast<uint32_t>(value);
-  to->bits = value == value ? uint16_t((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16) : uint16_t(bits >> 16 | 0x40u);
-}
-CELLOPS_INLINE void from_compute(float16* to, float value) {
-#if defined(__F16C__)
-  to->bits = uint16_t(_cvtss_sh(value, 0));
-#elif defined(__aarch64__)
-  to->bits = bit_cast<uint16_t>(__fp16(value));
-#else
-  const uint32_t bits = bit_cast<uint32_t>(value), sign = bits >> 16 & 0x8000u;
-  uint32_t magnitude = bits & 0x7fffffffu;
-  if (magnitude > 0x7f800000u) {
-    magnitude = 0x7e00u;
-  } else if (magnitude >= 0x47800000u) {  // 2^16 and more
-    magnitude = 0x7c00u;
-  } else if (magnitude < 0x38800000u) {  // below the normal range: let the float adder round at 2^-24
-    magnitude = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
-  } else {
-    magnitude = (magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
-  }
-  to->bits = uint16_t(sign | magnitude);
-#endif
 }
 
 // Vectors ------------------------------------------------------------------------------------------------------

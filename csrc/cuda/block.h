@@ -1,0 +1,166 @@
+// What a kernel's body sees of its block of threads, and how it moves numbers.
+//
+// A body is a struct of sizes and addresses with `template <class Block> operator()(const Block&) const`: what one
+// thread does. It runs as it stands in a kernel (DeviceBlock, below) and on the CPU, where tests/cuda_host.h gives it a
+// block whose threads take turns from one barrier to the next.
+//
+// Its kThreads are those of a block. With kBlocks, that many must fit on a multiprocessor: a limit on registers below
+// which the compiler may take more than it would by itself, which keeps FreluBackwardBody from spilling and makes others
+// spill (nvcc 13.0); they have 0. kBarriers says whether a thread waits for others.
+//
+//   block.thread()         number of this thread in the block, below the body's kThreads
+//   block.index()          number of the block
+//   block.shared<T>()      the block's shared memory
+//   block.sync()           the barrier of all its threads
+//   block.sum(value, n)    sum of the values of n neighbouring threads, n a power of two up to 32; for all of a warp
+//   block.add(to, value)   an addition that other threads may do to the same number at the same time
+#pragma once
+#include <cstdint>
+
+#include <stdexcept>
+#include <string>
+
+#include "../cellops.h"
+#include "../common/dtype.h"
+
+#ifdef __CUDACC__
+#define CELLOPS_BODY __device__ __forceinline__
+#define CELLOPS_UNROLL _Pragma("unroll")
+#else
+#define CELLOPS_BODY inline
+#define CELLOPS_UNROLL
+#endif
+
+namespace cellops::CELLOPS_ISA {
+
+// Elements that one thread moves at once: 16 bytes.
+template <class T>
+inline constexpr int kPack = 16 / int(sizeof(T));
+
+struct alignas(16) Words {
+  uint32_t word[4];
+};
+
+CELLOPS_BODY void unpack(const Words& words, const float*, float* to) {
+  CELLOPS_UNROLL
+  for (int i = 0; i < 4; ++i) to[i] = bit_cast<float>(words.word[i]);
+}
+template <class T>
+CELLOPS_BODY void unpack(const Words& words, const T*, float* to) {
+  static_assert(sizeof(T) == 2);
+  CELLOPS_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    to[2 * i] = to_compute(T{uint16_t(words.word[i])});
+    to[2 * i + 1] = to_compute(T{uint16_t(words.word[i] >> 16)});
+  }
+}
+
+CELLOPS_BODY Words pack(const float*, const float* from) {
+  Words words;
+  CELLOPS_UNROLL
+  for (int i = 0; i < 4; ++i) words.word[i] = bit_cast<uint32_t>(from[i]);
+  return words;
+}
+template <class T>
+CELLOPS_BODY Words pack(const T*, const float* from) {
+  Words words;
+  CELLOPS_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    T low, high;
+    from_compute(&low, from[2 * i]);
+    from_compute(&high, from[2 * i + 1]);
+    words.word[i] = uint32_t(low.bits) | uint32_t(high.bits) << 16;
+  }
+  return words;
+}
+
+// Count numbers, a multiple of kPack<T>, at an address that is a multiple of 16 bytes.
+template <int Count, class T>
+CELLOPS_BODY void load_packs(const T* from, float* to) {
+  CELLOPS_UNROLL
+  for (int i = 0; i < Count; i += kPack<T>) {
+    const Words words = *reinterpret_cast<const Words*>(from + i);  // as a whole, or nvcc reads word by word
+    unpack(words, from, to + i);
+  }
+}
+template <int Count, class T>
+CELLOPS_BODY void store_packs(T* to, const float* from) {
+  CELLOPS_UNROLL
+  for (int i = 0; i < Count; i += kPack<T>) *reinterpret_cast<Words*>(to + i) = pack(to, from + i);
+}
+
+template <class T>
+CELLOPS_BODY void store_one(T* to, float value) {
+  from_compute(to, value);
+}
+
+// Count neighbouring float32 additions at an address that is a multiple of 16 bytes.
+template <int Count, class Block>
+CELLOPS_BODY void add_packs(const Block& block, float* to, const float* values) {
+  CELLOPS_UNROLL
+  for (int i = 0; i < Count; i += 4) block.add4(to + i, values + i);
+}
+
+// Whether each address is a multiple of 16 bytes; null is.
+template <class... Addresses>
+inline bool aligned(Addresses... addresses) {
+  return ((reinterpret_cast<uintptr_t>(addresses) % 16 == 0) && ...);
+}
+
+inline int64_t blocks_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
+
+// Calls work(T()) with T the storage type; the kernels have no float64.
+template <class Work>
+void with_storage_type(const char* name, Dtype dtype, const Work& work) {
+  switch (dtype) {
+    case Dtype::float32:
+      return work(float());
+    case Dtype::bfloat16:
+      return work(bfloat16());
+    case Dtype::float16:
+      return work(float16());
+    default:
+      throw std::invalid_argument(std::string(name) + ": the CUDA kernels take float32, bfloat16 and float16");
+  }
+}
+
+struct ToInt {
+  CELLOPS_HD int32_t operator()(float value) const { return int32_t(value); }
+};
+struct ToReal {
+  CELLOPS_HD float operator()(int32_t value) const { return float(value); }
+};
+CELLOPS_HD float not_a_number() { return bit_cast<float>(uint32_t(0x7fc00000)); }
+
+#ifdef __CUDACC__
+struct DeviceBlock {
+  __device__ int thread() const { return int(threadIdx.x); }
+  __device__ uint32_t index() const { return blockIdx.x; }
+  __device__ void sync() const { __syncthreads(); }
+  template <class T>
+  __device__ T* shared() const {
+    extern __shared__ uint4 memory[];
+    return reinterpret_cast<T*>(memory);
+  }
+  __device__ float sum(float value, int threads) const {
+    for (int distance = threads / 2; distance > 0; distance /= 2) {
+      value += __shfl_xor_sync(0xffffffffu, value, distance);
+    }
+    return value;
+  }
+  __device__ void add(float* to, float value) const {
+    asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(__cvta_generic_to_global(to)), "f"(value) : "memory");
+  }
+  __device__ void add4(float* to, const float* values) const {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)),
+                 "f"(values[0]), "f"(values[1]), "f"(values[2]), "f"(values[3])
+                 : "memory");
+#else
+    for (int i = 0; i < 4; ++i) add(to + i, values[i]);
+#endif
+  }
+};
+#endif
+
+}  // namespace cellops::CELLOPS_ISA

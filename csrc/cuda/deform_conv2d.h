@@ -1,0 +1,274 @@
+// The sampling side of deformable convolution: columns forward, and backward what the four corners of every sample give
+// and receive. The products are the caller's: columns of a tile of output pixels stand in scratch that stays in the L2
+// cache.
+//
+// `lanes` neighbouring threads share one tap of one offset group at one output pixel; each takes 16 bytes of channels
+// at a time, of the columns and of the four corners, which lie in channels_last images.
+//
+//   forward    reads four corners, 4 E bytes a column element (nearly all from caches), writes the column
+//   backward   reads the column's gradient and, for offset, mask and weight, the corners; adds four float32 vectors to
+//              the input's gradient, 16 bytes an addition from sm_90 on: 16 bytes of additions a column element, the
+//              bound
+#pragma once
+#include <stdexcept>
+
+#include "../common/bilinear.h"
+#include "block.h"
+
+namespace cellops::CELLOPS_ISA {
+
+struct DeformConv2dView {
+  uint32_t items;  // taps of offset groups at the tile's pixels
+  uint32_t taps, offset_groups, channels, height, width, out_width, out_pixels;
+  uint32_t kernel_width, stride_height, stride_width, pad_height, pad_width, dilation_height, dilation_width;
+  uint32_t column_group;  // channels that lie beside each other in a column
+  uint64_t first;         // output pixel, over all images
+  uint64_t pixels;        // of the tile
+  int lanes;
+  bool offset_channels_last, mask_channels_last, wide, packed;
+};
+
+// One tap of one offset group at one output pixel: where its numbers lie, and the point.
+struct DeformConv2dPoint {
+  uint64_t pixel;  // of the tile
+  uint64_t image;  // the input image's first element
+  uint32_t tap, channel;
+  uint64_t dy, dx, mask;
+  Sample<float, int32_t> sample;
+  float factor;
+};
+
+CELLOPS_BODY uint64_t element_of(uint64_t image, uint32_t channels, uint32_t channel, uint32_t pixel, uint32_t pixels,
+                                 bool channels_last) {
+  const uint64_t within = channels_last ? uint64_t(pixel) * channels + channel : uint64_t(channel) * pixels + pixel;
+  return image * channels * pixels + within;
+}
+
+template <class T>
+CELLOPS_BODY DeformConv2dPoint point_of(const DeformConv2dView& view, uint32_t item, const void* offset,
+                                        const T* mask) {
+  DeformConv2dPoint p;
+  const uint32_t group = item % view.offset_groups;
+  p.tap = item / view.offset_groups % view.taps;
+  p.pixel = item / view.offset_groups / view.taps;
+  p.channel = group * (view.channels / view.offset_groups);
+  const uint64_t image = (view.first + p.pixel) / view.out_pixels;
+  const uint32_t pixel = uint32_t((view.first + p.pixel) % view.out_pixels);
+  p.image = image * view.channels * view.height * view.width;
+
+  const uint32_t points = view.offset_groups * view.taps, point = group * view.taps + p.tap;
+  p.dy = element_of(image, 2 * points, 2 * point, pixel, view.out_pixels, view.offset_channels_last);
+  p.dx = element_of(image, 2 * points, 2 * point + 1, pixel, view.out_pixels, view.offset_channels_last);
+  p.mask = element_of(image, points, point, pixel, view.out_pixels, view.mask_channels_last);
+  const auto shift = [&](uint64_t element) {
+    return view.wide ? static_cast<const float*>(offset)[element] : to_compute(static_cast<const T*>(offset)[element]);
+  };
+  const int64_t row = int64_t(pixel / view.out_width) * view.stride_height - view.pad_height +
+                      p.tap / view.kernel_width * view.dilation_height;
+  const int64_t column = int64_t(pixel % view.out_width) * view.stride_width - view.pad_width +
+                         p.tap % view.kernel_width * view.dilation_width;
+  p.sample = sample_point<float, int32_t>(float(row) + shift(p.dy), float(column) + shift(p.dx), float(view.height),
+                                          float(view.width), int32_t(view.width), int32_t(view.height - 1),
+                                          int32_t(view.width - 1), 0.f, not_a_number(), -1, ToInt(), ToReal());
+  p.factor = mask ? to_compute(mask[p.mask]) : 1.f;
+  return p;
+}
+
+// The element of a tile's columns, [groups][pixels][taps][channels of a group], for a channel of the input.
+CELLOPS_BODY uint64_t column_element(const DeformConv2dView& view, const DeformConv2dPoint& p, uint32_t channel) {
+  const uint32_t group = channel / view.column_group;
+  return ((group * view.pixels + p.pixel) * view.taps + p.tap) * view.column_group + channel % view.column_group;
+}
+
+template <int Count, class T>
+CELLOPS_BODY void load_channels(const T* from, float* to) {
+  if constexpr (Count == 1) {
+    *to = to_compute(*from);
+  } else {
+    load_packs<Count>(from, to);
+  }
+}
+
+// Calls work(number of channels as a constant, channel) for the thread's share of the point's channels.
+template <class T>
+struct DeformConv2dChannels {
+  template <class Work>
+  static CELLOPS_BODY void each(const DeformConv2dView& view, int lane, const Work& work) {
+    const uint32_t count = view.channels / view.offset_groups;
+    if (view.packed) {
+      for (uint32_t c = lane * kPack<T>; c < count; c += view.lanes * kPack<T>) work(Packed(), c);
+    } else {
+      for (uint32_t c = lane; c < count; c += view.lanes) work(Single(), c);
+    }
+  }
+  struct Packed {
+    static constexpr int count = kPack<T>;
+  };
+  struct Single {
+    static constexpr int count = 1;
+  };
+};
+
+template <class T>
+struct DeformConv2dColumnsBody {
+  static constexpr int kThreads = 128, kBlocks = 0;
+  static constexpr bool kBarriers = false;
+  DeformConv2dView view;
+  const T* input;
+  const void* offset;
+  const T* mask;
+  T* columns;
+
+  template <class Block>
+  CELLOPS_BODY void operator()(const Block& block) const {
+    const uint32_t item = (uint64_t(block.index()) * kThreads + block.thread()) / view.lanes;
+    if (item >= view.items) return;
+    const DeformConv2dPoint p = point_of(view, item, offset, mask);
+    const T* image = input + p.image + p.channel;
+    DeformConv2dChannels<T>::each(view, block.thread() % view.lanes, [&](auto constant, uint32_t c) {
+      constexpr int count = decltype(constant)::count;
+      float sum[count] = {};
+      CELLOPS_UNROLL
+      for (int k = 0; k < 4; ++k) {
+        const float weight = p.sample.weight[k] * p.factor;
+        float value[count] = {};
+        if (p.sample.index[k] >= 0)
+          load_channels<count>(image + uint64_t(p.sample.index[k]) * view.channels + c, value);
+        CELLOPS_UNROLL
+        for (int i = 0; i < count; ++i) sum[i] += weight * value[i];
+      }
+      T* to = columns + column_element(view, p, p.channel + c);
+      if constexpr (count == 1) {
+        store_one(to, sum[0]);
+      } else {
+        store_packs<count>(to, sum);
+      }
+    });
+  }
+};
+
+template <class T>
+struct DeformConv2dCornersBody {
+  static constexpr int kThreads = 128, kBlocks = 0;
+  static constexpr bool kBarriers = true;  // threads add up among neighbours
+  DeformConv2dView view;
+  const T* input;
+  const void* offset;
+  const T* mask;
+  const T* grad_columns;
+  float* grad_input;  // added to; or null
+  void* grad_offset;  // or null
+  T* grad_mask;       // or null
+
+  template <class Block>
+  CELLOPS_BODY void operator()(const Block& block) const {
+    const uint64_t number = (uint64_t(block.index()) * kThreads + block.thread()) / view.lanes;
+    const bool exists = number < view.items;
+    const int lane = block.thread() % view.lanes;
+    const DeformConv2dPoint p = point_of(view, exists ? uint32_t(number) : 0, offset, mask);
+    const bool wants_dots = grad_offset || grad_mask;
+    float dots[4] = {};
+    if (exists) {
+      DeformConv2dChannels<T>::each(view, lane, [&](auto constant, uint32_t c) {
+        constexpr int count = decltype(constant)::count;
+        float grad[count];
+        load_channels<count>(grad_columns + column_element(view, p, p.channel + c), grad);
+        CELLOPS_UNROLL
+        for (int k = 0; k < 4; ++k) {
+          if (p.sample.index[k] < 0) continue;
+          const uint64_t element = p.image + uint64_t(p.sample.index[k]) * view.channels + p.channel + c;
+          if (wants_dots) {
+            float value[count];
+            load_channels<count>(input + element, value);
+            CELLOPS_UNROLL
+            for (int i = 0; i < count; ++i) dots[k] += grad[i] * value[i];
+          }
+          if (grad_input) {
+            const float weight = p.sample.weight[k] * p.factor;
+            float share[count];
+            CELLOPS_UNROLL
+            for (int i = 0; i < count; ++i) share[i] = grad[i] * weight;
+            if constexpr (count == 1) {
+              block.add(grad_input + element, share[0]);
+            } else {
+              add_packs<count>(block, grad_input + element, share);
+            }
+          }
+        }
+      });
+    }
+    if (!wants_dots) return;
+    CELLOPS_UNROLL
+    for (int k = 0; k < 4; ++k) dots[k] = block.sum(dots[k], view.lanes);
+    if (!exists || lane != 0) return;
+    const auto& s = p.sample;
+    if (grad_offset) {
+      put_shift(p.dy, p.factor * derivative_y(s.right, dots[0], dots[1], dots[2], dots[3]));
+      put_shift(p.dx, p.factor * derivative_x(s.bottom, dots[0], dots[1], dots[2], dots[3]));
+    }
+    if (grad_mask) {
+      store_one(grad_mask + p.mask,
+                s.weight[0] * dots[0] + s.weight[1] * dots[1] + s.weight[2] * dots[2] + s.weight[3] * dots[3]);
+    }
+  }
+
+  CELLOPS_BODY void put_shift(uint64_t element, float value) const {
+    if (view.wide) {
+      static_cast<float*>(grad_offset)[element] = value;
+    } else {
+      store_one(static_cast<T*>(grad_offset) + element, value);
+    }
+  }
+};
+
+template <class T>
+DeformConv2dView deform_conv2d_view(const DeformConv2dTileParams& p, bool addresses_aligned) {
+  DeformConv2dView view{};
+  const int64_t taps = p.kernel_height * p.kernel_width, items = p.count * taps * p.offset_groups;
+  if (items * 32 >= int64_t(1) << 32) {
+    throw std::invalid_argument("deform_conv2d: the CUDA kernels take fewer than 2^27 samples in one tile");
+  }
+  view.items = uint32_t(items), view.taps = uint32_t(taps), view.offset_groups = uint32_t(p.offset_groups);
+  view.channels = uint32_t(p.in_channels), view.height = uint32_t(p.in_height), view.width = uint32_t(p.in_width);
+  view.out_width = uint32_t(p.out_width), view.out_pixels = uint32_t(p.out_height * p.out_width);
+  view.kernel_width = uint32_t(p.kernel_width);
+  view.stride_height = uint32_t(p.stride_height), view.stride_width = uint32_t(p.stride_width);
+  view.pad_height = uint32_t(p.pad_height), view.pad_width = uint32_t(p.pad_width);
+  view.dilation_height = uint32_t(p.dilation_height), view.dilation_width = uint32_t(p.dilation_width);
+  view.column_group = uint32_t(p.in_channels / p.column_groups);
+  view.first = uint64_t(p.first), view.pixels = uint64_t(p.count);
+  view.offset_channels_last = p.offset_channels_last, view.mask_channels_last = p.mask_channels_last;
+  view.wide = p.offset_dtype == Dtype::float32 && p.dtype != Dtype::float32;
+  const int64_t channels = p.in_channels / p.offset_groups;
+  view.packed = addresses_aligned && channels % kPack<T> == 0 && view.column_group % kPack<T> == 0;
+  const int64_t steps = view.packed ? channels / kPack<T> : channels;
+  view.lanes = 1;
+  while (view.lanes < 32 && view.lanes < steps) view.lanes *= 2;
+  return view;
+}
+
+template <class Launcher>
+void deform_conv2d_columns(const DeformConv2dTileParams& p, const DeformConv2dColumns& io, const Launcher& launcher) {
+  with_storage_type("deform_conv2d", p.dtype, [&](auto type) {
+    using T = decltype(type);
+    const DeformConv2dView view = deform_conv2d_view<T>(p, aligned(io.input, io.columns));
+    launcher.run(blocks_of(int64_t(view.items) * view.lanes, 128), 0,
+                 DeformConv2dColumnsBody<T>{view, static_cast<const T*>(io.input), io.offset,
+                                            static_cast<const T*>(io.mask), static_cast<T*>(io.columns)});
+  });
+}
+
+template <class Launcher>
+void deform_conv2d_corners(const DeformConv2dTileParams& p, const DeformConv2dCorners& io, const Launcher& launcher) {
+  with_storage_type("deform_conv2d", p.dtype, [&](auto type) {
+    using T = decltype(type);
+    const DeformConv2dView view = deform_conv2d_view<T>(p, aligned(io.input, io.grad_columns, io.grad_input));
+    launcher.run(
+        blocks_of(int64_t(view.items) * view.lanes, 128), 0,
+        DeformConv2dCornersBody<T>{view, static_cast<const T*>(io.input), io.offset, static_cast<const T*>(io.mask),
+                                   static_cast<const T*>(io.grad_columns), static_cast<float*>(io.grad_input),
+                                   io.grad_offset, static_cast<T*>(io.grad_mask)});
+  });
+}
+
+}  // namespace cellops::CELLOPS_ISA

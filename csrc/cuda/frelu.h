@@ -1,0 +1,550 @@
+// The funnel activation, y = max(x, (z - mean) * scale + shift) with z = dwconv(x, weight): bodies and launches.
+//
+// A block takes a tile of `rows` x `columns` pixels of `channel_block` channels of an image into shared memory, with
+// the halo that the funnel needs, in 16-byte loads where sizes allow. A thread keeps to one channel and walks down
+// columns of eight rows; a window of 3x3 moves along in registers: three reads from shared memory for each result.
+//
+//   forward    reads x, writes y: 2 E bytes an element, for E bytes of storage
+//   sums       reads x, or x and grad_output, and writes two sums a channel and part
+//   backward   reads x and grad_output, writes the gradient of x and sums: 3 E bytes an element. The gradient of the
+//              convolution stays in shared memory; it is computed again where halos overlap.
+#pragma once
+#include <stdexcept>
+
+#include "block.h"
+
+namespace cellops::CELLOPS_ISA {
+
+inline constexpr int kFreluThreads = 128, kFreluSegment = 8;
+inline constexpr int64_t kSharedBytes = 48 << 10;  // what every device has without being asked
+
+struct FreluView {
+  uint32_t images, channels, height, width;
+  int kernel, half, channel_block, rows, columns, parts;
+  uint32_t channel_blocks, tiles_y, tiles_x;
+  bool channels_last, packed;
+
+  CELLOPS_BODY uint64_t tiles() const { return uint64_t(images) * tiles_y * tiles_x; }
+  CELLOPS_BODY uint64_t element(uint32_t channel, uint32_t row, uint32_t column) const {
+    return channels_last ? (uint64_t(row) * width + column) * channels + channel
+                         : (uint64_t(channel) * height + row) * width + column;
+  }
+};
+
+// The place of a tile: its image's first element, and its first row, column and channel.
+struct FreluPlace {
+  uint64_t image;
+  uint32_t row, column, channel;
+};
+
+CELLOPS_BODY FreluPlace place_of(const FreluView& view, uint32_t tile, uint32_t channel_block) {
+  const uint32_t x = tile % view.tiles_x, y = tile / view.tiles_x % view.tiles_y;
+  const uint64_t image = tile / view.tiles_x / view.tiles_y;
+  return {image * view.channels * view.height * view.width, y * view.rows, x * view.columns,
+          channel_block * view.channel_block};
+}
+
+// A tile in shared memory with `halo` rows and columns around it: element (channel, row, column) from the halo's
+// corner.
+struct FreluGrid {
+  int channel, row, column;  // strides
+  int first;                 // of the halo's corner
+  int size;
+
+  // `pack`: columns of the tile itself begin at a multiple of it.
+  CELLOPS_HD FreluGrid(const FreluView& view, int halo, int pack) {
+    const int height = view.rows + 2 * halo, width = view.columns + 2 * halo;
+    if (view.channels_last) {
+      channel = 1, column = view.channel_block, row = width * column, first = 0, size = height * row;
+    } else {
+      const int before = (halo + pack - 1) / pack * pack;
+      column = 1, row = (before + view.columns + halo + pack - 1) / pack * pack, channel = height * row;
+      first = before - halo, size = view.channel_block * channel;
+    }
+  }
+  CELLOPS_HD int at(int c, int r, int x) const { return first + c * channel + r * row + x * column; }
+};
+
+// What a thread works on: one channel of the block, and items, which are columns of a segment of rows.
+struct FreluThread {
+  int channel, item, step;
+  CELLOPS_BODY FreluThread(const FreluView& view, int thread) : step(kFreluThreads / view.channel_block) {
+    channel = view.channels_last ? thread % view.channel_block : thread / step;
+    item = view.channels_last ? thread / view.channel_block : thread % step;
+  }
+};
+
+template <class T, class Block>
+CELLOPS_BODY void load_tile(const Block& block, const FreluView& view, const FreluPlace& place, const T* input,
+                            int halo, const FreluGrid& grid, T* tile) {
+  const T* image = input + place.image;
+  const int height = view.rows + 2 * halo, width = view.columns + 2 * halo;
+  const auto inside = [&](int channel, int64_t row, int64_t column) {
+    return row >= 0 && row < int64_t(view.height) && column >= 0 && column < int64_t(view.width) &&
+           place.channel + channel < view.channels;
+  };
+  const auto load_one = [&](int c, int r, int x) {
+    const int64_t row = int64_t(place.row) + r - halo, column = int64_t(place.column) + x - halo;
+    tile[grid.at(c, r, x)] =
+        inside(c, row, column) ? image[view.element(place.channel + c, uint32_t(row), uint32_t(column))] : T{};
+  };
+  const auto load_pack = [&](int c, int r, int x) {
+    const int64_t row = int64_t(place.row) + r - halo, column = int64_t(place.column) + x - halo;
+    Words words{};
+    if (inside(c, row, column)) {
+      words = *reinterpret_cast<const Words*>(image + view.element(place.channel + c, uint32_t(row), uint32_t(column)));
+    }
+    *reinterpret_cast<Words*>(tile + grid.at(c, r, x)) = words;
+  };
+  constexpr int pack = kPack<T>;
+  if (view.channels_last) {
+    const int packs = view.packed ? view.channel_block / pack : view.channel_block;
+    for (int i = block.thread(); i < height * width * packs; i += kFreluThreads) {
+      const int pixel = i / packs, c = i % packs;
+      if (view.packed) {
+        load_pack(c * pack, pixel / width, pixel % width);
+      } else {
+        load_one(c, pixel / width, pixel % width);
+      }
+    }
+    return;
+  }
+  if (view.packed) {
+    const int packs = view.columns / pack;
+    for (int i = block.thread(); i < view.channel_block * height * packs; i += kFreluThreads) {
+      load_pack(i / packs / height, i / packs % height, halo + i % packs * pack);
+    }
+  }
+  const int left = view.packed ? 2 * halo : width;  // columns yet to be loaded: those of the halo, or all
+  for (int i = block.thread(); i < view.channel_block * height * left; i += kFreluThreads) {
+    const int x = i % left, r = i / left % height;
+    load_one(i / left / height, r, view.packed && x >= halo ? view.columns + x : x);
+  }
+}
+
+// The Kernel x Kernel numbers around a result; Kernel is 0 for any other size.
+template <int Kernel, class T>
+struct FreluWindow {
+  float value[Kernel ? Kernel : 1][Kernel ? Kernel : 1];
+  const T* corner;
+  int row, column, kernel;
+
+  CELLOPS_BODY float at(int i, int j) const {
+    return Kernel ? value[Kernel ? i : 0][Kernel ? j : 0] : to_compute(corner[i * row + j * column]);
+  }
+  CELLOPS_BODY float middle() const { return at(kernel / 2, kernel / 2); }
+  // sum of weights[t] * number t, or of weights[last - t] for the transposed convolution
+  template <bool Flipped, class W>
+  CELLOPS_BODY float convolve(const W* weights) const {
+    float sum = 0;
+    if constexpr (Kernel > 0) {
+      CELLOPS_UNROLL
+      for (int t = 0; t < Kernel * Kernel; ++t) {
+        sum += to_compute(weights[Flipped ? Kernel * Kernel - 1 - t : t]) * value[t / Kernel][t % Kernel];
+      }
+    } else {
+      for (int t = 0; t < kernel * kernel; ++t) {
+        sum += to_compute(weights[Flipped ? kernel * kernel - 1 - t : t]) * at(t / kernel, t % kernel);
+      }
+    }
+    return sum;
+  }
+};
+
+// Calls work(i, window) for results i = 0 .. count - 1 down a column, `corner` being the first one's upper left.
+template <int Kernel, class T, class Work>
+CELLOPS_BODY void walk_down(const T* corner, const FreluGrid& grid, int kernel, int count, const Work& work) {
+  FreluWindow<Kernel, T> window;
+  window.kernel = Kernel ? Kernel : kernel;
+  window.row = grid.row, window.column = grid.column;
+  if constexpr (Kernel > 0) {
+    CELLOPS_UNROLL
+    for (int i = 1; i < Kernel; ++i) {
+      CELLOPS_UNROLL
+      for (int j = 0; j < Kernel; ++j) window.value[i][j] = to_compute(corner[(i - 1) * grid.row + j * grid.column]);
+    }
+  }
+  for (int r = 0; r < count; ++r) {
+    window.corner = corner + r * grid.row;
+    if constexpr (Kernel > 0) {
+      CELLOPS_UNROLL
+      for (int j = 0; j < Kernel; ++j) {
+        CELLOPS_UNROLL
+        for (int i = 0; i + 1 < Kernel; ++i) window.value[i][j] = window.value[i + 1][j];
+        window.value[Kernel - 1][j] = to_compute(window.corner[(Kernel - 1) * grid.row + j * grid.column]);
+      }
+    }
+    work(r, window);
+  }
+}
+
+// The taps of a channel: in registers for a known size, else where they are.
+template <int Kernel, class T>
+struct FreluTaps {
+  float value[Kernel ? Kernel * Kernel : 1];
+  const T* weights;
+  CELLOPS_BODY FreluTaps(const FreluView& view, const T* weight, uint32_t channel) {
+    weights = weight + uint64_t(channel) * view.kernel * view.kernel;
+    CELLOPS_UNROLL
+    for (int t = 0; t < Kernel * Kernel; ++t) value[t] = to_compute(weights[t]);
+  }
+  template <bool Flipped, class U>
+  CELLOPS_BODY float convolve(const FreluWindow<Kernel, U>& window) const {
+    if constexpr (Kernel > 0) return window.template convolve<Flipped>(value);
+    return window.template convolve<Flipped>(weights);
+  }
+};
+
+CELLOPS_BODY float channel_value(const float* values, uint32_t channel, float absent) {
+  return values ? values[channel] : absent;
+}
+
+// The gradients of max(x, other): halves where both are equal, all of it to both where one is NaN.
+CELLOPS_BODY float gradient_of_first(float grad, float x, float other) {
+  return x < other ? 0.f : x == other ? grad * 0.5f : grad;
+}
+
+template <class T, int Kernel>
+struct FreluForwardBody {
+  static constexpr int kThreads = kFreluThreads, kBlocks = 0;
+  static constexpr bool kBarriers = true;
+  FreluView view;
+  const T *input, *weight;
+  const float *mean, *scale, *shift;
+  T* output;
+
+  template <class Block>
+  CELLOPS_BODY void operator()(const Block& block) const {
+    const FreluGrid grid(view, view.half, kPack<T>);
+    T* tile = block.template shared<T>();
+    const FreluPlace place = place_of(view, block.index() / view.channel_blocks, block.index() % view.channel_blocks);
+    load_tile(block, view, place, input, view.half, grid, tile);
+    block.sync();
+    const FreluThread own(view, block.thread());
+    const uint32_t channel = place.channel + own.channel;
+    if (channel >= view.channels) return;
+    const FreluTaps<Kernel, T> taps(view, weight, channel);
+    const float m = channel_value(mean, channel, 0), s = channel_value(scale, channel, 1),
+                b = channel_value(shift, channel, 0);
+    for (int item = own.item; item < view.columns * ((view.rows + kFreluSegment - 1) / kFreluSegment);
+         item += own.step) {
+      const int x = item % view.columns, first = item / view.columns * kFreluSegment;
+      const uint32_t column = place.column + x, row = place.row + first;
+      if (column >= view.width || row >= view.height) continue;
+      const int most = view.rows - first < kFreluSegment ? view.rows - first : kFreluSegment;
+      const int count = view.height - row < uint32_t(most) ? int(view.height - row) : most;
+      T* to = output + place.image + view.element(channel, row, column);
+      const uint64_t stride = view.channels_last ? uint64_t(view.width) * view.channels : view.width;
+      walk_down<Kernel>(tile + grid.at(own.channel, first, x), grid, view.kernel, count,
+                        [&](int, const FreluWindow<Kernel, T>& window) {
+                          const float value = window.middle();
+                          const float other = (taps.template convolve<false>(window) - m) * s + b;
+                          store_one(to, value > other || value != value ? value : other);
+                          to += stride;
+                        });
+    }
+  }
+};
+
+// Sums over the results of a part of the tiles. Without grad_output: of z - z0 and of its square, z0 being the
+// channel's first convolution. With it: of the gradient that goes through the convolution, and of it times z - mean.
+template <class T, int Kernel>
+struct FreluSumsBody {
+  static constexpr int kThreads = kFreluThreads, kBlocks = 0;
+  static constexpr bool kBarriers = true;
+  FreluView view;
+  const T *grad_output, *input, *weight;
+  const float *mean, *scale, *shift;
+  float* first;  // [C], z0
+  float* sums;   // [parts, 2, C]
+
+  template <class Block>
+  CELLOPS_BODY void operator()(const Block& block) const {
+    const FreluGrid grid(view, view.half, kPack<T>);
+    T* tile = block.template shared<T>();
+    const uint32_t channel_block = block.index() % view.channel_blocks, part = block.index() / view.channel_blocks;
+    const FreluThread own(view, block.thread());
+    const uint32_t channel = channel_block * view.channel_block + own.channel;
+    const bool exists = channel < view.channels;
+    const uint32_t safe = exists ? channel : 0;
+    const FreluTaps<Kernel, T> taps(view, weight, safe);
+    const float s = channel_value(scale, safe, 1), b = channel_value(shift, safe, 0);
+    const float m = grad_output ? channel_value(mean, safe, 0) : first_convolution(safe);
+    float sum = 0, product = 0;
+    for (uint32_t index = part; index < view.tiles(); index += view.parts) {
+      const FreluPlace place = place_of(view, index, channel_block);
+      block.sync();
+      load_tile(block, view, place, input, view.half, grid, tile);
+      block.sync();
+      for (int item = own.item; item < view.columns * ((view.rows + kFreluSegment - 1) / kFreluSegment);
+           item += own.step) {
+        const int x = item % view.columns, start = item / view.columns * kFreluSegment;
+        const uint32_t column = place.column + x, row = place.row + start;
+        if (!exists || column >= view.width || row >= view.height) continue;
+        const int most = view.rows - start < kFreluSegment ? view.rows - start : kFreluSegment;
+        const int count = view.height - row < uint32_t(most) ? int(view.height - row) : most;
+        walk_down<Kernel>(tile + grid.at(own.channel, start, x), grid, view.kernel, count,
+                          [&](int r, const FreluWindow<Kernel, T>& window) {
+                            const float z = taps.template convolve<false>(window) - m;
+                            float factor = z;
+                            if (grad_output) {
+                              const T grad = grad_output[place.image + view.element(channel, row + r, column)];
+                              factor = gradient_of_first(to_compute(grad), z * s + b, window.middle());
+                            }
+                            sum += factor;
+                            product += factor * z;
+                          });
+      }
+    }
+    block.sync();
+    float* values = block.template shared<float>();
+    values[block.thread()] = sum;
+    values[kThreads + block.thread()] = product;
+    block.sync();
+    const int which = block.thread() / view.channel_block, within = block.thread() % view.channel_block;
+    const uint32_t target = channel_block * view.channel_block + within;
+    if (which < 2 && target < view.channels) {
+      sums[(uint64_t(part) * 2 + which) * view.channels + target] =
+          total_of_channel(view, values + which * kThreads, within);
+    }
+    if (!grad_output && part == 0 && exists && own.item == 0) first[channel] = m;
+  }
+
+  CELLOPS_BODY float first_convolution(uint32_t channel) const {
+    float sum = 0;
+    for (int t = 0; t < view.kernel * view.kernel; ++t) {
+      const int row = t / view.kernel - view.half, column = t % view.kernel - view.half;
+      if (row < 0 || row >= int64_t(view.height) || column < 0 || column >= int64_t(view.width)) continue;
+      sum += to_compute(weight[uint64_t(channel) * view.kernel * view.kernel + t]) *
+             to_compute(input[view.element(channel, row, column)]);
+    }
+    return sum;
+  }
+
+  // Of the values of the threads that keep to a channel, in their order.
+  static CELLOPS_BODY float total_of_channel(const FreluView& view, const float* values, int channel) {
+    const int threads = kFreluThreads / view.channel_block;
+    float total = 0;
+    for (int i = 0; i < threads; ++i) {
+      total += values[view.channels_last ? i * view.channel_block + channel : channel * threads + i];
+    }
+    return total;
+  }
+};
+
+template <class T, int Kernel>
+struct FreluBackwardBody {
+  static constexpr int kThreads = kFreluThreads, kBlocks = 4;
+  static constexpr bool kBarriers = true;
+  static constexpr int kTaps = Kernel * Kernel;
+  using Sums = FreluSumsBody<T, Kernel>;
+  FreluView view;
+  const T *grad_output, *input, *weight;
+  const float *mean, *scale, *shift;
+  const float *by_value, *by_one;  // what the statistics add to the convolution's gradient: z' * by_value + by_one
+  T* grad_input;
+  float* sums;  // [parts, C, kernel * kernel + 2]: gradients of the taps, sum of the gradient through, and times z'
+
+  template <class Block>
+  CELLOPS_BODY void operator()(const Block& block) const {
+    const int half = view.half, taps_count = view.kernel * view.kernel;
+    const FreluGrid wide(view, 2 * half, kPack<T>), near(view, half, 1), inner(view, 0, 1);
+    T* tile = block.template shared<T>();
+    float* gradients = reinterpret_cast<float*>(tile + (wide.size + 7) / 8 * 8);
+    float* direct = gradients + near.size;
+    float* values = direct + inner.size;
+    const uint32_t channel_block = block.index() % view.channel_blocks, part = block.index() / view.channel_blocks;
+    const FreluThread own(view, block.thread());
+    const uint32_t channel = channel_block * view.channel_block + own.channel;
+    const bool exists = channel < view.channels;
+    const uint32_t safe = exists ? channel : 0;
+    const FreluTaps<Kernel, T> taps(view, weight, safe);
+    const float m = channel_value(mean, safe, 0), s = channel_value(scale, safe, 1), b = channel_value(shift, safe, 0),
+                bv = channel_value(by_value, safe, 0), bo = channel_value(by_one, safe, 0);
+    float tap_sums[Kernel ? kTaps : 1] = {}, sum = 0, product = 0;
+    float* own_sums = sums + (uint64_t(part) * view.channels + safe) * (taps_count + 2);
+
+    for (uint32_t index = part; index < view.tiles(); index += view.parts) {
+      const FreluPlace place = place_of(view, index, channel_block);
+      block.sync();
+      load_tile(block, view, place, input, 2 * half, wide, tile);
+      block.sync();
+      const int width = view.columns + 2 * half, height = view.rows + 2 * half;
+      for (int item = own.item; item < width * ((height + kFreluSegment - 1) / kFreluSegment); item += own.step) {
+        const int x = item % width, start = item / width * kFreluSegment;
+        const int64_t column = int64_t(place.column) + x - half, row = int64_t(place.row) + start - half;
+        const bool inside = exists && column >= 0 && column < int64_t(view.width);
+        const int count = height - start < kFreluSegment ? height - start : kFreluSegment;
+        walk_down<Kernel>(
+            tile + wide.at(own.channel, start, x), wide, view.kernel, count,
+            [&](int r, const FreluWindow<Kernel, T>& window) {
+              float result = 0;
+              if (inside && row + r >= 0 && row + r < int64_t(view.height)) {
+                const uint64_t element = view.element(channel, uint32_t(row + r), uint32_t(column));
+                const float grad = to_compute(grad_output[place.image + element]), value = window.middle();
+                const float z = taps.template convolve<false>(window) - m, other = z * s + b;
+                const float through = gradient_of_first(grad, other, value);
+                result = through * s;
+                if (by_value) result += z * bv + bo;
+                const int inner_row = start + r - half, inner_column = x - half;
+                if (inner_row >= 0 && inner_row < view.rows && inner_column >= 0 && inner_column < view.columns) {
+                  direct[inner.at(own.channel, inner_row, inner_column)] = gradient_of_first(grad, value, other);
+                  sum += through;
+                  product += through * z;
+                  constexpr int side = Kernel ? Kernel : 1;
+                  CELLOPS_UNROLL
+                  for (int t = 0; t < kTaps; ++t) tap_sums[t] += result * window.at(t / side, t % side);
+                }
+              }
+              gradients[near.at(own.channel, start + r, x)] = result;
+            });
+      }
+      block.sync();
+      for (int item = own.item; item < view.columns * ((view.rows + kFreluSegment - 1) / kFreluSegment);
+           item += own.step) {
+        const int x = item % view.columns, start = item / view.columns * kFreluSegment;
+        const uint32_t column = place.column + x, row = place.row + start;
+        if (!exists || column >= view.width || row >= view.height) continue;
+        const int most = view.rows - start < kFreluSegment ? view.rows - start : kFreluSegment;
+        const int count = view.height - row < uint32_t(most) ? int(view.height - row) : most;
+        walk_down<Kernel>(gradients + near.at(own.channel, start, x), near, view.kernel, count,
+                          [&](int r, const FreluWindow<Kernel, float>& window) {
+                            const float through = taps.template convolve<true>(window);
+                            store_one(grad_input + place.image + view.element(channel, row + r, column),
+                                      direct[inner.at(own.channel, start + r, x)] + through);
+                          });
+      }
+      if constexpr (Kernel == 0) {
+        for (int t = 0; t < taps_count; ++t) {
+          const float total = tap_sum(place, own, exists, tile, wide, gradients, near, t);
+          const float all = total_of(block, values, total, own);
+          if (exists && own.item == 0) own_sums[t] += all;
+        }
+      }
+    }
+    block.sync();
+    CELLOPS_UNROLL
+    for (int t = 0; t < kTaps; ++t) {
+      const float all = total_of(block, values, tap_sums[t], own);
+      if (exists && own.item == 0) own_sums[t] = all;
+    }
+    const float all_through = total_of(block, values, sum, own), all_products = total_of(block, values, product, own);
+    if (exists && own.item == 0) own_sums[taps_count] = all_through, own_sums[taps_count + 1] = all_products;
+  }
+
+  // The total over the threads that keep to a channel, for the first of them.
+  template <class Block>
+  CELLOPS_BODY float total_of(const Block& block, float* values, float value, const FreluThread& own) const {
+    values[block.thread()] = value;
+    block.sync();
+    const float total = own.item == 0 ? Sums::total_of_channel(view, values, own.channel) : 0.f;
+    block.sync();
+    return total;
+  }
+
+  // What the tile's results that fall to a thread give to tap t.
+  CELLOPS_BODY float tap_sum(const FreluPlace& place, const FreluThread& own, bool exists, const T* tile,
+                             const FreluGrid& wide, const float* gradients, const FreluGrid& near, int t) const {
+    float sum = 0;
+    for (int i = own.item; exists && i < view.rows * view.columns; i += own.step) {
+      const int r = i / view.columns, x = i % view.columns;
+      if (place.row + r >= view.height || place.column + x >= view.width) continue;
+      sum += gradients[near.at(own.channel, r + view.half, x + view.half)] *
+             to_compute(tile[wide.at(own.channel, r + view.half + t / view.kernel, x + view.half + t % view.kernel)]);
+    }
+    return sum;
+  }
+};
+
+inline FreluView frelu_view(const FreluTileParams& p, int pack, bool addresses_aligned) {
+  FreluView view{};
+  view.images = uint32_t(p.batch), view.channels = uint32_t(p.channels);
+  view.height = uint32_t(p.height), view.width = uint32_t(p.width);
+  view.kernel = int(p.kernel), view.half = int(p.kernel) / 2;
+  view.channel_block = int(p.channel_block), view.rows = int(p.rows), view.columns = int(p.columns);
+  view.parts = int(p.parts);
+  view.channel_blocks = uint32_t(blocks_of(p.channels, p.channel_block));
+  view.tiles_y = uint32_t(blocks_of(p.height, p.rows)), view.tiles_x = uint32_t(blocks_of(p.width, p.columns));
+  view.channels_last = p.channels_last;
+  view.packed = addresses_aligned && (p.channels_last ? p.channels % pack == 0 && p.channel_block % pack == 0
+                                                      : p.width % pack == 0 && p.columns % pack == 0);
+  const int64_t tiles = p.batch * view.tiles_y * view.tiles_x;
+  if (tiles * view.channel_blocks >= int64_t(1) << 31) {
+    throw std::invalid_argument("frelu: the CUDA kernels take fewer than 2^31 tiles");
+  }
+  if (p.channel_block > 64 || kFreluThreads % p.channel_block || p.channel_block < 1 || p.rows < 1 || p.columns < 1 ||
+      p.parts < 1) {
+    throw std::invalid_argument("frelu: a tile of these sizes cannot be");
+  }
+  return view;
+}
+
+inline int64_t checked_shared(int64_t bytes) {
+  if (bytes > kSharedBytes) throw std::invalid_argument("frelu: the tile does not fit in 48 KiB of shared memory");
+  return bytes;
+}
+
+// work(Body) for the body of a template at the storage type and the kernel's size.
+template <template <class, int> class Body, class Launch>
+void with_frelu_body(const FreluTileParams& p, const Launch& launch) {
+  with_storage_type("frelu", p.dtype, [&](auto type) {
+    using T = decltype(type);
+    if (p.kernel == 3) {
+      launch(Body<T, 3>(), type);
+    } else {
+      launch(Body<T, 0>(), type);
+    }
+  });
+}
+
+template <class Launcher>
+void frelu_forward(const FreluTileParams& p, const FreluTileForward& io, const Launcher& launcher) {
+  with_frelu_body<FreluForwardBody>(p, [&](auto body, auto type) {
+    using T = decltype(type);
+    body.view = frelu_view(p, kPack<T>, aligned(io.input));
+    body.input = static_cast<const T*>(io.input), body.weight = static_cast<const T*>(io.weight);
+    body.mean = static_cast<const float*>(io.mean), body.scale = static_cast<const float*>(io.scale);
+    body.shift = static_cast<const float*>(io.shift), body.output = static_cast<T*>(io.output);
+    const FreluView& view = body.view;
+    const int64_t bytes = int64_t(sizeof(T)) * FreluGrid(view, view.half, kPack<T>).size;
+    launcher.run(int64_t(view.images) * view.tiles_y * view.tiles_x * view.channel_blocks, checked_shared(bytes), body);
+  });
+}
+
+template <class Launcher>
+void frelu_sums(const FreluTileParams& p, const FreluTileSums& io, const Launcher& launcher) {
+  with_frelu_body<FreluSumsBody>(p, [&](auto body, auto type) {
+    using T = decltype(type);
+    body.view = frelu_view(p, kPack<T>, aligned(io.input));
+    body.grad_output = static_cast<const T*>(io.grad_output);
+    body.input = static_cast<const T*>(io.input), body.weight = static_cast<const T*>(io.weight);
+    body.mean = static_cast<const float*>(io.mean), body.scale = static_cast<const float*>(io.scale);
+    body.shift = static_cast<const float*>(io.shift);
+    body.first = static_cast<float*>(io.first), body.sums = static_cast<float*>(io.sums);
+    const FreluView& view = body.view;
+    const int64_t tile = int64_t(sizeof(T)) * FreluGrid(view, view.half, kPack<T>).size;
+    const int64_t values = int64_t(sizeof(float)) * 2 * kFreluThreads;
+    if (p.batch) launcher.run(p.parts * view.channel_blocks, checked_shared(tile > values ? tile : values), body);
+  });
+}
+
+template <class Launcher>
+void frelu_backward(const FreluTileParams& p, const FreluTileBackward& io, const Launcher& launcher) {
+  with_frelu_body<FreluBackwardBody>(p, [&](auto body, auto type) {
+    using T = decltype(type);
+    body.view = frelu_view(p, kPack<T>, aligned(io.input));
+    body.grad_output = static_cast<const T*>(io.grad_output);
+    body.input = static_cast<const T*>(io.input), body.weight = static_cast<const T*>(io.weight);
+    body.mean = static_cast<const float*>(io.mean), body.scale = static_cast<const float*>(io.scale);
+    body.shift = static_cast<const float*>(io.shift);
+    body.by_value = static_cast<const float*>(io.by_value), body.by_one = static_cast<const float*>(io.by_one);
+    body.grad_input = static_cast<T*>(io.grad_input), body.sums = static_cast<float*>(io.sums);
+    const FreluView& view = body.view;
+    const int64_t tile = (FreluGrid(view, 2 * view.half, kPack<T>).size + 7) / 8 * 8;
+    const int64_t floats = FreluGrid(view, view.half, 1).size + FreluGrid(view, 0, 1).size + kFreluThreads;
+    const int64_t bytes = tile * int64_t(sizeof(T)) + floats * int64_t(sizeof(float));
+    if (p.batch) launcher.run(p.parts * view.channel_blocks, checked_shared(bytes), body);
+  });
+}
+
+}  // namespace cellops::CELLOPS_ISA

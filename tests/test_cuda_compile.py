@@ -1,0 +1,49 @@
+"""What the CUDA kernels compile to, where nvcc is there; no GPU is needed."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from cuda_compile import ARCHITECTURES, FILES, SOURCES, Row, compile_file, known_architectures, nvcc, table
+
+pytestmark = pytest.mark.skipif(nvcc() is None, reason="nvcc is not on the PATH")
+
+
+def check(rows: list[Row]) -> None:
+    assert rows
+    for row in rows:
+        assert row.spill_bytes == 0, row
+        assert row.static_shared_bytes == 0, row
+        assert row.registers <= 128, row  # four blocks of 128 threads on a multiprocessor of 65536
+        assert row.load_bytes == 16, row
+        # FReLU's threads walk down columns: a warp's results lie side by side, not a thread's.
+        if row.kernel.startswith("OffsetSample2d") or row.kernel == "DeformConv2dColumnsBody":
+            assert row.store_bytes == 16, row
+        if row.kernel == "DeformConv2dCornersBody":
+            assert row.addition_bytes == (16 if int(row.architecture) >= 90 else 4), row
+        if row.kernel == "OffsetSample2dBackwardBody":
+            assert row.addition_bytes == 4, row
+
+
+def test_deformable_convolution_adds_16_bytes_at_a_time_from_sm_90_on() -> None:
+    rows = compile_file("deform_conv2d", "90")
+    check(rows)
+    assert {row.arguments for row in rows} == {"float32", "bfloat16", "float16"}
+    assert "DeformConv2dCorners" in table(rows)
+
+
+def test_every_file_is_compiled_and_every_entry_point_defined() -> None:
+    entries = re.findall(r"^X\((\w+),", (SOURCES / "ops.inc").read_text(), re.MULTILINE)
+    sources = "".join((SOURCES / f"{file}.cu").read_text() for file in FILES)
+    defined = re.findall(r"CELLOPS_CUDA_ENTRY\((\w+),", sources)
+    assert sorted(entries) == sorted(defined)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_kernel(architecture: str, file: str) -> None:
+    if architecture not in known_architectures():
+        pytest.skip(f"this nvcc does not compile for sm_{architecture}")
+    check(compile_file(file, architecture))
