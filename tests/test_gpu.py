@@ -178,7 +178,7 @@ def test_a_network_trains_under_autocast_with_a_scaler() -> None:
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     assert losses[-1] < 0.5 * losses[0], losses
 
 
