@@ -39,6 +39,9 @@ REPEATED = "CELLOPS_GPU_END"
 def main() -> int:
     """The command."""
     options = _options()
+    if options.device == "cpu":
+        # Before torch and any kernel are imported, for this process and for those that it starts.
+        os.environ |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
     import torch
 
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -48,8 +51,6 @@ def main() -> int:
             file=sys.stderr,
         )
         return 2
-    if options.device == "cpu":
-        os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel is imported
     end = float(os.environ.get(REPEATED, 0)) or time.time() + 60 * options.minutes
     if not options.small and not build.up_to_date():
         print("compiling csrc/", flush=True)

@@ -6,6 +6,9 @@ Every kernel that an op has there is tried, not only the one that is taken by de
 from __future__ import annotations
 
 import functools
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -180,6 +183,60 @@ def test_a_network_trains_under_autocast_with_a_scaler() -> None:
         scaler.update()
         losses.append(float(loss.detach()))
     assert losses[-1] < 0.5 * losses[0], losses
+
+
+# Compilers
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_compiled_with_its_backward(op: str) -> None:
+    case = first_case(op)
+    arguments = case.make(device="cuda", memory_format=torch.channels_last)
+    wanted = forward_and_gradients(case.function, arguments)
+    torch.compiler.reset()
+    found = forward_and_gradients(torch.compile(case.function, fullgraph=True, dynamic=True), arguments)
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, wanted[name], rtol=1e-4, atol=1e-4)
+
+
+# Networks
+
+
+@pytest.mark.parametrize("name", ["deform_resnet50", "dresnet_025", "hqnet_tiny", "hqnet_dcn", "shufflenet_v1_g3"])
+def test_networks_answer_as_on_the_cpu_and_train(name: str) -> None:
+    pytest.importorskip("timm", reason="timm is not installed")
+    from cellops.models import create_model
+
+    torch.manual_seed(0)
+    network = create_model(name, num_classes=4).eval()
+    images = torch.randn(2, 3, 224, 224)
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        with torch.no_grad():
+            wanted = network(images)
+            network = network.to("cuda", memory_format=torch.channels_last)
+            images = images.to("cuda").contiguous(memory_format=torch.channels_last)
+            found = network(images).cpu()
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+    assert float((found - wanted).norm() / wanted.norm()) < 1e-3
+    with torch.autocast("cuda", torch.bfloat16):
+        loss = nn.functional.cross_entropy(network.train()(images).float(), torch.tensor([0, 1], device="cuda"))
+    loss.backward()
+    gradients = [parameter.grad for parameter in network.parameters() if parameter.requires_grad]
+    assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+def test_a_recipe_trains_on_the_gpu(tmp_path: Any, precision: str) -> None:
+    pytest.importorskip("timm", reason="timm is not installed")
+    command = [sys.executable, "-m", "cellops.models", "train", "--recipe", "demo", "--output", str(tmp_path / "run")]
+    settings = ("training.device=cuda", f"training.precision={precision}", "data.options={count: 200, size: 64}")
+    command += ["--epochs", "2", *(word for one in settings for word in ("--set", one))]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "CELLOPS_CACHE": str(tmp_path)})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "run" / "results.json").is_file()
 
 
 # Devices
