@@ -44,7 +44,12 @@ def slug() -> str:
     from cellops.models.doctor import cpu_model
 
     words = re.sub(r"\((R|TM)\)|CPU|Processor|@.*|\d+-Core", " ", cpu_model())
-    return re.sub(r"[^a-z0-9]+", "-", f"{words} {cores()} cores".lower()).strip("-")
+    return as_file_name(f"{words} {cores()} cores")
+
+
+def as_file_name(text: str) -> str:
+    """Small letters and digits, hyphens for the rest."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
 def describe(threads: int) -> dict[str, Any]:

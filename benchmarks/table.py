@@ -44,6 +44,8 @@ def updated(readme: str, tables: str) -> str:
 
 
 def _machine(results: dict[str, Any]) -> str:
+    if "gpu" in results["machine"]:
+        return _gpu(results)
     records: Results = results["records"]
     parts = [_head(results), *_targets(results["targets"])]
     for op in dict.fromkeys(record["op"] for record in records):
@@ -53,6 +55,40 @@ def _machine(results: dict[str, Any]) -> str:
         parts += [_speed(op, own), _overhead(own), _memory(own)]
     parts += [_copies(records), _models(records), _accelerated(records)]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _gpu(results: dict[str, Any]) -> str:
+    """What `benchmarks/gpu.py` measured: ops in bfloat16 and channels_last, networks, runs on real cells."""
+    computer, versions, commit = results["machine"], results["versions"], results["commit"]
+    listed = ", ".join(f"{name} {versions[name]}" for name in ("torch", "torchvision", "cuda"))
+    head = f"**{computer['gpu']}** ({listed}; commit {commit['hash'][:10]}, {results['date'][:10]})"
+    records = results["records"]
+    shown = {"dtype": "bfloat16", "layout": "channels_last", "sweep": False}
+    rows = select(records, kind="gpu", **shown)
+    backends = sorted({name.removeprefix("cellops ") for row in rows for name in row["percent_of_copy"]}, reverse=True)
+    peers = [name for name in dict.fromkeys(name for row in rows for name in row["variants"]) if name != "copy"]
+    peers = [name for name in peers if not name.startswith("cellops ")]
+    cells = [["op", "input", "direction", "default", *(f"{name}, ms" for name in backends)]]
+    cells[0] += [*(f"over {name}" for name in peers), "of the copy", "of the dense conv"]
+    for row in rows:
+        ours = f"cellops {row['default']}"
+        medians = {name: timing["median"] for name, timing in row["variants"].items()}
+        cells.append([f"`{row['op']}`", "x".join(map(str, row["shape"])), row["direction"], row["default"]])
+        for name in backends:
+            taken = medians.get(f"cellops {name}")
+            cells[-1].append("–" if taken is None else f"{1e3 * taken:.3f}")
+        cells[-1] += [f"{medians[peer] / medians[ours]:.2f}x" if peer in medians else "–" for peer in peers]
+        cells[-1].append(f"{row['percent_of_copy'][ours]:.0f} %")
+        cells[-1].append(f"{row['percent_of_dense'][ours]:.0f} %" if row["percent_of_dense"] else "–")
+    zoo = [one for row in select(records, kind="benchmarks") if row["key"].startswith("zoo") for one in row["records"]]
+    text = (
+        "bfloat16, channels_last; forward is evaluation, forward+backward training with batch statistics. Medians in a "
+        "CUDA graph, speed over each peer (below 1 is slower).\n\n" + _table(cells)
+    )
+    return (
+        "\n\n".join(part for part in (head, *_targets(results["targets"]), text, _models(zoo, full=True)) if part)
+        + "\n"
+    )
 
 
 def _head(results: dict[str, Any]) -> str:
@@ -180,9 +216,9 @@ def _copies(records: Results) -> str:
     )
 
 
-def _models(records: Results) -> str:
-    """Images per second and peak memory of whole networks."""
-    chosen = select(records, kind="model")
+def _models(records: Results, *, full: bool = False) -> str:
+    """Images per second and peak memory of whole networks; those of the default run, or of the full one too."""
+    chosen = [record for record in records if record["kind"] == "model"] if full else select(records, kind="model")
     if not chosen:
         return ""
     names = list(dict.fromkeys(name for record in chosen for name in record["variants"]))

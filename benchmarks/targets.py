@@ -47,7 +47,7 @@ def geometric_mean(values: list[float]) -> float | None:
     return math.exp(sum(map(math.log, values)) / len(values)) if values else None
 
 
-def select(results: Results, **labels: str) -> Results:
+def select(results: Results, **labels: Any) -> Results:
     """The records of the default run with these labels."""
     return [
         record

@@ -147,7 +147,8 @@ def test_first_and_second_derivatives(case: Case, backend: str, device: str, dty
 
 def non_contiguous(tensor: Tensor) -> Tensor:
     """The same values in every second element of a larger tensor, with its dimensions in reverse order in memory."""
-    spread = torch.full([2 * size for size in reversed(tensor.shape)], torch.nan, dtype=tensor.dtype)
+    sizes = [2 * size for size in reversed(tensor.shape)]
+    spread = torch.full(sizes, torch.nan, dtype=tensor.dtype, device=tensor.device)
     view = spread.permute(*reversed(range(tensor.dim())))[tuple(slice(None, None, 2) for _ in tensor.shape)]
     return view.copy_(tensor)
 

@@ -147,10 +147,10 @@ def laid_out(tensor: Tensor, layout: str) -> Tensor:
     if layout == "channels_last" and tensor.dim() == 4:
         return tensor.contiguous(memory_format=torch.channels_last)
     if layout == "every second":
-        spread = torch.full([2 * length for length in tensor.shape], torch.nan, dtype=tensor.dtype)
+        spread = tensor.new_full([2 * length for length in tensor.shape], torch.nan)
         return spread[tuple(slice(None, None, 2) for _ in tensor.shape)].copy_(tensor)
     if layout == "a slice":
-        wider = torch.full([length + 1 for length in tensor.shape], torch.nan, dtype=tensor.dtype)
+        wider = tensor.new_full([length + 1 for length in tensor.shape], torch.nan)
         return wider[tuple(slice(1, None) for _ in tensor.shape)].copy_(tensor)
     return tensor
 
@@ -167,7 +167,7 @@ def rounded(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("op", list(FUZZED))
-def test_agrees_with_the_reference(op: str, fuzz_examples: int) -> None:
+def test_agrees_with_the_reference(op: str, fuzz_examples: int, device: torch.device) -> None:
     make_case, sizes = FUZZED[op]
 
     @seed(0)
@@ -175,7 +175,7 @@ def test_agrees_with_the_reference(op: str, fuzz_examples: int) -> None:
     @given(sizes=sizes, dtype=st.sampled_from(DTYPES), data=st.data())
     def check(sizes: dict[str, Any], dtype: torch.dtype, data: Any) -> None:
         case = make_case("fuzzed", "drawn by hypothesis", **sizes)
-        arguments = case.make(dtype, seed=data.draw(st.integers(0, 999), label="seed"))
+        arguments = case.make(dtype, device, seed=data.draw(st.integers(0, 999), label="seed"))
         if not op.endswith("_batch_norm"):
             arguments = rounded(arguments)
         for name, value in arguments.items():

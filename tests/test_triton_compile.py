@@ -33,7 +33,7 @@ def check(arch: str, op: str, dtypes: tuple[str, ...]) -> None:
         assert row.shared_bytes <= LIMITS[arch][1], row
         if row.kernel in PRODUCTS and "DEPTHWISE=True" not in row.configuration:
             assert MATRIX[arch] in row.instructions, row
-        if row.kernel in GATHERS:
+        if row.kernel in GATHERS or "PAIRS=True" in row.configuration:
             assert row.load_bytes == 16, row
 
 

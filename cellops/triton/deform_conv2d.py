@@ -79,19 +79,28 @@ def forward_blocks(count: int, group_out: int, segment: int, element_size: int, 
 
 @cache
 def backward_blocks(group_out: int, segment: int, element_size: int, limits: Limits) -> Blocks:
-    """Blocks of the gradients to input, offset and mask: a tile of gradients, four corners and their sums at a time."""
-    block_c = power_of_2(segment, 16, (64 if limits.small else 128) // element_size)
-    block_p = 128 if block_c == 16 and not limits.small else 64
+    """Blocks of the gradients to input, offset and mask: a tile of gradients, four corners and their sums at a time.
+
+    Half the input channels in float32, whose product is three: more spills. Eight warps on small devices, whose
+    products are fed from registers.
+    """
+    block_c = power_of_2(segment, 16, 64 // element_size if limits.small or element_size == 4 else 128 // element_size)
+    block_p = 128 if block_c == 16 and element_size == 2 and not limits.small else 64
     block_o = power_of_2(group_out, 16, (64 if limits.small else 128) // element_size)
     blocks = _blocks(block_p, block_o, block_c)
-    return blocks._replace(num_warps=8) if limits.small and block_c * block_o > 256 else blocks
+    crowded = limits.small and (element_size == 4 or block_c * block_o > 256)
+    return blocks._replace(num_warps=8) if crowded else blocks
 
 
 @cache
 def weight_blocks(group_out: int, segment: int, element_size: int) -> Blocks:
-    """Blocks of the gradient to the weight; the samples are taken again for each further block of output channels."""
+    """Blocks of the gradient to the weight; the samples are taken again for each further block of output channels.
+
+    Eight warps in float32 where there are many: four spill on an A100.
+    """
     block_c, block_o = power_of_2(segment, 16, 128 // element_size), power_of_2(group_out, 16, 256 // element_size)
-    return _blocks((256 if block_c == 16 else 128) // element_size, block_o, block_c)
+    blocks = _blocks((256 if block_c == 16 else 128) // element_size, block_o, block_c)
+    return blocks._replace(num_warps=8) if element_size == 4 and block_o == 64 else blocks
 
 
 def _blocks(p: int, o: int, c: int) -> Blocks:
@@ -201,7 +210,7 @@ def _forward(tensors: tuple[Tensor | None, ...], geometry: _Geometry) -> None:
     group_out, segment = geometry.group_out, geometry.segment
     if geometry.depthwise:
         block_o = power_of_2(segment * group_out, 16, 64)
-        block_p = 2048 // block_o
+        block_p = 4096 // input.element_size() // block_o
         grid = (ceil_div(geometry.total, block_p), geometry.offset_groups * ceil_div(segment * group_out, block_o))
         constants = {"BLOCK_P": block_p, "BLOCK_O": block_o, **geometry.constants}
         launch(deform_conv2d_depthwise_forward_kernel, grid, *tensors, *geometry.sizes, **constants)
@@ -304,7 +313,8 @@ def _grad_input(tensors: tuple[Tensor | None, ...], geometry: _Geometry) -> None
     blocks = backward_blocks(
         geometry.group_out, geometry.segment, grad_input.element_size(), limits_of(grad_input.device)
     )
-    block_c, block_q = 32, 64  # with 64 samples and eight warps: more of either spills
+    block_c, block_q = 32, 64  # with eight warps: more of either spills
+    block_p = 32 if grad_input.dtype == torch.float32 else 64
     segment_blocks = ceil_div(geometry.segment, block_c)
     launch(
         deform_conv2d_backward_input_kernel,
@@ -314,7 +324,7 @@ def _grad_input(tensors: tuple[Tensor | None, ...], geometry: _Geometry) -> None
         *geometry.sizes,
         **geometry.constants,
         BLOCKS=segment_blocks,
-        BLOCK_P=64,
+        BLOCK_P=block_p,
         BLOCK_Q=block_q,
         BLOCK_O=blocks.o,
         BLOCK_C=block_c,

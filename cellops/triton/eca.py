@@ -12,44 +12,97 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn import functional as F
 
 from cellops.triton._channel_attention import channel_sums, chunks, scale_channels
-from cellops.triton._launch import ceil_div, launch
+from cellops.triton._launch import ceil_div, launch, power_of_2
+
+
+@triton.jit
+def _mean(sums, image, channel, channels, pixels, parts, BLOCK_C: tl.constexpr):
+    """Of each channel over an image's pixels, 0 beyond the channels."""
+    total = tl.zeros([BLOCK_C], tl.float32)
+    valid = (channel >= 0) & (channel < channels)
+    for part in range(parts):
+        total += tl.load(sums + (image * parts + part) * channels + channel, valid, 0.0)
+    return total / pixels
 
 
 @triton.jit
 def eca_scale_kernel(
-    sums,  # [N, parts, C] float32
+    sums,  # [N, parts, C] float32: of the input
+    products,  # [N, parts, C] float32: of grad_output * input, None for forward
     weight,  # [taps]
     scale,  # [N, C] float32
+    grad_logits,  # [N, C] float32, None for forward
     channels,
     pixels,
     parts,
     TAPS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """scale[n, c] = sigmoid(sum over taps of weight[tap] * mean[n, c + tap - taps // 2]), 0 beyond the channels."""
+    """scale[n, c] = sigmoid(sum over taps of weight[tap] * mean[n, c + tap - taps // 2]), 0 beyond the channels.
+
+    grad_logits[n, c] = products[n, c] * scale * (1 - scale).
+    """
     image = tl.program_id(0)
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     logits = tl.zeros([BLOCK_C], tl.float32)
     for tap in range(TAPS):
-        neighbour = channel + tap - TAPS // 2
-        valid = (neighbour >= 0) & (neighbour < channels)
-        total = tl.zeros([BLOCK_C], tl.float32)
-        for part in range(parts):
-            total += tl.load(sums + (image * parts + part) * channels + neighbour, valid, 0.0)
-        logits += tl.load(weight + tap).to(tl.float32) * (total / pixels)
-    tl.store(scale + image * channels + channel, tl.sigmoid(logits), channel < channels)
+        mean = _mean(sums, image, channel + tap - TAPS // 2, channels, pixels, parts, BLOCK_C)
+        logits += tl.load(weight + tap).to(tl.float32) * mean
+    gate = tl.sigmoid(logits)
+    tl.store(scale + image * channels + channel, gate, channel < channels)
+    if products is not None:
+        grad = _mean(products, image, channel, channels, 1, parts, BLOCK_C) * gate * (1 - gate)
+        tl.store(grad_logits + image * channels + channel, grad, channel < channels)
 
 
-def _scale(sums: Tensor, weight: Tensor, pixels: int) -> Tensor:
+@triton.jit
+def eca_backward_kernel(
+    sums,  # [N, parts, C] float32
+    grad_logits,  # [N, C] float32
+    weight,  # [taps]
+    shares,  # [N, C] float32: of each pixel in the mean's gradient
+    grad_weights,  # [N, blocks of C, WIDTH] float32
+    channels,
+    pixels,
+    parts,
+    TAPS: tl.constexpr,
+    WIDTH: tl.constexpr,  # a power of two, no less than TAPS
+    BLOCK_C: tl.constexpr,
+):
+    """grad_mean[n, c] = sum over taps of weight[tap] * grad_logits[n, c - tap + taps // 2]; the weight's gradient."""
+    image = tl.program_id(0)
+    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    known = channel < channels
+    grad = tl.load(grad_logits + image * channels + channel, known, 0.0)
+    share = tl.zeros([BLOCK_C], tl.float32)
+    taps = tl.arange(0, WIDTH)
+    tap_sums = tl.zeros([WIDTH], tl.float32)
+    for tap in range(TAPS):
+        other = channel - tap + TAPS // 2
+        valid = (other >= 0) & (other < channels)
+        back = tl.load(grad_logits + image * channels + other, valid, 0.0)
+        share += tl.load(weight + tap).to(tl.float32) * back
+        mean = _mean(sums, image, channel + tap - TAPS // 2, channels, pixels, parts, BLOCK_C)
+        tap_sums += tl.where(taps == tap, tl.sum(grad * mean, 0), 0.0)
+    tl.store(shares + image * channels + channel, share / pixels, known)
+    row = image * tl.num_programs(1) + tl.program_id(1)
+    tl.store(grad_weights + row * WIDTH + taps, tap_sums)
+
+
+BLOCK_C = 128
+
+
+def _scale(sums: Tensor, products: Tensor | None, weight: Tensor, pixels: int) -> tuple[Tensor, Tensor | None]:
+    """The factor of each channel of each image, and with `products` the gradient to its logit."""
     batch, parts, channels = sums.shape
     scale = torch.empty(batch, channels, dtype=torch.float32, device=sums.device)
-    constants = {"TAPS": weight.shape[2], "BLOCK_C": 128}
-    grid = (batch, ceil_div(channels, 128))
-    launch(eca_scale_kernel, grid, sums, weight, scale, channels, pixels, parts, **constants)
-    return scale
+    grad_logits = None if products is None else torch.empty_like(scale)
+    tensors = (sums, products, weight, scale, grad_logits)
+    grid = (batch, ceil_div(channels, BLOCK_C))
+    launch(eca_scale_kernel, grid, *tensors, channels, pixels, parts, TAPS=weight.shape[2], BLOCK_C=BLOCK_C)
+    return scale, grad_logits
 
 
 def eca_forward_triton(input: Tensor, weight: Tensor) -> Tensor:
@@ -57,7 +110,7 @@ def eca_forward_triton(input: Tensor, weight: Tensor) -> Tensor:
     output = torch.empty_like(input)
     for images in chunks(input):
         sums, _ = channel_sums(input[images])
-        scale = _scale(sums, weight, input.shape[2] * input.shape[3])
+        scale, _ = _scale(sums, None, weight, input.shape[2] * input.shape[3])
         scale_channels(input[images], scale, None, output[images])
     return output
 
@@ -68,14 +121,16 @@ def eca_backward_triton(
     """Gradients to input and weight."""
     pixels, taps = input.shape[2] * input.shape[3], weight.shape[2]
     sums, products = channel_sums(input, grad_output)
-    scale = _scale(sums, weight, pixels)
-    grad_logits = products.sum(1) * scale * (1 - scale)
-    windows = F.pad(sums.sum(1) / pixels, (taps // 2, taps // 2)).unfold(1, taps, 1)  # [N, C, taps]
-    grad_weight = (windows * grad_logits.unsqueeze(-1)).sum((0, 1))
-    if not wanted[0]:
-        return None, grad_weight
-    grad_windows = F.pad(grad_logits, (taps // 2, taps // 2)).unfold(1, taps, 1)
-    grad_mean = (grad_windows * weight.flatten().float().flip(0)).sum(2)
-    grad_input = torch.empty_like(grad_output)
-    scale_channels(grad_output, scale, grad_mean / pixels, grad_input)
-    return grad_input, grad_weight
+    scale, grad_logits = _scale(sums, products, weight, pixels)
+    batch, parts, channels = sums.shape
+    width, blocks = power_of_2(taps), ceil_div(channels, BLOCK_C)
+    shares = torch.empty_like(scale)
+    grad_weights = torch.empty(batch, blocks, width, dtype=torch.float32, device=input.device)
+    tensors = (sums, grad_logits, weight, shares, grad_weights)
+    constants = {"TAPS": taps, "WIDTH": width, "BLOCK_C": BLOCK_C}
+    launch(eca_backward_kernel, (batch, blocks), *tensors, channels, pixels, parts, **constants)
+    grad_input = None
+    if wanted[0]:
+        grad_input = torch.empty_like(grad_output)
+        scale_channels(grad_output, scale, shares, grad_input)
+    return grad_input, grad_weights.sum((0, 1))[:taps]

@@ -354,20 +354,18 @@ def _convolution(
     input, weight = arguments[1:3]
     kernel = weight.shape[2]
     taps = power_of_2(kernel * kernel)
+    parts = tiles(input, 2048)  # with half as many the assembler takes fewer registers and spills, on an A100
     grad_convolved = torch.empty_like(input, dtype=torch.float32)
-    grad_weights = torch.empty(layout.parts, layout.channels, taps, dtype=torch.float32, device=input.device)
-    tensors = (*arguments, grad_beta, grad_gamma, grad_convolved, grad_weights)
-    sizes = _sizes(input, layout)
-    constants = {"K": kernel, **layout.constants}
+    grad_weights = torch.empty(parts.parts, parts.channels, taps, dtype=torch.float32, device=input.device)
     launch(
         frelu_backward_convolution_kernel,
-        layout.part_grid,
-        *tensors,
-        layout.part_pixels,
-        *sizes,
+        parts.part_grid,
+        *(*arguments, grad_beta, grad_gamma, grad_convolved, grad_weights, parts.part_pixels, *_sizes(input, parts)),
+        K=kernel,
         TAPS=taps,
-        **constants,
+        **parts.constants,
     )
+    sizes, constants = _sizes(input, layout), {"K": kernel, **layout.constants}
     grad_input = torch.empty_like(input)
     launch(frelu_backward_input_kernel, layout.grid, *arguments, grad_convolved, grad_input, *sizes, **constants)
     return grad_input, grad_weights.sum(0)[:, : kernel * kernel]

@@ -3,9 +3,10 @@
 Forward must move x, the offsets (twice as many numbers) and y once: 4 tensors of x's size, 12 us for 8,512,56,56 in
 bfloat16 at 4.3 TB/s. It reads each offset once and four neighbours of each point, which for offsets of a few pixels hit
 the first-level cache. In NCHW neighbouring threads hold neighbouring pixels of one channel; in channels_last they hold
-neighbouring channels of one pixel, whose points scatter over rows of the image: 2 bytes used of each sector of 32 that
-the cache delivers. Backward must move x, offsets, grad_output and both gradients, 7 of that size; it adds four corners
-for each point to the input's gradient by float32 atomics and, for half types, reads that once more to round it.
+neighbouring channels of one pixel, whose offsets come in loads of 16 bytes, but whose points scatter over rows of the
+image: 2 bytes used of each sector of 32 that the cache delivers. Backward must move x, offsets, grad_output and both
+gradients, 7 of that size; it adds four corners for each point to the input's gradient by float32 atomics and, for half
+types, reads that once more to round it.
 """
 
 from __future__ import annotations
@@ -23,10 +24,9 @@ from cellops.triton._pixels import pixel_elements, tiles
 
 
 @triton.jit
-def _locate(offset, dy_element, dx_element, valid, pixel_row, pixel_column, height, width):
+def _locate(dy, dx, pixel_row, pixel_column, height, width):
     """Of clamped points: known or NaN, free to move along y and x, first row and column, and the fractions beyond."""
-    y = pixel_row.to(tl.float32) + tl.load(offset + dy_element, valid, 0.0).to(tl.float32)
-    x = pixel_column.to(tl.float32) + tl.load(offset + dx_element, valid, 0.0).to(tl.float32)
+    y, x = pixel_row.to(tl.float32) + dy.to(tl.float32), pixel_column.to(tl.float32) + dx.to(tl.float32)
     known = (y == y) & (x == x)
     free_y, free_x = known & (y > 0) & (y < height - 1), known & (x > 0) & (x < width - 1)
     y = tl.where(free_y, y, tl.where(known & (y > 0), height - 1.0, 0.0))
@@ -63,6 +63,18 @@ def _offset_elements(
 
 
 @triton.jit
+def _pair_elements(
+    first, pixel, exists, image, channels, image_pixels, pixel_stride, BLOCK_C: tl.constexpr, WIDE: tl.constexpr
+):
+    """Of channels_last offsets: where the pairs of a block of channels lie, [P, 2C] side by side, and which exist."""
+    if WIDE:
+        pixel = pixel.to(tl.int64)
+    channel = 2 * first + tl.arange(0, 2 * BLOCK_C)
+    base = image * channels * image_pixels * 2 + pixel * pixel_stride
+    return base[:, None] + channel[None, :], exists[:, None] & (channel < 2 * channels)[None, :]
+
+
+@triton.jit
 def _corner(input, plane, valid, row, column, height, width, pixel_stride, WIDE: tl.constexpr):
     """The plane's values at a corner, 0 beyond its last row and column; where the values are; whether they exist."""
     inside = valid & (row < height) & (column < width)
@@ -89,6 +101,7 @@ def offset_sample2d_forward_kernel(
     channel_stride,
     pixel_stride,
     INTERLEAVED: tl.constexpr,
+    PAIRS: tl.constexpr,  # planar and channels_last: a pixel's offsets are read side by side
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
     WIDE: tl.constexpr,
@@ -99,11 +112,28 @@ def offset_sample2d_forward_kernel(
     exists, pixel, place = pixel_elements(index, count, image_pixels, image_elements, pixel_stride, WIDE)
     image = index // image_pixels
     valid = (channel < channels)[:, None] & exists[None, :]
-    dy, dx = _offset_elements(
-        channel, pixel, image, channels, image_pixels, offset_channel_stride, offset_pixel_stride, INTERLEAVED, WIDE
-    )
+    if PAIRS:
+        place_of_pairs, pairs_exist = _pair_elements(
+            tl.program_id(1) * BLOCK_C,
+            pixel,
+            exists,
+            image,
+            channels,
+            image_pixels,
+            offset_pixel_stride,
+            BLOCK_C,
+            WIDE,
+        )
+        pairs = tl.load(offset + place_of_pairs, pairs_exist, 0.0)
+        dy, dx = tl.split(tl.reshape(pairs, [BLOCK_P, BLOCK_C, 2]))
+        dy, dx = tl.trans(dy), tl.trans(dx)
+    else:
+        dy_element, dx_element = _offset_elements(
+            channel, pixel, image, channels, image_pixels, offset_channel_stride, offset_pixel_stride, INTERLEAVED, WIDE
+        )
+        dy, dx = tl.load(offset + dy_element, valid, 0.0), tl.load(offset + dx_element, valid, 0.0)
     known, _, _, top, left, below, right = _locate(
-        offset, dy, dx, valid, (pixel // width)[None, :], (pixel % width)[None, :], height, width
+        dy, dx, (pixel // width)[None, :], (pixel % width)[None, :], height, width
     )
     plane = channel[:, None] * channel_stride + (image * image_elements)[None, :]
     y = tl.where(known, 0.0, float("nan"))
@@ -133,6 +163,7 @@ def offset_sample2d_backward_kernel(
     channel_stride,
     pixel_stride,
     INTERLEAVED: tl.constexpr,
+    PAIRS: tl.constexpr,  # planar and channels_last: a pixel's offsets are read side by side
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
     WIDE: tl.constexpr,
@@ -143,11 +174,28 @@ def offset_sample2d_backward_kernel(
     exists, pixel, place = pixel_elements(index, count, image_pixels, image_elements, pixel_stride, WIDE)
     image = index // image_pixels
     valid = (channel < channels)[:, None] & exists[None, :]
-    dy, dx = _offset_elements(
-        channel, pixel, image, channels, image_pixels, offset_channel_stride, offset_pixel_stride, INTERLEAVED, WIDE
-    )
+    if PAIRS:
+        place_of_pairs, pairs_exist = _pair_elements(
+            tl.program_id(1) * BLOCK_C,
+            pixel,
+            exists,
+            image,
+            channels,
+            image_pixels,
+            offset_pixel_stride,
+            BLOCK_C,
+            WIDE,
+        )
+        pairs = tl.load(offset + place_of_pairs, pairs_exist, 0.0)
+        dy, dx = tl.split(tl.reshape(pairs, [BLOCK_P, BLOCK_C, 2]))
+        dy, dx = tl.trans(dy), tl.trans(dx)
+    else:
+        dy_element, dx_element = _offset_elements(
+            channel, pixel, image, channels, image_pixels, offset_channel_stride, offset_pixel_stride, INTERLEAVED, WIDE
+        )
+        dy, dx = tl.load(offset + dy_element, valid, 0.0), tl.load(offset + dx_element, valid, 0.0)
     known, free_y, free_x, top, left, below, right = _locate(
-        offset, dy, dx, valid, (pixel // width)[None, :], (pixel % width)[None, :], height, width
+        dy, dx, (pixel // width)[None, :], (pixel % width)[None, :], height, width
     )
     grad = tl.load(grad_output + channel[:, None] * channel_stride + place[None, :], valid, 0.0).to(tl.float32)
     grad = tl.where(known, grad, 0.0)
@@ -164,8 +212,14 @@ def offset_sample2d_backward_kernel(
         if grad_input is not None:
             tl.atomic_add(grad_input + element, grad * weight_y * weight_x, inside, sem="relaxed")
     if grad_offset is not None:
-        tl.store(grad_offset + dy, narrow(tl.where(free_y, grad_y, 0.0), grad_offset.dtype.element_ty), valid)
-        tl.store(grad_offset + dx, narrow(tl.where(free_x, grad_x, 0.0), grad_offset.dtype.element_ty), valid)
+        grad_y = narrow(tl.where(free_y, grad_y, 0.0), grad_offset.dtype.element_ty)
+        grad_x = narrow(tl.where(free_x, grad_x, 0.0), grad_offset.dtype.element_ty)
+        if PAIRS:
+            pairs = tl.reshape(tl.join(tl.trans(grad_y), tl.trans(grad_x)), [BLOCK_P, 2 * BLOCK_C])
+            tl.store(grad_offset + place_of_pairs, pairs, pairs_exist)
+        else:
+            tl.store(grad_offset + dy_element, grad_y, valid)
+            tl.store(grad_offset + dx_element, grad_x, valid)
 
 
 @triton.jit
@@ -215,7 +269,12 @@ def offset_sample2d_backward_input_kernel(
             WIDE,
         )
         known, _, _, top, left, below, right = _locate(
-            offset, dy, dx, exists[None, :], (pixel // width)[None, :], (pixel % width)[None, :], height, width
+            tl.load(offset + dy, exists[None, :], 0.0),
+            tl.load(offset + dx, exists[None, :], 0.0),
+            (pixel // width)[None, :],
+            (pixel % width)[None, :],
+            height,
+            width,
         )
         near = known & exists[None, :] & (top + 1 >= first // width) & (top <= (first + BLOCK_Q - 1) // width)
         if tl.max(tl.max(near.to(tl.int32), 1), 0) > 0:
@@ -232,11 +291,16 @@ def _offset_strides(offset: Tensor) -> tuple[int, int]:
     return (offset.shape[2] * offset.shape[3], 1) if offset.is_contiguous() else (1, offset.shape[1])
 
 
+def _layout_constants(offset: Tensor, layout: str) -> dict[str, bool]:
+    interleaved = layout == "interleaved"
+    return {"INTERLEAVED": interleaved, "PAIRS": not interleaved and not offset.is_contiguous()}
+
+
 def offset_sample2d_forward_triton(input: Tensor, offset: Tensor, layout: str) -> Tensor:
     """[N, C, H, W]; arguments as in `cellops.offset_sample2d`."""
     output, blocks = torch.empty_like(input), tiles(input)
     sizes = (*input.shape[2:], *_offset_strides(offset), *blocks.sizes)
-    constants = {"INTERLEAVED": layout == "interleaved", **blocks.constants, "WIDE": offset.numel() >= 2**31}
+    constants = {**_layout_constants(offset, layout), **blocks.constants, "WIDE": offset.numel() >= 2**31}
     launch(offset_sample2d_forward_kernel, blocks.grid, input, offset, output, *sizes, **constants)
     return output
 
@@ -257,7 +321,7 @@ def offset_sample2d_backward_triton(
             blocks.grid,
             *(grad_output, input, offset, grad_input, grad_offset, *input.shape[2:], *strides),
             *blocks.sizes,
-            **{**blocks.constants, **constants},
+            **{**blocks.constants, **constants, **_layout_constants(offset, layout)},
         )
     if want_input and not scattered:
         grad_input = torch.empty_like(input)

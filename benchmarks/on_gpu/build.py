@@ -1,0 +1,57 @@
+"""Compiles csrc/ in place, so that this tree's library is measured; the CUDA kernels too where nvcc works.
+
+By CMake alone: a machine without network may have a setuptools that cannot read this pyproject.toml.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from on_gpu.process import ROOT
+
+
+def up_to_date() -> bool:
+    """Whether the tree has a library that is no older than its sources."""
+    built = [path.stat().st_mtime for path in (ROOT / "cellops").glob("_C*.so")]
+    sources = [path.stat().st_mtime for path in (ROOT / "csrc").rglob("*") if path.is_file()]
+    return bool(built) and max(built) >= max(sources)
+
+
+def build(seconds: float) -> None:
+    """Configure and compile.
+
+    Raises:
+        RuntimeError: cmake or pybind11 is missing, or a command failed; the text has its last lines.
+    """
+    try:
+        import pybind11
+    except ImportError as error:
+        raise RuntimeError(f"pybind11 is needed to compile csrc/: {error}") from error
+    cmake, ninja = shutil.which("cmake"), shutil.which("ninja")
+    if cmake is None:
+        raise RuntimeError("cmake is needed to compile csrc/")
+    folder = ROOT / "build" / f"gpu-{sys.implementation.cache_tag}"
+    configure = [
+        cmake,
+        f"-S{ROOT / 'csrc'}",
+        f"-B{folder}",
+        *(["-GNinja"] if ninja else []),
+        "-DCMAKE_BUILD_TYPE=Release",
+        f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={ROOT / 'cellops'}",
+        f"-DPython_EXECUTABLE={sys.executable}",
+        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+        f"-DCELLOPS_VERSION={_version()}",
+    ]
+    for command in (configure, [cmake, "--build", str(folder), "--target", "_C", "--parallel"]):
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=seconds)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout[-4000:]}")
+
+
+def _version() -> str:
+    names: dict[str, str] = {}
+    exec(Path(ROOT / "cellops" / "_version.py").read_text(), names)
+    return names["__version__"]

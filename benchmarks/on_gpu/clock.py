@@ -1,0 +1,115 @@
+"""Times variants of one call side by side on a device.
+
+On a GPU a variant is captured into a CUDA graph that holds as many calls as take a fifth of a millisecond, so that no
+launch from Python is in the time; events stand around a replay, and variants take turns. A variant that cannot be
+captured is called in a loop between the events instead, and its timing says so. On the CPU the clock is the wall's.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+Call = Callable[[], Any]
+Timing = dict[str, Any]
+
+ROUNDS = 15
+LEAST_SECONDS = 2e-4  # of a timed replay; events tell half a microsecond
+WARM_UP = 3  # calls: libraries choose their algorithms, Triton compiles
+
+
+def compare(variants: dict[str, Call], device: torch.device, rounds: int = ROUNDS) -> dict[str, Timing]:
+    """For each variant median and minimum in seconds a call, the number of rounds, and "graph", or why there is none.
+
+    Variants that raise are left out: the caller tries them first.
+    """
+    if device.type != "cuda":
+        return _on_cpu(variants, rounds)
+    runs = {name: _captured(call) for name, call in variants.items()}
+    taken: dict[str, list[float]] = {name: [] for name in variants}
+    for run, _, _ in runs.values():
+        run()
+    torch.cuda.synchronize()
+    for _ in range(rounds):
+        for name, (run, calls, _) in runs.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            run()  # the GPU is busy when the events are queued, and the caches hold this variant's tensors, if any
+            start.record()
+            run()
+            end.record()
+            end.synchronize()
+            taken[name].append(start.elapsed_time(end) / 1e3 / calls)
+    return {name: _timing(values, runs[name][1], runs[name][2]) for name, values in taken.items()}
+
+
+def _captured(call: Call) -> tuple[Call, int, str]:
+    """What replays a number of calls, that number, and "yes" or why no graph was captured."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(WARM_UP):
+            call()
+        side.synchronize()
+        started = time.perf_counter()
+        call()
+        side.synchronize()
+        seconds = time.perf_counter() - started
+    torch.cuda.current_stream().wait_stream(side)
+    calls = max(1, min(64, int(LEAST_SECONDS / max(seconds, 1e-6)) + 1))
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            for _ in range(calls):
+                call()
+    except Exception as error:  # whatever a peer does that a capture forbids
+        torch.cuda.synchronize()
+        return _loop(call, calls), calls, f"no: {type(error).__name__}: {str(error).splitlines()[0][:120]}"
+    return graph.replay, calls, "yes"
+
+
+def _loop(call: Call, calls: int) -> Call:
+    def run() -> None:
+        for _ in range(calls):
+            call()
+
+    return run
+
+
+def _on_cpu(variants: dict[str, Call], rounds: int) -> dict[str, Timing]:
+    taken: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(rounds):
+        for name, call in variants.items():
+            started = time.perf_counter()
+            call()
+            taken[name].append(time.perf_counter() - started)
+    return {name: _timing(values, 1, "no: on the CPU") for name, values in taken.items()}
+
+
+def _timing(values: list[float], calls: int, graph: str) -> Timing:
+    return {
+        "median": statistics.median(values),
+        "min": min(values),
+        "rounds": len(values),
+        "calls": calls,
+        "graph": graph,
+    }
+
+
+def peak_bytes(call: Call, device: torch.device) -> int | None:
+    """Bytes that torch's allocator gave out at a time during a call, above what it had; None on the CPU.
+
+    What the call returns is counted: it lives until the call is over.
+    """
+    if device.type != "cuda":
+        return None
+    call()
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    call()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before

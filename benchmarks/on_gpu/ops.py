@@ -1,0 +1,230 @@
+"""Every op beside its peers on the device: medians, bandwidth or operations a second, percent of a copy, peak memory.
+
+Every backend that the op has there is timed in the same turns, so that the choice between them can follow the numbers.
+Answers are compared before anything is timed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cellops import _backend, testing
+from on_gpu import clock, peers, shapes
+from on_gpu.progress import Record, Row, Setup, Step
+from on_gpu.shapes import Point
+from on_gpu.work import floor_bytes
+
+COPY = "copy"
+LARGEST_ERROR = {torch.float32: 1e-2, torch.bfloat16: 1e-1, torch.float16: 3e-2}
+"""A variant's largest difference from the first, by its norm; single elements may fall on another side of a kink."""
+
+EAGER_MEMORY = 8 << 30
+"""Bytes of the columns that the eager deformable convolution makes; where they are more, it is not run."""
+
+CALLS = 200  # of a tiny tensor, for the cost of a call
+
+
+def step(setup: Setup) -> Step:
+    """A row for every point, then the cost of a call of every op."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # alike for ours and the peers
+    rows = [
+        Row(point.key, 1.0 if setup.small else 20.0 if _is_compiled(point) else 5.0, partial(_measure, point, setup))
+        for point in shapes.points(small=setup.small)
+    ]
+    timed = shapes.OPS[-1:] if setup.small else shapes.OPS
+    rows += [Row(f"ops {op} overhead", 5.0, partial(_overhead, op, setup)) for op in timed]
+    return Step("ops", rows)
+
+
+def _is_compiled(point: Point) -> bool:
+    """Compiling takes about ten seconds: in the rows of the targets only."""
+    return point.urgency == 0 and point.dtype == "bfloat16" and point.op != "deform_conv2d"
+
+
+def _measure(point: Point, setup: Setup, left: float) -> Record:
+    device = torch.device(setup.device, 0) if setup.device == "cuda" else torch.device(setup.device)
+    dtype, backward = shapes.DTYPES[point.dtype], point.direction != "forward"
+    cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
+    factor = 1 if setup.small else shapes.scale(point.case, dtype, cache)
+    arguments = shapes.make(point, device, factor)
+    backends = [name for name in _backend.OPS[point.case.op] if _runs(name, point, device)]
+    if not backends:
+        raise RuntimeError(f"no kernel of {point.op} runs on {device.type} with {point.dtype}")
+    calls = {
+        f"cellops {name}": _call(partial(point.case.function, backend=name), arguments, backward) for name in backends
+    }
+    ours = next(iter(calls.values()))()
+    for name, call in list(calls.items())[1:]:
+        _check(name, call(), ours, dtype)
+    skipped = _add_peers(calls, point, arguments, ours, backward, setup)
+    floor = floor_bytes(arguments, ours[0], point.direction)
+    output_bytes = sum(one.nbytes for one in ours)
+    del ours
+    half = torch.empty(max(floor // 2, 1), dtype=torch.uint8, device=device)
+    calls[COPY] = half.clone
+    timings = clock.compare(calls, device, 2 if setup.small else clock.ROUNDS)
+    copy = timings[COPY]["median"]
+    names = [name for name in timings if name.startswith("cellops ")]
+    flops = point.case.flops * factor * (3 if backward else 1)
+    return {
+        "kind": "gpu",
+        "op": point.op,
+        "case": point.case.name,
+        "images": arguments["input"].shape[0],
+        "shape": list(arguments["input"].shape),
+        "sweep": point.sweep,
+        "dtype": point.dtype,
+        "layout": point.layout,
+        "direction": point.direction,
+        "default": _backend.preferred(point.case.op, device.type, dtype).name,
+        "tf32": dtype == torch.float32,
+        "variants": timings,
+        "skipped": skipped,
+        "floor_bytes": floor,
+        "flops": flops,
+        "gigabytes_per_second": {name: floor / timings[name]["median"] / 1e9 for name in (*names, COPY)},
+        "teraflops_per_second": {name: flops / timings[name]["median"] / 1e12 for name in names},
+        "percent_of_copy": {name: 100 * copy / timings[name]["median"] for name in names},
+        "percent_of_dense": {
+            name: 100 * timings["dense"]["median"] / timings[name]["median"] for name in names if "dense" in timings
+        },
+        "peak_bytes": {name: clock.peak_bytes(call, device) for name, call in calls.items() if name != COPY},
+        "output_bytes": output_bytes,
+        "im2col_bytes": _im2col_bytes(point, arguments),
+    }
+
+
+def _runs(backend: str, point: Point, device: torch.device) -> bool:
+    return _backend.why_not(backend, point.case.op, device.type, shapes.DTYPES[point.dtype]) is None
+
+
+def _im2col_bytes(point: Point, arguments: dict[str, Any]) -> int | None:
+    """Of the buffer that other implementations make."""
+    if point.op != "deform_conv2d":
+        return None
+    input, weight, offset = (arguments[name] for name in ("input", "weight", "offset"))
+    pixels = offset.shape[0] * offset.shape[2] * offset.shape[3]
+    return pixels * input.shape[1] * weight.shape[2] * weight.shape[3] * input.element_size()
+
+
+def _add_peers(
+    calls: dict[str, clock.Call],
+    point: Point,
+    arguments: dict[str, Any],
+    ours: tuple[Tensor, ...],
+    backward: bool,
+    setup: Setup,
+) -> dict[str, str]:
+    """Add the peers' calls; returns which cannot run, and why."""
+    skipped = {}
+    found: dict[str, Callable[[], clock.Call]] = {}
+    eager, prepared = peers.eager(point.case.op), peers.prepared(point.op, arguments)
+    if (_im2col_bytes(point, arguments) or 0) * 4 < EAGER_MEMORY:
+        found["eager"] = lambda: _call(eager, prepared, backward)
+    if setup.small or _is_compiled(point):
+        torch.compiler.reset()  # or the compiler gives up on a function that it has compiled for eight shapes
+        compiled = torch.compile(eager, dynamic=False, backend="eager" if setup.small else "inductor")
+        found["compiled"] = lambda: _call(compiled, prepared, backward)
+    same = {"eager", "compiled"}
+    try:
+        for name, (function, same_answer) in peers.others(point.case.op, arguments).items():
+            found[name] = partial(_call, function, arguments, backward)
+            same |= {name} if same_answer else set()
+    except ImportError as missing:
+        skipped["torchvision"] = str(missing)
+    for name, build in found.items():
+        try:
+            call = build()
+            answer = call()
+        except (RuntimeError, NotImplementedError) as error:  # a peer without this type, or out of memory
+            if "CUDA error" in str(error):
+                raise
+            skipped[name] = str(error).strip().splitlines()[0][:200]
+            continue
+        if name in same:
+            _check(name, answer if point.op != "offset_sample2d" else answer[:1], ours, shapes.DTYPES[point.dtype])
+        calls[name] = call
+    return skipped
+
+
+def _check(name: str, found: tuple[Tensor, ...], ours: tuple[Tensor, ...], dtype: torch.dtype) -> None:
+    """Compare answers, those that both have; gradients that are zero are left out, where peers have rounding errors.
+
+    Raises:
+        AssertionError: they differ.
+    """
+    for one, other in zip(found, ours, strict=False):
+        size = other.double().norm()
+        if size > 0:
+            error = float((one.reshape(other.shape).double() - other.double()).norm() / size)
+            assert error < LARGEST_ERROR[dtype], f"{name} differs from the first backend by {error:.1e} of the norm"
+
+
+def _call(function: Callable[..., Any], arguments: dict[str, Any], backward: bool) -> clock.Call:
+    """A call that gives the output, or with `backward` output and gradients to every tensor that the function uses."""
+    if not backward:
+
+        def forward() -> tuple[Tensor, ...]:
+            with torch.no_grad():
+                found = function(**arguments)
+            return (found[0] if isinstance(found, tuple) else found,)
+
+        return forward
+    leaves = {
+        name: value.detach().requires_grad_()
+        for name, value in arguments.items()
+        if isinstance(value, Tensor) and value.is_floating_point()
+    }
+    given = {**arguments, **leaves}
+    found = function(**given)
+    output = found[0] if isinstance(found, tuple) else found
+    generator = torch.Generator(output.device).manual_seed(1)
+    drawn = torch.randn(output.shape, generator=generator, device=output.device)  # alike in both memory formats
+    grad_output = torch.empty_like(output).copy_(drawn)
+    del found, output, drawn
+
+    def forward_and_backward() -> tuple[Tensor, ...]:
+        found = function(**given)
+        output = found[0] if isinstance(found, tuple) else found
+        gradients = torch.autograd.grad(output, tuple(leaves.values()), grad_output, allow_unused=True)
+        return (output.detach(), *(one for one in gradients if one is not None))
+
+    return forward_and_backward
+
+
+def _overhead(op: str, setup: Setup, left: float) -> Record:
+    """Microseconds of a call on about 512 elements: by the wall in eager mode, and within a CUDA graph."""
+    import time
+
+    device = torch.device(setup.device)
+    case = testing.cases(op, "small")[0]
+    arguments = case.make(torch.float32, device)
+    count = 3 if setup.small else CALLS
+    variants: dict[str, Any] = {}
+    for name in _backend.OPS[op]:
+        if _backend.why_not(name, op, device.type, torch.float32) is not None:
+            continue
+        for mode, backward in (("inference", False), ("forward and backward", True)):
+            call = _call(partial(case.function, backend=name), arguments, backward)
+            for _ in range(clock.WARM_UP):
+                call()
+            _synchronize(device)
+            started = time.perf_counter()
+            for _ in range(count):
+                call()
+            taken = time.perf_counter() - started
+            _synchronize(device)
+            graph = clock.compare({name: call}, device, 2 if setup.small else clock.ROUNDS)[name]
+            variants[f"{name}, {mode}"] = {"eager": taken / count, "in a graph": graph["median"]}
+    text = ", ".join(f"{name} {1e6 * taken['eager']:.1f} us" for name, taken in variants.items())
+    return {"kind": "gpu_overhead", "op": op, "case": case.name, "variants": variants, "summary": text}
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()

@@ -1,0 +1,220 @@
+"""How far a run on a GPU has come: rows in one JSON, written after each, that a later call of the same command goes on.
+
+A row that was being measured when its call was cut off is marked so: it is not tried again, or one that hangs would
+take the time of every call.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+Record = dict[str, Any]
+
+FATAL = ("CUDA error", "CUBLAS_STATUS", "CUDNN_STATUS_EXECUTION_FAILED")
+"""In the text of an error after which a process can use its GPU no more."""
+
+
+class OutOfTime(Exception):
+    """A row was not finished within what was left of the budget; it is tried again by the next call."""
+
+
+class DeadDevice(Exception):
+    """The process must be started anew: its context on the GPU is lost."""
+
+
+class Budget:
+    """Seconds that a call may still take."""
+
+    def __init__(self, seconds: float) -> None:
+        self._end = time.monotonic() + seconds
+
+    @property
+    def left(self) -> float:
+        """May be negative."""
+        return self._end - time.monotonic()
+
+    def part(self, share: float) -> Budget:
+        """A share of what is left."""
+        return Budget(self.left * share)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a call was asked for.
+
+    Attributes:
+        device: "cuda", or "cpu" to walk through every path where there is no GPU.
+        small: tiny shapes and few rows.
+        folder: where results go.
+        data: of the experiments: it holds pbc/ and cric/.
+        jobs: processes side by side where rows are processes.
+    """
+
+    device: str
+    small: bool
+    folder: Path
+    data: Path
+    jobs: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """One thing to measure.
+
+    Attributes:
+        key: names it, in the JSON too.
+        seconds: about how long it takes; it is not begun with less left.
+        measure: gives the record from the seconds that are left; may raise `OutOfTime`.
+    """
+
+    key: str
+    seconds: float
+    measure: Callable[[float], Record]
+
+
+@dataclass
+class Step:
+    """Rows that belong together, most important first; `parallel` of them at a time."""
+
+    name: str
+    rows: list[Row]
+    parallel: int = 1
+    left: list[str] = field(default_factory=list)
+
+
+class Results:
+    """The JSON of a run.
+
+    Args:
+        path: the file; what is in it is kept.
+        head: machine, versions and commit of this call.
+
+    Raises:
+        ValueError: the file is of another machine, or of other versions.
+    """
+
+    def __init__(self, path: Path, head: Record) -> None:
+        self.path, self._lock = path, threading.Lock()
+        self.data: Record = {"format": 1, **head, "running": [], "records": []}
+        if path.is_file():
+            kept = json.loads(path.read_text())
+            for name in ("machine", "versions"):
+                if kept[name] != head[name]:
+                    raise ValueError(
+                        f"--output: {path} was measured elsewhere ({name}: {kept[name]}, here {head[name]}); "
+                        "take another folder"
+                    )
+            self.data |= {"records": kept["records"]}
+            for key in kept.get("running", []):
+                self._append(key, {"failed": "the call that measured it was cut off; not tried again"})
+        self._write()
+
+    def __contains__(self, key: str) -> bool:
+        return any(record["key"] == key for record in self.data["records"])
+
+    @property
+    def records(self) -> list[Record]:
+        """All rows, those of earlier calls first."""
+        return self.data["records"]
+
+    def forget(self, text: str) -> int:
+        """Drop the rows with this text in their key, to be measured again; returns how many there were."""
+        kept = [record for record in self.records if text not in record["key"]]
+        dropped = len(self.records) - len(kept)
+        self.data["records"] = kept
+        self._write()
+        return dropped
+
+    def begin(self, key: str) -> None:
+        with self._lock:
+            self.data["running"].append(key)
+            self._write()
+
+    def end(self, key: str, record: Record | None) -> None:
+        """Keep a row; None if it is to be tried again."""
+        with self._lock:
+            self.data["running"].remove(key)
+            if record is not None:
+                self._append(key, record)
+            self._write()
+
+    def update(self, **fields: Any) -> None:
+        """Set fields of the head."""
+        with self._lock:
+            self.data |= fields
+            self._write()
+
+    def _append(self, key: str, record: Record) -> None:
+        now = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+        self.data["records"].append({"key": key, "commit": self.data["commit"]["hash"], "date": now, **record})
+
+    def _write(self) -> None:
+        partial = self.path.with_suffix(".partial")
+        partial.write_text(json.dumps(self.data, indent=1, ensure_ascii=False) + "\n")
+        os.replace(partial, self.path)
+
+
+def run(step: Step, results: Results, budget: Budget, say: Callable[[str], None]) -> None:
+    """Measure the rows of a step that are missing, as far as the time goes; `step.left` lists the others.
+
+    Raises:
+        DeadDevice: after an error that took the GPU from this process; the row is kept as failed.
+    """
+    missing = [row for row in step.rows if row.key not in results]
+    dead: list[str] = []
+
+    def measure(row: Row) -> None:
+        if dead or budget.left < row.seconds:
+            step.left.append(row.key)
+            return
+        results.begin(row.key)
+        started = time.monotonic()
+        try:
+            record = row.measure(budget.left)
+        except OutOfTime:
+            results.end(row.key, None)
+            step.left.append(row.key)
+            return
+        except Exception as error:  # one row's failure must not cost the others
+            text = f"{type(error).__name__}: {error}"
+            record = {"failed": text}
+            if step.parallel == 1 and any(words in text for words in FATAL):
+                dead.append(row.key)
+        record["took"] = round(time.monotonic() - started, 2)
+        results.end(row.key, record)
+        say(f"{row.key}: {summary(record)}")
+
+    if step.parallel == 1:
+        for row in missing:
+            measure(row)
+    else:
+        with ThreadPoolExecutor(step.parallel) as pool:
+            list(pool.map(measure, missing))
+    if dead:
+        raise DeadDevice(dead[0])
+
+
+def summary(record: Record) -> str:
+    """A row in a few words."""
+    if "failed" in record:
+        return "FAILED: " + record["failed"].strip().splitlines()[-1][:200]
+    if "skipped_because" in record:
+        return "skipped: " + record["skipped_because"]
+    if record.get("kind") == "gpu":
+        times = (f"{name} {1e3 * timing['median']:.4f} ms" for name, timing in record["variants"].items())
+        return ", ".join(times)
+    return record.get("summary", "done")
+
+
+def failures(records: Iterable[Record]) -> list[Record]:
+    """The rows that failed."""
+    return [record for record in records if "failed" in record]

@@ -1,0 +1,111 @@
+"""The whole test suite on the device, and compute-sanitizer on a small case of each kernel.
+
+Test files run side by side as processes of their own, the contract's rows op by op: on a GPU they compile some hundred
+kernels, which takes one core half an hour.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from functools import partial
+
+from on_gpu import process
+from on_gpu.progress import Record, Row, Setup, Step
+
+CONTRACT = "tests/test_contract.py"
+PARTS = {
+    "deform_conv2d, float32": "deform_conv2d- and -float32-",
+    "deform_conv2d, bfloat16": "deform_conv2d- and -bfloat16-",
+    "deform_conv2d, float16": "deform_conv2d- and -float16-",
+    "offset_sample2d": "offset_sample2d-",
+    "frelu": "frelu-",
+    "frelu_batch_norm": "frelu_batch_norm-",
+    "squeeze_excite": "squeeze_excite-",
+    "eca": "eca-",
+    "group_conv1x1": "group_conv1x1-",
+    "group_conv1x1_batch_norm": "group_conv1x1_batch_norm-",
+    "spatial_attention": "spatial_attention-",
+}
+"""Parts of the contract by what their tests' names have in them; what none has is the last part."""
+
+SMALL_TESTS = ("tests/test_gpu.py", "tests/test_flops.py")
+"""Two of the files, for `--small`."""
+
+SANITIZED = (
+    "deform_conv2d",
+    "offset_sample2d",
+    "frelu",
+    "frelu_batch_norm",
+    "squeeze_excite",
+    "eca",
+    "group_conv1x1",
+    "group_conv1x1_batch_norm",
+    "spatial_attention",
+)
+TOOLS = ("memcheck", "racecheck")
+
+
+def suite(setup: Setup) -> Step:
+    """Every file of tests/; what is marked slow comes last."""
+    rows = []
+    files = sorted(path.relative_to(process.ROOT).as_posix() for path in (process.ROOT / "tests").glob("test_*.py"))
+    first = ["tests/test_gpu.py", "tests/test_triton.py"]  # what no other machine can say
+    files = [*first, *(file for file in files if file not in (*first, CONTRACT))]
+    if not setup.small:
+        rest = " and ".join(f"not ({words})" for words in PARTS.values())
+        parts = {**PARTS, "the rest": rest}
+        rows += [_tests(f"suite {CONTRACT}, {name}", CONTRACT, "-k", words) for name, words in parts.items()]
+    rows += [_tests(f"suite {file}", file) for file in (SMALL_TESTS if setup.small else files)]
+    if not setup.small:
+        rows += [_tests(f"suite {file}, slow", file, "-m", "slow") for file in files if _has_slow(file)]
+    return Step("suite", rows, parallel=setup.jobs)
+
+
+def _tests(key: str, file: str, *words: str) -> Row:
+    return Row(key, 15.0, partial(_pytest, file, words))
+
+
+def _pytest(file: str, words: tuple[str, ...], left: float) -> Record:
+    command = process.python("-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", file, *words)
+    code, text = process.run(command, left, OMP_NUM_THREADS="2")
+    lines = [line for line in text.strip().splitlines() if line.strip()]
+    counts = {name: int(number) for number, name in re.findall(r"(\d+) (passed|failed|skipped|error)", lines[-1])}
+    record: Record = {"kind": "suite", "counts": counts, "summary": lines[-1].strip("= ")}
+    record["skips"] = [line for line in lines if line.startswith("SKIPPED")]
+    nothing_there = 5  # pytest's exit code where no test was left
+    if code not in (0, nothing_there):
+        record["failed"] = text[-process.LAST :]
+    return record
+
+
+def _has_slow(file: str) -> bool:
+    return "mark.slow" in (process.ROOT / file).read_text()
+
+
+def sanitizer(setup: Setup) -> Step:
+    """Each tool on each op: forward and backward of its small cases, with atomics and without."""
+    tools = ("none",) if setup.device != "cuda" else TOOLS
+    ops = SANITIZED[-2:] if setup.small else SANITIZED
+    rows = [Row(f"sanitizer {tool} {op}", 20.0, partial(_sanitize, tool, op, setup)) for tool in tools for op in ops]
+    return Step("sanitizer", rows, parallel=max(1, setup.jobs // 2))
+
+
+def _sanitize(tool: str, op: str, setup: Setup, left: float) -> Record:
+    script = str(process.ROOT / "benchmarks" / "on_gpu" / "one_call.py")
+    command = process.python(script, op, setup.device, *(["--small"] if setup.small else []))
+    environment = {}
+    if tool != "none":
+        found = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+        if found is None:
+            return {"kind": "sanitizer", "skipped_because": "compute-sanitizer is not on the PATH"}
+        command = [found, "--tool", tool, "--error-exitcode", "9", *command]
+        environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # or an access past a tensor hits torch's own pool
+    code, text = process.run(command, left, **environment)
+    found_lines = [line.strip("= ") for line in text.splitlines() if "SUMMARY" in line]
+    calls = [line for line in text.splitlines() if line.startswith("called ")]
+    record: Record = {"kind": "sanitizer", "tool": tool, "op": op, "calls": calls}
+    record["summary"] = "; ".join([*found_lines, f"{len(calls)} calls"])
+    if code or not calls:
+        record["failed"] = text[-process.LAST :]
+    return record

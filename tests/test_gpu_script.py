@@ -1,0 +1,216 @@
+"""benchmarks/gpu.py where there is no GPU: its steps on tiny shapes, how it goes on, what it says of the targets."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("timm", reason="timm is not installed")
+
+ROOT = Path(__file__).resolve().parent.parent
+BENCHMARKS = ROOT / "benchmarks"
+HEAD = {"machine": {"name": "a"}, "versions": {"torch": "2"}, "commit": {"hash": "c", "dirty": False}}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def benchmarks_on_the_path() -> Iterator[None]:
+    sys.path.insert(0, str(BENCHMARKS))
+    yield
+    sys.path.remove(str(BENCHMARKS))
+
+
+def gpu(*arguments: str, output: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(BENCHMARKS / "gpu.py"), *arguments, "--output", str(output)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+def test_says_that_there_is_no_gpu(tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    done = gpu("ops", output=tmp_path / "results")
+    assert done.returncode == 2
+    assert "there is no GPU here" in done.stderr and "--device cpu --small" in done.stderr
+    assert not (tmp_path / "results").exists()
+
+
+def test_full_sizes_are_for_a_gpu(tmp_path: Path) -> None:
+    done = gpu("ops", "--device", "cpu", output=tmp_path)
+    assert done.returncode == 2 and "--device cpu is for --small" in done.stderr
+
+
+@pytest.mark.slow
+def test_every_step_on_tiny_shapes_and_a_second_call_that_goes_on(tmp_path: Path) -> None:
+    """On one idle core about 40 s, most of it Triton's interpreter and starting processes."""
+    words = ("--device", "cpu", "--small", "--minutes", "8", "--jobs", "1")
+    done = gpu("all", *words, output=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = tmp_path.glob("*-small.json")
+    results = json.loads(path.read_text())
+    kinds = {record["kind"] for record in results["records"]}
+    assert kinds == {"suite", "sanitizer", "gpu", "gpu_overhead", "benchmarks", "experiment"}
+    assert results["machine"]["cpu"] and results["versions"]["torch"] and results["commit"]["hash"]
+    (row,) = (one for one in results["records"] if one["key"].startswith("ops deform_conv2d plain float32"))
+    assert {"eager", "compiled", "torchvision", "dense", "copy"} <= set(row["variants"])
+    assert {"cellops cpu", "cellops triton"} <= set(row["percent_of_copy"])
+    again = gpu("all", *words, output=tmp_path)
+    assert again.returncode == 0
+    assert json.loads(path.read_text())["records"] == results["records"], "nothing was left to be measured"
+
+
+def progress() -> Any:
+    return importlib.import_module("on_gpu.progress")
+
+
+def test_rows_are_kept_as_they_come_and_not_measured_again(tmp_path: Path) -> None:
+    module, measured = progress(), []
+
+    def row(key: str, seconds: float = 0.0) -> Any:
+        return module.Row(key, seconds, lambda left: measured.append(key) or {"kind": "x"})
+
+    def call(*rows: Any) -> Any:
+        results, step = module.Results(tmp_path / "r.json", HEAD), module.Step("s", list(rows))
+        module.run(step, results, module.Budget(100.0), lambda line: None)
+        return step.left
+
+    assert call(row("a"), row("long", 1000.0)) == ["long"]
+    assert call(row("a"), row("b")) == []
+    assert measured == ["a", "b"]
+    kept = json.loads((tmp_path / "r.json").read_text())
+    assert [record["key"] for record in kept["records"]] == ["a", "b"]
+    assert {record["commit"] for record in kept["records"]} == {"c"}
+    results = module.Results(tmp_path / "r.json", HEAD)
+    assert results.forget("b") == 1 and "b" not in results and "a" in results
+
+
+def test_a_row_that_fails_costs_no_other(tmp_path: Path) -> None:
+    module = progress()
+
+    def fail(left: float) -> Any:
+        raise ValueError("no such thing")
+
+    def late(left: float) -> Any:
+        raise module.OutOfTime
+
+    rows = [module.Row("bad", 0, fail), module.Row("late", 0, late), module.Row("good", 0, lambda left: {"kind": "x"})]
+    for parallel in (1, 3):
+        results, step = module.Results(tmp_path / f"{parallel}.json", HEAD), module.Step("s", rows, parallel)
+        module.run(step, results, module.Budget(100.0), lambda line: None)
+        assert step.left == ["late"] and "late" not in results and "good" in results
+        assert [record["failed"] for record in module.failures(results.records)] == ["ValueError: no such thing"]
+
+
+def test_an_error_that_takes_the_gpu_ends_the_process_and_is_kept(tmp_path: Path) -> None:
+    module = progress()
+
+    def crash(left: float) -> Any:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    results = module.Results(tmp_path / "r.json", HEAD)
+    step = module.Step("s", [module.Row("bad", 0, crash), module.Row("next", 0, lambda left: {"kind": "x"})])
+    with pytest.raises(module.DeadDevice, match="bad"):
+        module.run(step, results, module.Budget(100.0), lambda line: None)
+    assert "bad" in results and "next" not in results
+
+
+def test_a_row_that_was_cut_off_is_not_tried_again(tmp_path: Path) -> None:
+    module = progress()
+    module.Results(tmp_path / "r.json", HEAD).begin("hangs")
+    results = module.Results(tmp_path / "r.json", HEAD)
+    (record,) = results.records
+    assert record["key"] == "hangs" and "cut off" in record["failed"]
+
+
+def test_results_of_another_machine_are_refused(tmp_path: Path) -> None:
+    module = progress()
+    module.Results(tmp_path / "r.json", HEAD)
+    with pytest.raises(ValueError, match="measured elsewhere"):
+        module.Results(tmp_path / "r.json", {**HEAD, "machine": {"name": "b"}})
+
+
+def record(direction: str, **changes: Any) -> dict[str, Any]:
+    """A row of an H200 in which the op takes 1 ms by default."""
+    times = {"cellops triton": 1e-3, "cellops cuda": 2e-3, "dense": 5e-4, "torchvision": 6e-3, "compiled": 3e-3}
+    row = {
+        "kind": "gpu",
+        "op": "deform_conv2d",
+        "case": "1x64x56x56",
+        "shape": [1024, 64, 56, 56],
+        "sweep": False,
+        "dtype": "bfloat16",
+        "layout": "channels_last",
+        "direction": direction,
+        "default": "triton",
+        "variants": {name: {"median": taken, "min": taken, "rounds": 9} for name, taken in times.items()},
+        "skipped": {},
+        "percent_of_copy": {"cellops triton": 50.0, "cellops cuda": 25.0},
+        "percent_of_dense": {"cellops triton": 50.0, "cellops cuda": 25.0},
+        "teraflops_per_second": {"cellops triton": 200.0, "cellops cuda": 100.0},
+        "gigabytes_per_second": {"cellops triton": 1000.0, "cellops cuda": 500.0, "copy": 4000.0},
+        "peak_bytes": {"cellops triton": 150, "cellops cuda": 150},
+        "output_bytes": 100,
+        "im2col_bytes": 1000,
+    }
+    return {**row, **changes}
+
+
+def test_targets_are_judged_by_the_default_backend() -> None:
+    judge_all = importlib.import_module("on_gpu.targets").judge_all
+    found = {
+        (row["op"], row["target"]): (row["value"], row["reached"])
+        for row in judge_all([record("forward"), record("forward", op="frelu"), record("forward", sweep=True)])
+    }
+    assert found["deform_conv2d", "forward: time over cuDNN's dense conv"] == ("2.00x", True)
+    assert found["deform_conv2d", "forward: extra memory, of the im2col buffer"] == ("5.00 %", True)
+    assert found["frelu", "evaluation: of the copy bandwidth"] == ("50.0 %", False)
+    assert found["eca", "evaluation: of the copy bandwidth"] == (None, None)
+    assert found["deform_conv2d", "forward+backward: time over the dense conv"] == (None, None)
+
+
+def test_table_of_a_gpu(tmp_path: Path) -> None:
+    table = importlib.import_module("table")
+    judge_all = importlib.import_module("on_gpu.targets").judge_all
+    rows = [record("forward"), record("forward+backward"), {"key": "suite x", "kind": "suite", "summary": "9 passed"}]
+    machine = {"name": "nvidia-h200", "gpu": "NVIDIA H200", "cpu": "some", "cores": 16, "instruction_set": "avx512"}
+    versions = {"torch": "2.11", "torchvision": "0.26", "onnxruntime": "-", "openvino": "-", "cuda": "13.0"}
+    results = {**HEAD, "machine": machine, "versions": versions, "date": "2026-11-21 10:00 UTC", "threads": 16}
+    (tmp_path / "nvidia-h200.json").write_text(json.dumps({**results, "records": rows, "targets": judge_all(rows)}))
+    text = table.markdown(tmp_path)
+    assert "**NVIDIA H200**" in text
+    assert "| `deform_conv2d` | 1024x64x56x56 | forward | triton | 1.000 | 2.000 |" in text
+
+
+def test_bounds_page_comes_from_the_formulas() -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    command = [sys.executable, str(BENCHMARKS / "bounds.py"), "--check"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_work_of_calls() -> None:
+    """Bytes and products of two calls, counted by hand."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    from cellops.testing import cases
+
+    work = importlib.import_module("on_gpu.work")
+    (frelu,) = cases("frelu", "bench")
+    arguments = frelu.make(torch.bfloat16, "meta", torch.channels_last)
+    done = work.of_triton(frelu, arguments, "forward", 1)
+    image = 2 * 16 * 128 * 56 * 56
+    assert done.floor_bytes == 2 * image + 2 * 128 * (9 + 2) == done.moved_bytes
+    (case,) = (case for case in cases("deform_conv2d", "bench") if case.name == "8x128x28x28")
+    done = work.of_triton(case, case.make(torch.bfloat16, "meta", torch.channels_last), "forward", 1)
+    (kernel,) = done.kernels
+    pixels = 8 * 28 * 28
+    assert kernel.products == 2 * pixels * 128 * 128 * 9
+    assert kernel.gathered_bytes == 4 * 2 * pixels * 128 * 9
+    assert done.bound[0] >= done.floor_bytes / work.COPY_BYTES
