@@ -28,7 +28,8 @@ from cellops.models.training import checkpoint
 from cellops.models.training.checkpoint import CheckpointError, load_weights, read_weights, save_weights
 from cellops.models.training.evaluate import Predictions
 from cellops.models.training.log import RunLog, read_log
-from cellops.models.training.loop import Interrupted, NonFiniteLoss
+from cellops.models.training.loop import NonFiniteLoss
+from cellops.models.training.stopping import Interrupted
 
 
 @pytest.fixture(autouse=True)

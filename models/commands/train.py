@@ -61,9 +61,10 @@ def run(arguments: argparse.Namespace) -> int:
     need_models_extra()
     from cellops.models.training.checkpoint import CheckpointError
     from cellops.models.training.console import Output
-    from cellops.models.training.loop import Interrupted, NonFiniteLoss
+    from cellops.models.training.loop import NonFiniteLoss
     from cellops.models.training.recipe import load_recipe
     from cellops.models.training.run import prepare
+    from cellops.models.training.stopping import Interrupted
 
     with bad_input():
         if arguments.recipe is None and not arguments.resume:
