@@ -6,7 +6,6 @@ import errno
 import json
 import random
 import resource
-import socket
 import time
 
 import numpy as np
@@ -14,11 +13,9 @@ import pytest
 import torch
 from torch import nn
 from training_runs import (
-    NAME,
     child,
     differences,
     finish,
-    join_ranks,
     start,
     state,
     tiny_recipe,
@@ -451,31 +448,3 @@ def test_torn_line_of_the_log(tmp_path):
     RunLog(tmp_path).event("second")
     events = [json.loads(line)["event"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert events == ["first", "second"]
-
-
-def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
-
-
-def test_two_processes_give_the_metrics_of_one(tmp_path):
-    """Without batch statistics and dropout; 12 test images and batches of 10 make the last ones uneven."""
-    recipe = tiny_recipe(
-        model={"name": NAME, "arguments": {"norm": "group", "drop": 0.0}},
-        mixing={"mixup": 0, "cutmix": 0},
-        training={"epochs": 2, "batch_size": 6, "accumulate": 1, "drop_last": True},
-        evaluation={"batch_size": 10},
-        data={"options": {"count": 61, "size": 32}},
-    )
-    finish(start(tmp_path / "one", recipe))
-    assert join_ranks([0, 1], free_port(), tmp_path / "two", recipe) == [0, 0]
-    one, two = (Predictions.load(tmp_path / name / "predictions.csv") for name in ("one", "two"))
-    assert one.ids == two.ids
-    np.testing.assert_allclose(one.probabilities, two.probabilities, atol=1e-4)
-    metrics = [json.loads((tmp_path / name / "metrics.json").read_text())["metrics"] for name in ("one", "two")]
-    assert metrics[0] == pytest.approx(metrics[1], abs=1e-3)
-    logs = [read_log(tmp_path / name) for name in ("one", "two")]
-    for first, second in zip(*logs, strict=True):
-        assert first["loss"] == pytest.approx(second["loss"], abs=1e-4)
-        assert first["validation_loss"] == pytest.approx(second["validation_loss"], abs=1e-4)
