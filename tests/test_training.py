@@ -448,3 +448,33 @@ def test_torn_line_of_the_log(tmp_path):
     RunLog(tmp_path).event("second")
     events = [json.loads(line)["event"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert events == ["first", "second"]
+
+
+@pytest.mark.slow
+def test_compiled_step(tmp_path):
+    """The compiled network trains as the plain one does, and leaves weights under the same names."""
+    changes = {"model": {"arguments": {"drop": 0.0}}, "mixing": {"mixup": 0, "cutmix": 0}}
+    changes["optimizer"] = {"name": "sgd", "learning_rate": 0.05}
+    for name in ("plain", "compiled"):
+        compiled = name == "compiled"
+        run = start(tmp_path / name, tiny_recipe(**changes, training={"epochs": 2, "compile": compiled}))
+        assert (run._first.call is not run._first.network) == compiled
+        assert finish(run)
+    plain, compiled = (read_log(tmp_path / name) for name in ("plain", "compiled"))
+    for row, other in zip(plain, compiled, strict=True):
+        assert row["loss"] == pytest.approx(other["loss"], abs=1e-4)
+        assert row["validation_loss"] == pytest.approx(other["validation_loss"], abs=1e-4)
+    weights = [read_weights(tmp_path / name / "weights.safetensors")[0] for name in ("plain", "compiled")]
+    assert weights[0].keys() == weights[1].keys()
+
+
+def test_bfloat16_computes_in_bfloat16(tmp_path):
+    """Convolutions in bfloat16; weights, running statistics and loss in float32."""
+    run = start(tmp_path / "run", tiny_recipe(training={"precision": "bfloat16"}))
+    trainer, seen = run._first, []
+    trainer.model.second.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    loss, _, _ = trainer.backward(next(iter(trainer.batches)))
+    assert seen == [torch.bfloat16] and loss.dtype == torch.float32
+    assert {value.dtype for value in trainer.model.state_dict().values()} == {torch.float32, torch.int64}
+    assert {value.grad.dtype for value in trainer.model.parameters()} == {torch.float32}
+    run.lock.close()
