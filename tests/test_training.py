@@ -22,7 +22,14 @@ from training_runs import (
 )
 
 from cellops.models.training import checkpoint
-from cellops.models.training.checkpoint import CheckpointError, load_weights, read_weights, save_weights
+from cellops.models.training.checkpoint import (
+    CheckpointError,
+    load_weights,
+    read_checkpoint,
+    read_weights,
+    save_checkpoint,
+    save_weights,
+)
 from cellops.models.training.evaluate import Predictions
 from cellops.models.training.log import RunLog, read_log
 from cellops.models.training.loop import NonFiniteLoss
@@ -146,10 +153,9 @@ def test_no_checkpoint_is_left(tmp_path):
 def test_checkpoint_of_another_network(tmp_path):
     folder = tmp_path / "run"
     finish(start(folder), stop_after=1)
-    path = folder / "checkpoints" / "last.pt"
-    found = torch.load(path, weights_only=True)
+    found = read_checkpoint(folder / "checkpoints" / "last.pt")
     found["model"]["head.weight"] = torch.zeros(3, 16)
-    torch.save(found, path)
+    save_checkpoint(folder / "checkpoints", found)
     with pytest.raises(CheckpointError, match="another network"):
         finish(start(folder, resume=True))
 

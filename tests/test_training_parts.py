@@ -9,6 +9,7 @@ from torch import nn
 
 from cellops.models.training import optim
 from cellops.models.training.mixing import mix
+from cellops.models.training.packing import pack, unpack
 from cellops.models.training.recipe import RecipeError
 from cellops.models.training.settings import MixingSettings, OptimizerSettings, ScheduleSettings
 
@@ -88,3 +89,25 @@ def test_schedules():
     with pytest.raises(RecipeError, match="milestones"):
         rates(ScheduleSettings("multistep"))
     assert np.allclose(rates(ScheduleSettings("constant", warmup_epochs=9))[:31], np.arange(31) / 30)
+
+
+def test_packed_tensors(tmp_path):
+    """Values, dtypes and layouts come back; what is no dense block of memory comes back contiguous."""
+    dense = torch.randn(2, 3, 4, 5)
+    values = {
+        "channels last": dense.to(memory_format=torch.channels_last),
+        "turned": dense.permute(3, 0, 2, 1),
+        "every second": dense[..., ::2],
+        "one value for all": torch.tensor(1.5).expand(3),
+        "nested": [(torch.tensor(3), "text", None), {"empty": torch.empty(0, 2), 7: torch.tensor([True, False])}],
+        "half": torch.randn(3).bfloat16(),
+        "bytes": torch.arange(5, dtype=torch.uint8),
+    }
+    torch.save(pack(values), tmp_path / "packed.pt")
+    found = unpack(torch.load(tmp_path / "packed.pt", weights_only=True))
+    assert found["nested"][0][1:] == ("text", None) and found["nested"][1]["empty"].shape == (0, 2)
+    assert torch.equal(found["nested"][0][0], torch.tensor(3)) and found["nested"][1][7].tolist() == [True, False]
+    for name in ("channels last", "turned", "every second", "one value for all", "half", "bytes"):
+        assert torch.equal(found[name], values[name]) and found[name].dtype == values[name].dtype
+        wanted = values[name] if name in ("channels last", "turned") else values[name].contiguous()
+        assert found[name].stride() == wanted.stride()

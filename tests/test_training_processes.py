@@ -250,7 +250,9 @@ def test_synchronised_normalisation(tmp_path, kind):
     for name, value in module.named_parameters():
         total = found[0]["gradients"][name] + found[1]["gradients"][name]
         # The bias of a convolution before the normalisation changes nothing: its gradient is 0, but for rounding.
-        torch.testing.assert_close(total, value.grad, rtol=1e-4, atol=1e-3 if name == "conv_frelu.bias" else 1e-4, msg=name)
+        torch.testing.assert_close(
+            total, value.grad, rtol=1e-4, atol=1e-3 if name == "conv_frelu.bias" else 1e-4, msg=name
+        )
     assert found[0]["state"].keys() == module.state_dict().keys()
     for name, value in module.state_dict().items():
         torch.testing.assert_close(found[0]["state"][name], value, **close, msg=name)

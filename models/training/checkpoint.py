@@ -11,6 +11,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from cellops.models.training.packing import pack, unpack
+
 LAST = "last.pt"
 PREVIOUS = "previous.pt"
 BEST = "best.safetensors"
@@ -70,7 +72,7 @@ def save_checkpoint(folder: Path, state: Mapping[str, Any], keep_previous: bool 
     link = folder / f".{PREVIOUS}.tmp"
 
     def write(file: BinaryIO) -> None:
-        torch.save(dict(state), file)
+        torch.save(pack(state), file)
         if keep_previous and last.exists():
             link.unlink(missing_ok=True)
             os.link(last, link)
@@ -86,7 +88,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         CheckpointError: the file is missing, truncated or of another kind; names it.
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        packed = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"there is no checkpoint {path}") from None
     except Exception as error:
@@ -94,9 +96,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"the checkpoint {path} ({path.stat().st_size} bytes) is damaged or truncated: {reason}"
         ) from error
-    if not isinstance(state, dict) or "progress" not in state:
+    if not isinstance(packed, dict) or packed.keys() != {"tensors", "values"} or "progress" not in packed["values"]:
         raise CheckpointError(f"{path} is no checkpoint of a training run")
-    return state
+    return unpack(packed)
 
 
 def latest_checkpoint(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
