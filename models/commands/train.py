@@ -19,6 +19,8 @@ examples:
   cellops train --resume --output runs/resnet18             after Ctrl-C, a crash or kill -9: goes on exactly
   cellops train --recipe pbc --data images/ --find-learning-rate
   torchrun --nproc-per-node 2 -m cellops.models train --recipe pbc --data images/ --output runs/two
+  torchrun --nproc-per-node 8 -m cellops.models train --recipe hqnet --data SIPaKMeD --output runs/hqnet \\
+      --set training.distributed=fsdp                       each process holds an eighth of every weight
 
 `cellops recipes` lists the recipes, `cellops recipes NAME` prints one with every key that --set takes.
 """
