@@ -101,13 +101,14 @@ def test_packed_tensors(tmp_path):
         "one value for all": torch.tensor(1.5).expand(3),
         "nested": [(torch.tensor(3), "text", None), {"empty": torch.empty(0, 2), 7: torch.tensor([True, False])}],
         "half": torch.randn(3).bfloat16(),
+        "large": torch.randn(2, 3, 300, 400).to(memory_format=torch.channels_last),
         "bytes": torch.arange(5, dtype=torch.uint8),
     }
     torch.save(pack(values), tmp_path / "packed.pt")
     found = unpack(torch.load(tmp_path / "packed.pt", weights_only=True))
     assert found["nested"][0][1:] == ("text", None) and found["nested"][1]["empty"].shape == (0, 2)
     assert torch.equal(found["nested"][0][0], torch.tensor(3)) and found["nested"][1][7].tolist() == [True, False]
-    for name in ("channels last", "turned", "every second", "one value for all", "half", "bytes"):
+    for name in ("channels last", "turned", "every second", "one value for all", "half", "large", "bytes"):
         assert torch.equal(found[name], values[name]) and found[name].dtype == values[name].dtype
-        wanted = values[name] if name in ("channels last", "turned") else values[name].contiguous()
-        assert found[name].stride() == wanted.stride()
+        wanted = values[name] if name in ("channels last", "turned", "large") else values[name].contiguous()
+        assert found[name].stride() == wanted.stride() and found[name].storage_offset() == 0

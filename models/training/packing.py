@@ -1,4 +1,4 @@
-"""Many tensors as one of each dtype: a file of a thousand small ones takes twice as long to write."""
+"""Many small tensors as one of each dtype: a file of a thousand small ones takes twice as long to write."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 MARK = "__tensor__"
+SMALL = 2**18  # elements; of larger ones the copy costs more than the saved file entry
 
 
 def _is_dense(tensor: Tensor) -> bool:
@@ -29,6 +30,8 @@ def _in_memory_order(tensor: Tensor) -> Tensor:
 def pack(values: Any) -> dict[str, Any]:
     """Nested plain values with tensors in them, as `tensors` (one of each dtype) and `values` with places in these.
 
+    Large tensors stay in `values`.
+
     Layouts such as channels_last are kept. A tensor with gaps or overlaps in memory is made contiguous.
     """
     parts: dict[torch.dtype, list[Tensor]] = {}
@@ -37,6 +40,8 @@ def pack(values: Any) -> dict[str, Any]:
     def place(value: Any) -> Any:
         if isinstance(value, Tensor):
             tensor = value.detach().cpu()
+            if tensor.numel() > SMALL:
+                return tensor
             if not (tensor.is_contiguous() or _is_dense(tensor)):
                 tensor = tensor.contiguous()
             offset = sizes.get(tensor.dtype, 0)
@@ -55,14 +60,15 @@ def pack(values: Any) -> dict[str, Any]:
 
 
 def unpack(packed: Mapping[str, Any]) -> Any:
-    """What was given to `pack`; its tensors share the memory of the packed ones, a part each."""
+    """What was given to `pack`."""
     tensors = packed["tensors"]
 
     def restore(value: Any) -> Any:
         if isinstance(value, Mapping):
             if MARK in value:
                 name, offset, shape, stride = value[MARK]
-                return torch.as_strided(tensors[name], shape, stride, offset)
+                # A copy each: torch.set_rng_state reads a part of a tensor from the whole one's beginning.
+                return torch.as_strided(tensors[name], shape, stride, offset).clone()
             return {key: restore(item) for key, item in value.items()}
         if isinstance(value, (list, tuple)):
             return type(value)(restore(item) for item in value)
