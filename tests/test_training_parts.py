@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import io
+
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
 from cellops.models.training import optim
+from cellops.models.training.console import Output
 from cellops.models.training.mixing import mix
 from cellops.models.training.packing import pack, unpack
 from cellops.models.training.recipe import RecipeError
@@ -112,3 +116,15 @@ def test_packed_tensors(tmp_path):
         assert torch.equal(found[name], values[name]) and found[name].dtype == values[name].dtype
         wanted = values[name] if name in ("channels last", "turned", "large") else values[name].contiguous()
         assert found[name].stride() == wanted.stride() and found[name].storage_offset() == 0
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_bar(terminal):
+    """Only where there is a terminal; lines are printed everywhere."""
+    output, text = Output(), io.StringIO()
+    output.console = Console(file=text, force_terminal=terminal, width=100, highlight=False)
+    with output.bar("epoch 3", total=4) as bar:
+        bar.advance("loss 0.5", 4)
+    output.line("done [1]")
+    assert ("epoch 3" in text.getvalue() and "4/4" in text.getvalue() and "loss 0.5" in text.getvalue()) == terminal
+    assert "done [1]" in text.getvalue()

@@ -422,8 +422,7 @@ class Trainer:
             channels_last=self.settings.channels_last,
         )
         wanted = np.asarray(self.validation.indices)
-        order = {index: place for place, index in enumerate(wanted.tolist())}
-        found = self.ranks.gather(np.array([order[index] for index in indices.tolist()], int), found, len(wanted))
+        found = self.ranks.gather(indices, found, wanted)
         metrics = quick_metrics(found, self.labels[wanted], self.settings.monitor)
         value = metrics[self.settings.monitor]
         return -value if self.settings.monitor == "loss" else value, metrics["loss"], metrics

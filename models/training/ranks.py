@@ -104,11 +104,18 @@ class Ranks:
             torch.distributed.all_gather_object(found, value)
         return found
 
-    def gather(self, positions: np.ndarray, values: np.ndarray, count: int) -> np.ndarray:
-        """Rows of every process put at their positions, [count, ...]; what was padded in twice is there once."""
-        result = np.full((count, *values.shape[1:]), np.nan, dtype=values.dtype)
-        for where, rows in self.collect((positions, values)):
-            result[where] = rows
+    def gather(self, indices: np.ndarray, rows: np.ndarray, wanted: Sequence[int]) -> np.ndarray:
+        """The rows of all processes in the order of the wanted indices; what was padded in twice is there once.
+
+        Args:
+            indices: of the rows of this process [N].
+            rows: [N, ...].
+            wanted: all indices, each once.
+        """
+        place = {int(index): position for position, index in enumerate(wanted)}
+        result = np.full((len(wanted), *rows.shape[1:]), np.nan, dtype=rows.dtype)
+        for found, values in self.collect((indices, rows)):
+            result[[place[index] for index in found.tolist()]] = values
         return result
 
     def wait(self) -> None:
