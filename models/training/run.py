@@ -280,7 +280,7 @@ class Run:
         training = {
             "epochs": trainer.progress.epoch,
             "kept_epoch": kept_epoch,
-            "kept": "best on the validation part" if kept_epoch == trainer.progress.best_epoch else "last",
+            "kept": "best on the validation part" if best else "last",
             "stopped": trainer.progress.stopped,
             "updates": trainer.progress.updates,
             "left_out_batches": trainer.progress.non_finite,
