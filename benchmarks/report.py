@@ -19,6 +19,7 @@ def lines(results: Results) -> list[str]:
         _speed(results)
         + _models(results)
         + _accelerated(results)
+        + _training(results)
         + _copies(results)
         + _skipped(results)
         + _overhead(results)
@@ -112,6 +113,20 @@ def _accelerated(results: Results) -> list[str]:
         ]
         label = " ".join(record[key] for key in ("case", "layout", "direction"))
         rows.append([label, str(record["replaced"]), f"{1e3 * ours:.1f}", *figures])
+    return ["", *table(rows)]
+
+
+def _training(results: Results) -> list[str]:
+    records = [record for record in results if record["kind"] == "training"]
+    if not records:
+        return []
+    rows = [["training and evaluation", "", "images/s", "bare network, images/s", "ratio", "logging and metrics"]]
+    for record in records:
+        medians = {name: timing["median"] for name, timing in record["variants"].items()}
+        speeds = [f"{record['images'] / medians[name]:.1f}" for name in ("cellops", "bare")]
+        ratio = f"{medians['cellops'] / medians['bare']:.2f}x"
+        overhead = f"{100 * record['overhead']:.2f} %" if "overhead" in record else "-"
+        rows.append([record["case"], record["direction"], *speeds, ratio, overhead])
     return ["", *table(rows)]
 
 

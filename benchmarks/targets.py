@@ -172,6 +172,24 @@ def _models() -> list[Target]:
     return [*targets, Target("hqnet", "training step on the CPU: time in sampling", 10.0, False, sampling, unit="%")]
 
 
+def _overhead(results: Results) -> float | None:
+    """Percent of an epoch."""
+    chosen = select(results, kind="training", direction="epoch")
+    return 100 * chosen[0]["overhead"] if chosen else None
+
+
+def _training() -> list[Target]:
+    times = {
+        direction: partial(median_ratio, above="cellops", below="bare", kind="training", direction=direction)
+        for direction in ("epoch", "evaluation")
+    }
+    return [
+        Target("training", "epoch of shufflenet_v2_x1_0 at 112 px: times forward+backward", 1.3, False, times["epoch"]),
+        Target("training", "logging, metrics and checkpoints of an epoch", 2.0, False, _overhead, unit="%"),
+        Target("training", "evaluation: times the forward alone", 1.3, False, times["evaluation"]),
+    ]
+
+
 def _figure(value: float, unit: str) -> str:
     digits = 2 if value < 10 else 1 if value < 100 else 0
     return f"{value:.{digits}f}{_space(unit)}{unit}"
@@ -190,4 +208,5 @@ TARGETS = [
     *_in_copies("spatial_attention", 1.25, 3.5),
     *_in_copies("group_conv1x1", 2.0, 7.0),
     *_models(),
+    *_training(),
 ]

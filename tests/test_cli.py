@@ -226,6 +226,7 @@ def test_find_learning_rate(capsys, trained, tmp_path):
     rate = float(re.search(r"optimizer\.learning_rate=(\S+)", out).group(1))
     assert code == 0 and 1e-6 <= rate <= 1
     assert len((tmp_path / "lr" / "learning_rate.csv").read_text().splitlines()) > 20
+    assert (tmp_path / "lr" / "learning_rate.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_damaged_checkpoint_is_named(capsys, trained, tmp_path):

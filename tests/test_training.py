@@ -6,7 +6,6 @@ import errno
 import json
 import random
 import resource
-import socket
 import time
 
 import numpy as np
@@ -14,21 +13,27 @@ import pytest
 import torch
 from torch import nn
 from training_runs import (
-    NAME,
     child,
     differences,
     finish,
-    join_ranks,
     start,
     state,
     tiny_recipe,
 )
 
 from cellops.models.training import checkpoint
-from cellops.models.training.checkpoint import CheckpointError, load_weights, read_weights, save_weights
+from cellops.models.training.checkpoint import (
+    CheckpointError,
+    load_weights,
+    read_checkpoint,
+    read_weights,
+    save_checkpoint,
+    save_weights,
+)
 from cellops.models.training.evaluate import Predictions
 from cellops.models.training.log import RunLog, read_log
-from cellops.models.training.loop import Interrupted, NonFiniteLoss
+from cellops.models.training.loop import NonFiniteLoss
+from cellops.models.training.stopping import Interrupted
 
 
 @pytest.fixture(autouse=True)
@@ -148,10 +153,9 @@ def test_no_checkpoint_is_left(tmp_path):
 def test_checkpoint_of_another_network(tmp_path):
     folder = tmp_path / "run"
     finish(start(folder), stop_after=1)
-    path = folder / "checkpoints" / "last.pt"
-    found = torch.load(path, weights_only=True)
+    found = read_checkpoint(folder / "checkpoints" / "last.pt")
     found["model"]["head.weight"] = torch.zeros(3, 16)
-    torch.save(found, path)
+    save_checkpoint(folder / "checkpoints", found)
     with pytest.raises(CheckpointError, match="another network"):
         finish(start(folder, resume=True))
 
@@ -452,29 +456,31 @@ def test_torn_line_of_the_log(tmp_path):
     assert events == ["first", "second"]
 
 
-def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+@pytest.mark.slow
+def test_compiled_step(tmp_path):
+    """The compiled network trains as the plain one does, and leaves weights under the same names."""
+    changes = {"model": {"arguments": {"drop": 0.0}}, "mixing": {"mixup": 0, "cutmix": 0}}
+    changes["optimizer"] = {"name": "sgd", "learning_rate": 0.05}
+    for name in ("plain", "compiled"):
+        compiled = name == "compiled"
+        run = start(tmp_path / name, tiny_recipe(**changes, training={"epochs": 2, "compile": compiled}))
+        assert (run._first.call is not run._first.network) == compiled
+        assert finish(run)
+    plain, compiled = (read_log(tmp_path / name) for name in ("plain", "compiled"))
+    for row, other in zip(plain, compiled, strict=True):
+        assert row["loss"] == pytest.approx(other["loss"], abs=1e-4)
+        assert row["validation_loss"] == pytest.approx(other["validation_loss"], abs=1e-4)
+    weights = [read_weights(tmp_path / name / "weights.safetensors")[0] for name in ("plain", "compiled")]
+    assert weights[0].keys() == weights[1].keys()
 
 
-def test_two_processes_give_the_metrics_of_one(tmp_path):
-    """Without batch statistics and dropout; 12 test images and batches of 10 make the last ones uneven."""
-    recipe = tiny_recipe(
-        model={"name": NAME, "arguments": {"norm": "group", "drop": 0.0}},
-        mixing={"mixup": 0, "cutmix": 0},
-        training={"epochs": 2, "batch_size": 6, "accumulate": 1, "drop_last": True},
-        evaluation={"batch_size": 10},
-        data={"options": {"count": 61, "size": 32}},
-    )
-    finish(start(tmp_path / "one", recipe))
-    assert join_ranks([0, 1], free_port(), tmp_path / "two", recipe) == [0, 0]
-    one, two = (Predictions.load(tmp_path / name / "predictions.csv") for name in ("one", "two"))
-    assert one.ids == two.ids
-    np.testing.assert_allclose(one.probabilities, two.probabilities, atol=1e-4)
-    metrics = [json.loads((tmp_path / name / "metrics.json").read_text())["metrics"] for name in ("one", "two")]
-    assert metrics[0] == pytest.approx(metrics[1], abs=1e-3)
-    logs = [read_log(tmp_path / name) for name in ("one", "two")]
-    for first, second in zip(*logs, strict=True):
-        assert first["loss"] == pytest.approx(second["loss"], abs=1e-4)
-        assert first["validation_loss"] == pytest.approx(second["validation_loss"], abs=1e-4)
+def test_bfloat16_computes_in_bfloat16(tmp_path):
+    """Convolutions in bfloat16; weights, running statistics and loss in float32."""
+    run = start(tmp_path / "run", tiny_recipe(training={"precision": "bfloat16"}))
+    trainer, seen = run._first, []
+    trainer.model.second.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    loss, _, _ = trainer.backward(next(iter(trainer.batches)))
+    assert seen == [torch.bfloat16] and loss.dtype == torch.float32
+    assert {value.dtype for value in trainer.model.state_dict().values()} == {torch.float32, torch.int64}
+    assert {value.grad.dtype for value in trainer.model.parameters()} == {torch.float32}
+    run.lock.close()

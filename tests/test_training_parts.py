@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import io
+
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
 from cellops.models.training import optim
+from cellops.models.training.console import Output
 from cellops.models.training.mixing import mix
+from cellops.models.training.packing import pack, unpack
 from cellops.models.training.recipe import RecipeError
 from cellops.models.training.settings import MixingSettings, OptimizerSettings, ScheduleSettings
 
@@ -88,3 +93,38 @@ def test_schedules():
     with pytest.raises(RecipeError, match="milestones"):
         rates(ScheduleSettings("multistep"))
     assert np.allclose(rates(ScheduleSettings("constant", warmup_epochs=9))[:31], np.arange(31) / 30)
+
+
+def test_packed_tensors(tmp_path):
+    """Values, dtypes and layouts come back; what is no dense block of memory comes back contiguous."""
+    dense = torch.randn(2, 3, 4, 5)
+    values = {
+        "channels last": dense.to(memory_format=torch.channels_last),
+        "turned": dense.permute(3, 0, 2, 1),
+        "every second": dense[..., ::2],
+        "one value for all": torch.tensor(1.5).expand(3),
+        "nested": [(torch.tensor(3), "text", None), {"empty": torch.empty(0, 2), 7: torch.tensor([True, False])}],
+        "half": torch.randn(3).bfloat16(),
+        "large": torch.randn(2, 3, 300, 400).to(memory_format=torch.channels_last),
+        "bytes": torch.arange(5, dtype=torch.uint8),
+    }
+    torch.save(pack(values), tmp_path / "packed.pt")
+    found = unpack(torch.load(tmp_path / "packed.pt", weights_only=True))
+    assert found["nested"][0][1:] == ("text", None) and found["nested"][1]["empty"].shape == (0, 2)
+    assert torch.equal(found["nested"][0][0], torch.tensor(3)) and found["nested"][1][7].tolist() == [True, False]
+    for name in ("channels last", "turned", "every second", "one value for all", "half", "large", "bytes"):
+        assert torch.equal(found[name], values[name]) and found[name].dtype == values[name].dtype
+        wanted = values[name] if name in ("channels last", "turned", "large") else values[name].contiguous()
+        assert found[name].stride() == wanted.stride() and found[name].storage_offset() == 0
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_bar(terminal):
+    """Only where there is a terminal; lines are printed everywhere."""
+    output, text = Output(), io.StringIO()
+    output.console = Console(file=text, force_terminal=terminal, width=100, highlight=False)
+    with output.bar("epoch 3", total=4) as bar:
+        bar.advance("loss 0.5", 4)
+    output.line("done [1]")
+    assert ("epoch 3" in text.getvalue() and "4/4" in text.getvalue() and "loss 0.5" in text.getvalue()) == terminal
+    assert "done [1]" in text.getvalue()

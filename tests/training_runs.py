@@ -6,9 +6,11 @@ Not a test file itself; the processes are forked from a server that has imported
 from __future__ import annotations
 
 import contextlib
+import json
 import multiprocessing
 import os
-from collections.abc import Sequence
+import socket
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from cellops.models.training.console import Output
 from cellops.models.training.recipe import build_recipe, merge
 from cellops.models.training.run import Run, prepare
 from cellops.models.training.settings import Recipe
+from cellops.models.training.sharding import local
 
 NAME = "tests_tiny_cells"
 
@@ -127,7 +130,7 @@ def _train(folder: Path, recipe: Recipe | None, begun: Any) -> None:
     finish(run)
 
 
-def _join(rank: int, size: int, port: int, folder: Path, recipe: Recipe) -> None:
+def _join(rank: int, size: int, port: int, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -136,8 +139,18 @@ def _join(rank: int, size: int, port: int, folder: Path, recipe: Recipe) -> None
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
-    run = start(folder, recipe)
-    run.train()
+    torch.set_num_threads(1)
+    work(*arguments)
+
+
+def train_in_ranks(folder: Path, recipe: Recipe | None, limits: dict[str, Any] | None = None) -> None:
+    """Work of one of several processes: start a run or go on with it; writes how much this one holds of each weight."""
+    resume = (folder / "recipe.yaml").is_file()
+    run = start(folder, None if resume and recipe is None else recipe, resume)
+    assert run._first is not None
+    held = {name: local(value).numel() for name, value in run._first.model.named_parameters()}
+    (folder / f"held_{run.ranks.rank}.json").write_text(json.dumps(held))
+    run.train(**(limits or {}))
     run.ranks.close()
 
 
@@ -163,17 +176,25 @@ def child(folder: Path, recipe: Recipe) -> tuple[Any, Any]:
     return process, begun
 
 
-def join_ranks(sizes: Sequence[int], port: int, folder: Path, recipe: Recipe) -> list[int]:
-    """Train in several processes joined by gloo; returns their exit codes."""
+def start_ranks(size: int, work: Callable[..., None], *arguments: Any) -> list[Any]:
+    """Processes that do the same work, joined by gloo; `work` is a function of a module that they can import."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
     context = _server()
     ranks = [
-        context.Process(target=_join, args=(rank, len(sizes), port, folder, recipe), daemon=True) for rank in sizes
+        context.Process(target=_join, args=(rank, size, port, work, arguments), daemon=True) for rank in range(size)
     ]
     with _single_threaded():
         for process in ranks:
             process.start()
+    return ranks
+
+
+def join_ranks(ranks: Sequence[Any], seconds: float = 240) -> list[int]:
+    """Wait for processes; returns their exit codes."""
     for process in ranks:
-        process.join(120)
+        process.join(seconds)
         if process.is_alive():
             process.kill()
             process.join()

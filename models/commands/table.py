@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
     need_models_extra()
     from cellops.models.training.checkpoint import CheckpointError
     from cellops.models.training.console import Output
-    from cellops.models.training.loop import Interrupted
+    from cellops.models.training.stopping import Interrupted
     from cellops.models.training.tables import load_table, train_table
 
     with bad_input():

@@ -19,6 +19,8 @@ examples:
   cellops train --resume --output runs/resnet18             after Ctrl-C, a crash or kill -9: goes on exactly
   cellops train --recipe pbc --data images/ --find-learning-rate
   torchrun --nproc-per-node 2 -m cellops.models train --recipe pbc --data images/ --output runs/two
+  torchrun --nproc-per-node 8 -m cellops.models train --recipe hqnet --data SIPaKMeD --output runs/hqnet \\
+      --set training.distributed=fsdp                       each process holds an eighth of every weight
 
 `cellops recipes` lists the recipes, `cellops recipes NAME` prints one with every key that --set takes.
 """
@@ -61,9 +63,10 @@ def run(arguments: argparse.Namespace) -> int:
     need_models_extra()
     from cellops.models.training.checkpoint import CheckpointError
     from cellops.models.training.console import Output
-    from cellops.models.training.loop import Interrupted, NonFiniteLoss
+    from cellops.models.training.loop import NonFiniteLoss
     from cellops.models.training.recipe import load_recipe
     from cellops.models.training.run import prepare
+    from cellops.models.training.stopping import Interrupted
 
     with bad_input():
         if arguments.recipe is None and not arguments.resume:

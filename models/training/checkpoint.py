@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import random
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
 import torch
 from torch import Tensor
+
+from cellops.models.training.packing import pack, unpack
 
 LAST = "last.pt"
 PREVIOUS = "previous.pt"
@@ -62,30 +62,6 @@ def write_text(path: Path, text: str) -> None:
     write_atomically(path, lambda file: file.write(text.encode("utf-8")))
 
 
-def random_state() -> dict[str, Any]:
-    """The states of the global random generators, as values that `weights_only=True` loads."""
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-    state: dict[str, Any] = {
-        "torch": torch.get_rng_state(),
-        "python": random.getstate(),
-        "numpy": (str(name), torch.from_numpy(np.array(keys, dtype=np.int64)), position, has_gauss, float(cached)),
-    }
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state_all()
-    return state
-
-
-def set_random_state(state: Mapping[str, Any]) -> None:
-    """Put the global random generators back."""
-    torch.set_rng_state(state["torch"])
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"][: torch.cuda.device_count()])
-
-
 def save_checkpoint(folder: Path, state: Mapping[str, Any], keep_previous: bool = True) -> None:
     """Write `last.pt`; the one before becomes `previous.pt`. At every moment one of them is whole.
 
@@ -96,7 +72,7 @@ def save_checkpoint(folder: Path, state: Mapping[str, Any], keep_previous: bool 
     link = folder / f".{PREVIOUS}.tmp"
 
     def write(file: BinaryIO) -> None:
-        torch.save(dict(state), file)
+        torch.save(pack(state), file)
         if keep_previous and last.exists():
             link.unlink(missing_ok=True)
             os.link(last, link)
@@ -112,7 +88,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         CheckpointError: the file is missing, truncated or of another kind; names it.
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        packed = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"there is no checkpoint {path}") from None
     except Exception as error:
@@ -120,9 +96,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"the checkpoint {path} ({path.stat().st_size} bytes) is damaged or truncated: {reason}"
         ) from error
-    if not isinstance(state, dict) or "progress" not in state:
+    if not isinstance(packed, dict) or packed.keys() != {"tensors", "values"} or "progress" not in packed["values"]:
         raise CheckpointError(f"{path} is no checkpoint of a training run")
-    return state
+    return unpack(packed)
 
 
 def latest_checkpoint(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:

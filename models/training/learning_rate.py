@@ -6,12 +6,12 @@ import csv
 import io
 import itertools
 import math
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-from cellops.models.training.checkpoint import write_text
+from cellops.models.training.checkpoint import write_atomically, write_text
 
 if TYPE_CHECKING:
     from cellops.models.training.run import Run
@@ -53,15 +53,30 @@ def find_learning_rate(run: Run, low: float = 1e-6, high: float = 1.0, updates: 
     best = int(np.argmin([loss for _, loss in finite]))
     slopes = np.gradient(np.array([loss for _, loss in finite[: best + 1]])) if best >= 1 else np.zeros(1)
     suggestion = finite[int(np.argmin(slopes))][0]
-    text = io.StringIO(newline="")
-    csv.writer(text).writerows([("learning_rate", "loss"), *zip(tried, losses, strict=True)])
-    write_text(run.folder / "learning_rate.csv", text.getvalue())
+    if run.ranks.main:
+        text = io.StringIO(newline="")
+        csv.writer(text).writerows([("learning_rate", "loss"), *zip(tried, losses, strict=True)])
+        write_text(run.folder / "learning_rate.csv", text.getvalue())
+        write_atomically(run.folder / "learning_rate.png", lambda file: _draw(tried, losses, suggestion, file))
     run.output.line(
         f"the loss falls fastest at {suggestion:.1e} and is lowest at {finite[best][0]:.1e} "
-        f"(curve: {run.folder / 'learning_rate.csv'})"
+        f"(curve: {run.folder / 'learning_rate.png'})"
     )
     run.output.line(f"try --set optimizer.learning_rate={suggestion:.1e}")
     return suggestion
+
+
+def _draw(rates: Sequence[float], losses: Sequence[float], suggestion: float, file: BinaryIO) -> None:
+    """The smoothed loss over the rates, as a PNG image."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(rates, losses)
+    axes.axvline(suggestion, linestyle="--", color="grey", label=f"falls fastest at {suggestion:.1e}")
+    axes.set(xscale="log", xlabel="learning rate", ylabel="smoothed loss")
+    axes.legend()
+    figure.savefig(file, format="png", dpi=100)
 
 
 def _epochs(trainer: Any) -> Iterator[Any]:

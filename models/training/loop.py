@@ -7,46 +7,43 @@ uninterrupted run gives on the same machine with the same number of threads.
 from __future__ import annotations
 
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from cellops.models.training.checkpoint import (
     BEST,
     CheckpointError,
     latest_checkpoint,
-    random_state,
     save_checkpoint,
     save_weights,
-    set_random_state,
 )
 from cellops.models.training.console import Bar, Output
 from cellops.models.training.log import RunLog
 from cellops.models.training.mixing import mix
-from cellops.models.training.network import WithFeatures, autocast, place, predict_batches
-from cellops.models.training.optim import build_optimizer, build_schedule
+from cellops.models.training.network import Logits, WithFeatures, autocast, place, predict_batches
+from cellops.models.training.optim import MovingAverage, build_optimizer, build_schedule
+from cellops.models.training.randomness import random_state, seed_everything, set_random_state
 from cellops.models.training.ranks import Ranks
 from cellops.models.training.settings import Recipe
+from cellops.models.training.stopping import SECOND_SIGNAL, Interrupted, Stopping
 
-FORMAT = 1
+FORMAT = 2
+
+
+# Of the present epoch, over the images of one process.
+SUMS = ("loss_sum", "correct", "seen")
 
 
 class NonFiniteLoss(RuntimeError):
     """Too many batches in a row gave a NaN or infinite loss."""
-
-
-class Interrupted(Exception):
-    """Someone asked the run to stop (Ctrl-C or SIGTERM), and it saved what it had."""
 
 
 @dataclass
@@ -68,31 +65,6 @@ class Progress:
     best_value: float = -math.inf
     best_loss: float = math.inf
     stopped: str = ""  # why training ended before its last epoch
-
-
-class Stopping:
-    """Turns the first Ctrl-C or SIGTERM into a flag; a second one ends the process at once."""
-
-    def __init__(self) -> None:
-        self.asked = False
-
-    def _ask(self, number: int, frame: object) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-
-    @contextmanager
-    def listen(self) -> Iterator[None]:
-        """Take over the signals; does nothing outside the main thread, where Python allows no handlers."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 class Trainer:
@@ -136,26 +108,49 @@ class Trainer:
         self.facts, self.folder, self.output, self.ranks = dict(facts), folder, output, ranks
         self.activation = activation
         self.criterion = criterion.to(ranks.device)
-        if settings.channels_last:
-            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.features = bool(getattr(criterion, "needs_features", False))
-        self.network = ranks.wrap(WithFeatures(model, self.features))
+        self._place_networks(bool(getattr(criterion, "needs_features", False)))
         self.mixing = recipe.mixing if recipe.mixing.mixup > 0 or recipe.mixing.cutmix > 0 else None
         self.optimizer = build_optimizer(recipe.optimizer, model)
         self.updates_per_epoch = math.ceil(len(batches) / settings.accumulate)
         self.schedule = build_schedule(recipe.schedule, self.optimizer, settings.epochs, self.updates_per_epoch)
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=settings.precision == "float16")
-        self.ema = None if settings.ema is None else ModelEmaV3(model, decay=settings.ema, use_warmup=True)
         self.buffers = [buffer for buffer in model.buffers() if buffer is not None]
         self.buffers_before = [buffer.clone() for buffer in self.buffers]
+        norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+        self.statistics = [one for norm in norms for one in (norm.running_mean, norm.running_var) if one is not None]
         self.call: Callable = torch.compile(self.network) if settings.compile else self.network
         self.progress = Progress()
         self.history: list[dict[str, Any]] = []
         self.log = RunLog(None)
+        if ranks.rank:
+            self._draw_apart(0)
         self.start = random_state()
-        self.stopping = Stopping()
+        self.stopping = Stopping(grace=SECOND_SIGNAL if ranks.size > 1 else 0.0)
         self.saved_at = time.monotonic()
         self.saved_updates = 0
+
+    def _place_networks(self, features: bool) -> None:
+        """The network that trains, its moving average, and what is called to judge them, on the device."""
+        model, settings, ranks = self.model, self.settings, self.ranks
+        if settings.sync_batch_norm and ranks.size > 1:
+            from cellops.models.training.sync_norm import synchronise
+
+            if left := synchronise(model, ranks.device):
+                self.output.line(f"warning: not synchronised over the processes: {', '.join(left)}", style="yellow")
+        if settings.channels_last and not ranks.sharded:  # parts of weights know no layout
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if not ranks.sharded:
+            model.to(ranks.device)
+        self.ema = None if settings.ema is None else MovingAverage(model, decay=settings.ema, use_warmup=True)
+        self.network = ranks.wrap(WithFeatures(model, features))
+        self.judged = self.evaluated
+        if ranks.sharded:  # only what was wrapped puts the parts together
+            average = None if self.ema is None else ranks.wrap(WithFeatures(self.ema.module, False))
+            self.judged = Logits(self.network if average is None else average)
+
+    def _draw_apart(self, updates: int) -> None:
+        """Random numbers of this process's own, such as dropout's."""
+        seed_everything(int(np.random.SeedSequence((self.recipe.seed, self.ranks.rank, updates)).generate_state(1)[0]))
 
     def open_log(self) -> None:
         """Begin to write into the folder."""
@@ -177,23 +172,32 @@ class Trainer:
         return self.progress.epoch >= self.settings.epochs or bool(self.progress.stopped)
 
     def state(self) -> dict[str, Any]:
-        """Everything that the next update depends on."""
+        """Everything that the next update depends on, weights as one process has them; every process has to call it."""
+        progress = asdict(self.progress)
+        own = {"random": random_state(), "sums": {name: progress.pop(name) for name in SUMS}}
         return {
             "format": FORMAT,
-            "progress": asdict(self.progress),
+            "progress": progress,
+            "processes": self.ranks.collect(own),
             "history": self.history,
-            "model": self.model.state_dict(),
-            "ema": None if self.ema is None else self.ema.module.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "model": self.ranks.whole(self.model.state_dict()),
+            "ema": None if self.ema is None else self.ranks.whole(self.ema.module.state_dict()),
+            "optimizer": self.ranks.whole(self.optimizer.state_dict()),
             "scaler": self.scaler.state_dict(),
-            "random": random_state(),
         }
 
     def save(self) -> None:
-        """Write a checkpoint."""
+        """Write a checkpoint; every process has to call it."""
+        state = self.state()
         if self.ranks.main:
-            save_checkpoint(self.checkpoints, self.state(), self.settings.keep_previous)
+            save_checkpoint(self.checkpoints, state, self.settings.keep_previous)
         self.saved_at, self.saved_updates = time.monotonic(), self.progress.updates
+
+    def save_weights(self, path: Path, facts: Mapping[str, Any]) -> None:
+        """Write the weights that count, as one process has them; every process has to call it."""
+        weights = self.ranks.whole(self.evaluated.state_dict())
+        if self.ranks.main:
+            save_weights(path, weights, facts)
 
     def resume(self) -> bool:
         """Go on from the newest checkpoint that is whole; False if there is none yet.
@@ -210,23 +214,50 @@ class Trainer:
         if state["format"] != FORMAT:
             raise CheckpointError(f"{self.checkpoints}: checkpoints of format {state['format']}, this is {FORMAT}")
         try:
-            self.model.load_state_dict(state["model"])
-            if self.ema is not None:
-                self.ema.module.load_state_dict(state["ema"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            self._load(state)
         except (RuntimeError, ValueError, TypeError) as error:
             raise CheckpointError(
                 f"the checkpoint in {self.checkpoints} is of another network or optimizer: {error}"
             ) from None
         self.scaler.load_state_dict(state["scaler"])
-        self.progress, self.history = Progress(**state["progress"]), list(state["history"])
-        set_random_state(state["random"])
+        self.history = list(state["history"])
+        self._resume_process(state["progress"], state["processes"])
         self.saved_updates = self.progress.updates
         done = self.progress
         self.log.event("resumed", epoch=done.epoch + 1, step=done.step)
         if not self.finished:
             self.output.line(f"resumed at epoch {done.epoch + 1}, batch {done.step} of {len(self.batches)}")
         return True
+
+    def _load(self, state: Mapping[str, Any]) -> None:
+        """Put weights, average and optimizer back."""
+        model, ema, optimizer = state["model"], state["ema"], state["optimizer"]
+        if self.ranks.sharded:
+            from cellops.models.training.sharding import spread_optimizer, spread_weights
+
+            model = spread_weights(model, self.model.state_dict())
+            ema = None if self.ema is None else spread_weights(ema, self.ema.module.state_dict())
+            optimizer = spread_optimizer(optimizer, self.optimizer)
+        self.model.load_state_dict(model)
+        if self.ema is not None:
+            self.ema.module.load_state_dict(ema)
+        self.optimizer.load_state_dict(optimizer)
+
+    def _resume_process(self, progress: Mapping[str, Any], processes: Sequence[Mapping[str, Any]]) -> None:
+        """Progress and random numbers of this process; where there were more or fewer, not those it would have had."""
+        rank = self.ranks.rank
+        if len(processes) == self.ranks.size:
+            sums = processes[rank]["sums"]
+        else:
+            whole = {name: sum(one["sums"][name] for one in processes) for name in SUMS}
+            sums = whole if self.ranks.main else dict.fromkeys(SUMS, 0.0)
+            told = f"note: {self.ranks.size} processes go on with what {len(processes)} began"
+            self.output.line(f"{told}: not the same to the last bit")
+        self.progress = Progress(**progress, **sums)
+        if rank < len(processes):
+            set_random_state(processes[rank]["random"])
+        else:
+            self._draw_apart(self.progress.updates)
 
     def run(self, stop_after: int | None = None, deadline: float | None = None) -> bool:
         """Train until the last epoch.
@@ -277,21 +308,24 @@ class Trainer:
                 now = time.monotonic()
                 progress.epoch_seconds += now - clock
                 clock = now
-                self._save_if_due(whole, deadline)
-                if not whole and deadline is not None and now > deadline:
-                    self.save()
+                if self._pause(whole, deadline is not None and now > deadline):
                     return False
         return True
 
-    def _save_if_due(self, whole: bool, deadline: float | None) -> None:
-        """Checkpoint within the epoch: because it is time, or because someone wants to stop."""
-        if self.stopping.asked:
-            self.save()
-            raise Interrupted(f"stopped in epoch {self.progress.epoch + 1}, after batch {self.progress.step}")
+    def _pause(self, whole: bool, late: bool) -> bool:
+        """Checkpoint within the epoch if it is time, someone wants to stop or it is late; True if it is late.
+
+        What one process finds holds for all of them, as each has a part in a checkpoint.
+        """
         every = self.settings.checkpoint_updates
         due = every is not None and self.progress.updates - self.saved_updates >= every
-        if not whole and (due or time.monotonic() - self.saved_at >= self.settings.checkpoint_seconds):
+        due = due or time.monotonic() - self.saved_at >= self.settings.checkpoint_seconds
+        stop, due, late = self.ranks.any_true(self.stopping.asked, due and not whole, late and not whole)
+        if stop or due or late:
             self.save()
+        if stop:
+            raise Interrupted(f"stopped in epoch {self.progress.epoch + 1}, after batch {self.progress.step}")
+        return late
 
     def _group(self) -> int:
         """How many batches share the present update; the last ones of an epoch may be fewer."""
@@ -347,13 +381,14 @@ class Trainer:
             return
         limit = math.inf if self.settings.clip is None else self.settings.clip
         norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
-        finite = bool(torch.isfinite(norm))
+        finite = math.isfinite(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
         if not finite and not self.scaler.is_enabled():
             self._leave_out("the gradient is not finite", None)
         if finite or self.scaler.is_enabled():
             self.scaler.step(self.optimizer)
             self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+        self.ranks.average(self.statistics)
         if not finite:
             return
         self.progress.non_finite_in_row = 0
@@ -379,7 +414,7 @@ class Trainer:
 
         assert self.validation is not None
         indices, found = predict_batches(
-            self.evaluated,
+            self.judged,
             self.validation,
             self.ranks.device,
             self.activation,
@@ -387,8 +422,7 @@ class Trainer:
             channels_last=self.settings.channels_last,
         )
         wanted = np.asarray(self.validation.indices)
-        order = {index: place for place, index in enumerate(wanted.tolist())}
-        found = self.ranks.gather(np.array([order[index] for index in indices.tolist()], int), found, len(wanted))
+        found = self.ranks.gather(indices, found, wanted)
         metrics = quick_metrics(found, self.labels[wanted], self.settings.monitor)
         value = metrics[self.settings.monitor]
         return -value if self.settings.monitor == "loss" else value, metrics["loss"], metrics
@@ -413,9 +447,8 @@ class Trainer:
             better = finite and (value, -loss) > (progress.best_value, -progress.best_loss)
             if better:
                 progress.best_epoch, progress.best_value, progress.best_loss = progress.epoch + 1, value, loss
-                if self.ranks.main:
-                    facts = {**self.facts, "epoch": progress.epoch + 1, "validation": metrics}
-                    save_weights(self.checkpoints / BEST, self.evaluated.state_dict(), facts)
+                facts = {**self.facts, "epoch": progress.epoch + 1, "validation": metrics}
+                self.save_weights(self.checkpoints / BEST, facts)
             patience = self.settings.patience
             if patience is not None and progress.epoch + 1 - progress.best_epoch >= patience:
                 progress.stopped = f"no better {self.settings.monitor} for {patience} epochs"
@@ -431,7 +464,7 @@ class Trainer:
         self.output.line(self._epoch_line(row, better))
         if progress.stopped:
             self.output.line(f"stopped after epoch {progress.epoch}: {progress.stopped}")
-        if self.stopping.asked and not self.finished:
+        if self.ranks.any_true(self.stopping.asked)[0] and not self.finished:
             raise Interrupted(f"stopped after epoch {progress.epoch}")
 
     def _epoch_line(self, row: Mapping[str, Any], better: bool) -> str:

@@ -30,14 +30,12 @@ def soft(targets: Tensor, num_classes: int, dtype: torch.dtype) -> Tensor:
     )
 
 
-class CrossEntropy(nn.Module):
-    """Softmax cross-entropy with class weights and label smoothing.
-
-    For indices it equals `F.cross_entropy`; for one-hot probabilities it gives the same value.
+class Weighted(nn.Module):
+    """What the losses of single images share.
 
     Args:
-        num_classes: K, at least 2.
-        class_weights: [K].
+        num_classes: K, at least 2; 1 only where the loss takes a single logit.
+        class_weights: [K], or [2] with one logit.
         label_smoothing: share of each target that is spread evenly over the classes.
     """
 
@@ -50,56 +48,60 @@ class CrossEntropy(nn.Module):
         self.label_smoothing = label_smoothing
         self.register_buffer("class_weights", class_weights, persistent=False)
 
-    def forward(self, logits: Tensor, targets: Tensor, features: Tensor | None = None) -> Tensor:
-        """Logits [N, K] and targets [N] or [N, K] to a scalar."""
-        weights = None if self.class_weights is None else self.class_weights.to(logits.dtype)
-        if targets.ndim == 1:
-            return F.cross_entropy(logits, targets, weights, label_smoothing=self.label_smoothing)
-        wanted = soft(targets, self.num_classes, logits.dtype)
-        smoothed = wanted * (1 - self.label_smoothing) + self.label_smoothing / self.num_classes
-        if weights is None:
-            return -(smoothed * logits.log_softmax(1)).sum(1).mean()
-        return -(smoothed * weights * logits.log_softmax(1)).sum() / (wanted * weights).sum()
+    def smoothed(self, wanted: Tensor) -> Tensor:
+        """Targets with a share of them spread over the classes; [N, K], or [N, 1] for one of two."""
+        return wanted * (1 - self.label_smoothing) + self.label_smoothing / max(self.num_classes, 2)
+
+    def mean(self, terms: Tensor, wanted: Tensor) -> Tensor:
+        """The mean over images of the terms [N, K] of all classes by the smoothed targets, and by the class weights.
+
+        Args:
+            terms: the loss of each class if it were the target.
+            wanted: the targets as probabilities [N, K].
+        """
+        if self.class_weights is None:
+            return (self.smoothed(wanted) * terms).sum(1).mean()
+        weights = self.class_weights.to(terms.dtype)
+        return (self.smoothed(wanted) * weights * terms).sum() / (wanted * weights).sum()
 
 
-class BinaryCrossEntropy(nn.Module):
-    """Each class against the rest by a sigmoid, on one-hot or soft targets; the mean over classes and batch.
+class CrossEntropy(Weighted):
+    """Softmax cross-entropy with class weights and label smoothing.
 
-    With one logit the targets are 0 and 1, or the probability of 1 as [N, 1].
-
-    Args:
-        num_classes: K; 1 for a single logit.
-        class_weights: [K], or [2] with one logit; a sample counts by the weight of its target.
-        label_smoothing: share of each target that is spread evenly over the classes (over the two of one logit).
+    For indices it equals `F.cross_entropy`; for one-hot probabilities it gives the same value.
     """
 
-    needs_features = False
-    class_weights: Tensor | None
+    def forward(self, logits: Tensor, targets: Tensor, features: Tensor | None = None) -> Tensor:
+        """Logits [N, K] and targets [N] or [N, K] to a scalar."""
+        if targets.ndim == 1:
+            weights = None if self.class_weights is None else self.class_weights.to(logits.dtype)
+            return F.cross_entropy(logits, targets, weights, label_smoothing=self.label_smoothing)
+        return self.mean(-logits.log_softmax(1), soft(targets, self.num_classes, logits.dtype))
 
-    def __init__(self, num_classes: int, class_weights: Tensor | None = None, label_smoothing: float = 0.0) -> None:
-        super().__init__()
-        self.num_classes = num_classes
-        self.label_smoothing = label_smoothing
-        self.register_buffer("class_weights", class_weights, persistent=False)
+
+class BinaryCrossEntropy(Weighted):
+    """Each class against the rest by a sigmoid, on one-hot or soft targets; the mean over classes and batch.
+
+    With one logit the targets are 0 and 1, or the probability of 1 as [N, 1], smoothed over the two classes. A sample
+    counts by the class weight of its target.
+    """
 
     def forward(self, logits: Tensor, targets: Tensor, features: Tensor | None = None) -> Tensor:
         """Logits [N, K] (or [N] with one logit) and targets [N] or [N, K] to a scalar."""
         if self.num_classes == 1:
             logits = logits.reshape(-1, 1)
             wanted = targets.reshape(-1, 1).to(logits.dtype)
-            smoothed = wanted * (1 - self.label_smoothing) + self.label_smoothing / 2
             belongs = torch.cat([1 - wanted, wanted], 1)
         else:
             wanted = belongs = soft(targets, self.num_classes, logits.dtype)
-            smoothed = wanted * (1 - self.label_smoothing) + self.label_smoothing / self.num_classes
-        losses = F.binary_cross_entropy_with_logits(logits, smoothed, reduction="none").mean(1)
+        losses = F.binary_cross_entropy_with_logits(logits, self.smoothed(wanted), reduction="none").mean(1)
         if self.class_weights is None:
             return losses.mean()
         weights = (belongs * self.class_weights.to(logits.dtype)).sum(1)
         return (losses * weights).sum() / weights.sum()
 
 
-class Focal(nn.Module):
+class Focal(Weighted):
     """Softmax focal loss (Lin et al. 2017): the mean of -alpha (1 - p)^gamma log p, p that of the target.
 
     Args:
@@ -113,9 +115,7 @@ class Focal(nn.Module):
         ValueError: `alpha` has another length, or comes with class weights.
     """
 
-    needs_features = False
     alpha: Tensor
-    class_weights: Tensor | None
 
     def __init__(
         self,
@@ -125,29 +125,21 @@ class Focal(nn.Module):
         class_weights: Tensor | None = None,
         label_smoothing: float = 0.0,
     ) -> None:
-        super().__init__()
+        super().__init__(num_classes, class_weights, label_smoothing)
         factors = torch.as_tensor(alpha, dtype=torch.float32)
         if factors.ndim and len(factors) != num_classes:
             raise ValueError(f"loss alpha has {len(factors)} factors for {num_classes} classes")
         if factors.ndim and class_weights is not None:
             raise ValueError("loss alpha for each class and class weights would weight twice: give one of them")
-        self.num_classes = num_classes
         self.gamma = gamma
-        self.label_smoothing = label_smoothing
         self.register_buffer("alpha", factors, persistent=False)
-        self.register_buffer("class_weights", class_weights, persistent=False)
 
     def forward(self, logits: Tensor, targets: Tensor, features: Tensor | None = None) -> Tensor:
         """Logits [N, K] and targets [N] or [N, K] to a scalar."""
-        wanted = soft(targets, self.num_classes, logits.dtype)
-        smoothed = wanted * (1 - self.label_smoothing) + self.label_smoothing / self.num_classes
         log_p = logits.log_softmax(1)
         # 1 - p as the sum of the others would lose digits; expm1 keeps them where p is near 1.
         terms = -self.alpha.to(logits.dtype) * (-torch.expm1(log_p)).clamp_min(1e-12) ** self.gamma * log_p
-        if self.class_weights is None:
-            return (smoothed * terms).sum(1).mean()
-        weights = self.class_weights.to(logits.dtype)
-        return (smoothed * weights * terms).sum() / (wanted * weights).sum()
+        return self.mean(terms, soft(targets, self.num_classes, logits.dtype))
 
 
 def squared_distances(features: Tensor) -> Tensor:
@@ -156,6 +148,12 @@ def squared_distances(features: Tensor) -> Tensor:
     By differences, since |a|^2 + |b|^2 - 2ab loses the small distances of long features.
     """
     return (features[:, None] - features[None]).square().sum(-1)
+
+
+def same_class(targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Which of [N] targets are of one class: [N, N], and the same without each one with itself."""
+    same = targets[:, None] == targets[None]
+    return same, same & ~torch.eye(len(targets), dtype=torch.bool, device=targets.device)
 
 
 def triplet_batch_all(features: Tensor, targets: Tensor, margin: float) -> Tensor:
@@ -167,8 +165,7 @@ def triplet_batch_all(features: Tensor, targets: Tensor, margin: float) -> Tenso
         margin: added to each difference.
     """
     distance = squared_distances(features)
-    same = targets[:, None] == targets[None]
-    positive = same & ~torch.eye(len(targets), dtype=torch.bool, device=targets.device)
+    same, positive = same_class(targets)
     valid = positive[:, :, None] & ~same[:, None, :]
     losses = F.relu(distance[:, :, None] - distance[:, None, :] + margin)
     return torch.where(valid, losses, 0).sum() / valid.sum().clamp_min(1)
@@ -185,8 +182,7 @@ def triplet_batch_hard(features: Tensor, targets: Tensor, margin: float) -> Tens
         margin: added to each difference.
     """
     distance = squared_distances(features)
-    same = targets[:, None] == targets[None]
-    positive = same & ~torch.eye(len(targets), dtype=torch.bool, device=targets.device)
+    same, positive = same_class(targets)
     usable = positive.any(1) & (~same).any(1)
     farthest = torch.where(positive, distance, 0).amax(1) if len(targets) else distance.sum(1)
     nearest = torch.where(same, torch.finfo(distance.dtype).max, distance).amin(1) if len(targets) else distance.sum(1)

@@ -7,14 +7,9 @@ import math
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
+from cellops.models.training.losses import soft
 from cellops.models.training.settings import MixingSettings
-
-
-def one_hot(targets: Tensor, classes: int) -> Tensor:
-    """Class numbers [N] as probabilities [N, K]."""
-    return functional.one_hot(targets, classes).float()
 
 
 def mix(
@@ -32,10 +27,10 @@ def mix(
     Returns:
         The mixed images and their targets [N, K]; the targets are probabilities also where this batch is not mixed.
     """
-    soft = one_hot(targets, classes)
+    wanted = soft(targets, classes, torch.float32)
     generator = np.random.default_rng(draw)
     if generator.random() >= settings.probability:
-        return images, soft
+        return images, wanted
     cut = settings.cutmix > 0 and (settings.mixup <= 0 or generator.random() < settings.switch)
     alpha = settings.cutmix if cut else settings.mixup
     keep = float(generator.beta(alpha, alpha))
@@ -51,4 +46,4 @@ def mix(
         keep = 1 - (bottom - top) * (right - left) / (height * width)
     else:
         mixed = torch.lerp(images.flip(0), images, keep)
-    return mixed, soft * keep + soft.flip(0) * (1 - keep)
+    return mixed, wanted * keep + wanted.flip(0) * (1 - keep)

@@ -38,6 +38,17 @@ class WithFeatures(nn.Module):
         return self.model.forward_head(features), features.mean((2, 3)) if features.dim() == 4 else features
 
 
+class Logits(nn.Module):
+    """The logits alone of a `WithFeatures`, however it is wrapped."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network(images)[0]
+
+
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[None]:
     """Mixed precision of a recipe's name."""
     return torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "float32")

@@ -6,6 +6,7 @@ import math
 
 import torch
 from timm.optim import create_optimizer_v2  # type: ignore[attr-defined]
+from timm.utils.model_ema import ModelEmaV3
 from torch import nn
 
 from cellops.models.training.recipe import RecipeError, nearest
@@ -110,3 +111,19 @@ def build_schedule(
             f"got {settings.milestones} for {settings.name}"
         )
     return Schedule(settings, optimizer, epochs, updates_per_epoch)
+
+
+class MovingAverage(ModelEmaV3):
+    """timm's moving average of weights and buffers, of the local parts where they are spread over processes."""
+
+    def apply_update_(self, model: nn.Module, decay: float) -> None:
+        """Move every tensor of the average towards the model's."""
+        pairs = [
+            (average.to_local(), value.to_local()) if hasattr(average, "to_local") else (average, value)
+            for average, value in zip(self.module.state_dict().values(), model.state_dict().values(), strict=True)
+        ]
+        floating = [pair for pair in pairs if pair[0].is_floating_point()]
+        torch._foreach_lerp_([pair[0] for pair in floating], [pair[1] for pair in floating], weight=1.0 - decay)
+        for average, value in pairs:
+            if not average.is_floating_point():
+                average.copy_(value)

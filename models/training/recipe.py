@@ -30,6 +30,7 @@ from cellops.models.training.settings import Recipe
 FOLDER = Path(__file__).resolve().parents[1] / "recipes"
 STRUCTURE = ("extends", "variants", "twins")
 STARTS_ANEW = ("loss", "optimizer", "schedule")
+UNSHARDABLE_OPTIMIZERS = ("adamp",)  # torch cannot project parts of weights
 FREE = ("loss", "augmentation", "model.arguments", "optimizer.arguments", "data.options")
 
 
@@ -300,6 +301,22 @@ def build_recipe(values: Mapping[str, Any]) -> Recipe:
             "training.select",
             training.select != "best" or data.validation > 0,
             "best needs a validation part: set data.validation, for example to 0.15",
+        ),
+        (
+            "training.distributed",
+            training.distributed != "fsdp" or training.precision != "float16",
+            "fsdp does not go with training.precision: float16, whose scale would differ between the parts; "
+            "take bfloat16",
+        ),
+        (
+            "training.distributed",
+            training.distributed != "fsdp" or not training.compile,
+            "fsdp does not go with training.compile",
+        ),
+        (
+            "training.distributed",
+            training.distributed != "fsdp" or recipe.optimizer.name not in UNSHARDABLE_OPTIMIZERS,
+            f"fsdp does not go with optimizer.name: {recipe.optimizer.name}, which needs whole weights; take adamw",
         ),
         ("optimizer.learning_rate", recipe.optimizer.learning_rate > 0, "must be above 0"),
         ("optimizer.weight_decay", recipe.optimizer.weight_decay >= 0, "must not be negative"),

@@ -38,8 +38,7 @@ def predict(run: Run, model: nn.Module, indices: Sequence[int], title: str) -> P
             channels_last=recipe.training.channels_last,
             each=bar.advance,
         )
-    place = {index: position for position, index in enumerate(wanted.tolist())}
-    probabilities = run.ranks.gather(np.array([place[index] for index in found.tolist()], int), rows, len(wanted))
+    probabilities = run.ranks.gather(found, rows, wanted)
     ids = [run.data.samples[index].id for index in wanted]
     return Predictions(ids, run.data.labels[wanted], probabilities, run.data.classes)
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import random
 import shlex
 import time
 from collections.abc import Sequence
@@ -27,13 +26,14 @@ from torch import nn
 
 from cellops.models.data import CellData, Fold, Folds, near_duplicates
 from cellops.models.training import parts as parts_module
-from cellops.models.training.checkpoint import BEST, load_weights, save_weights, write_text
+from cellops.models.training.checkpoint import BEST, load_weights, read_weights, save_weights, write_text
 from cellops.models.training.console import Output
 from cellops.models.training.environment import environment
 from cellops.models.training.evaluate import plain, quick_metrics
 from cellops.models.training.loop import Trainer
 from cellops.models.training.optim import warmup_epochs
 from cellops.models.training.parts import Batches, Part, class_weights, cut, parts, read_data
+from cellops.models.training.randomness import seed_everything
 from cellops.models.training.ranks import Ranks
 from cellops.models.training.recipe import RecipeError, build_recipe, dump_recipe, load_recipe, recipe_values
 from cellops.models.training.results import judge, summarize
@@ -47,6 +47,7 @@ MAY_CHANGE = (
     "training.epochs",
     "training.workers",
     "training.device",
+    "training.distributed",
     "training.threads",
     "training.checkpoint_seconds",
     "training.checkpoint_updates",
@@ -57,13 +58,6 @@ MAY_CHANGE = (
     "setting",
     "notes",
 )
-
-
-def seed_everything(seed: int) -> None:
-    """Seed the global generators of Python, NumPy and torch."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
 
 
 def activation(recipe: Recipe) -> str:
@@ -219,7 +213,7 @@ class Run:
         quick_metrics(np.eye(2), np.arange(2), self.recipe.training.monitor)
         self._first = self.trainer(self.parts[0])
         height, width = self.recipe.data.input_size
-        model = self._first.model.eval()
+        model = self._first.judged.eval()
         try:
             with torch.no_grad():
                 model(torch.zeros(1, 3, height, width, device=self.ranks.device))
@@ -251,7 +245,7 @@ class Run:
         for part in self.parts[:parts]:
             if self.done(part):
                 continue
-            if deadline is not None and time.monotonic() > deadline:
+            if self.ranks.any_true(deadline is not None and time.monotonic() > deadline)[0]:
                 complete = False
                 break
             if len(self.parts) > 1:
@@ -272,20 +266,21 @@ class Run:
             return False
         keep = self.recipe.training.select
         best = keep == "best" or (keep == "auto" and trainer.validation is not None)
-        if best and trainer.progress.best_epoch:
-            self.ranks.wait()
-            model = trainer.evaluated
-            load_weights(model, trainer.checkpoints / BEST)
-        else:
-            model = trainer.evaluated
-        kept_epoch = trainer.progress.best_epoch if best and trainer.progress.best_epoch else trainer.progress.epoch
-        if self.ranks.main:
-            save_weights(part.folder / WEIGHTS, model.state_dict(), {**self.facts(part), "epoch": kept_epoch})
+        best = best and trainer.progress.best_epoch > 0
+        kept_epoch = trainer.progress.best_epoch if best else trainer.progress.epoch
+        facts = {**self.facts(part), "epoch": kept_epoch}
+        if not best:
+            trainer.save_weights(part.folder / WEIGHTS, facts)
+        elif self.ranks.main:
+            save_weights(part.folder / WEIGHTS, read_weights(trainer.checkpoints / BEST)[0], facts)
+        self.ranks.wait()
+        model = trainer.evaluated if self.ranks.size == 1 else self._whole_model()
+        load_weights(model, part.folder / WEIGHTS)
         fold = self.fold(part)
         training = {
             "epochs": trainer.progress.epoch,
             "kept_epoch": kept_epoch,
-            "kept": "best on the validation part" if kept_epoch == trainer.progress.best_epoch else "last",
+            "kept": "best on the validation part" if best else "last",
             "stopped": trainer.progress.stopped,
             "updates": trainer.progress.updates,
             "left_out_batches": trainer.progress.non_finite,
@@ -298,6 +293,11 @@ class Run:
         }
         judge(self, part, model, training)
         return True
+
+    def _whole_model(self) -> nn.Module:
+        """The network as one process has it, to be judged without the others."""
+        untrained = replace(self.recipe.model, pretrained=False, weights=None)
+        return build_model(replace(self.recipe, model=untrained), self.data.classes)
 
     def report(self) -> Path:
         """Write report.html from the run's files and return its path."""
@@ -419,7 +419,7 @@ def prepare(
     if resume:
         recipe = _resumed_recipe(recipe, folder, overrides)
     assert recipe is not None
-    ranks = Ranks(recipe.training.device)
+    ranks = Ranks(recipe.training.device, recipe.training.distributed)
     if not ranks.main:
         output = Output(quiet=True)
     if ranks.size > 1 and not resume and folder == default:

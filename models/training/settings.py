@@ -95,6 +95,8 @@ class TrainingSettings:
     keep_previous: bool = True  # keep the checkpoint before the last one
     workers: int = 0
     device: str = "auto"
+    distributed: Literal["ddp", "fsdp"] = "ddp"  # of several processes: each has the network, or a part of every weight
+    sync_batch_norm: bool = False  # normalise by the batch of all processes, not by each one's own part
     threads: int | None = None  # of torch on the CPU; small networks gain little from more than one
     tensorboard: bool = False
 
