@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,11 +82,10 @@ def predict_images(run: Path, images: Sequence[Path], folder: Path, settings: Se
         from cellops.models.prediction.sheets import check_gradcam
 
         check_gradcam(predictor)
-    if settings.engine == "ray":
-        from cellops.models.prediction.on_ray import need_ray
-
-        need_ray()
-    with PredictionTable(folder, predictor.classes, predictor.settings, settings.resume, settings.overwrite) as table:
+    with (
+        _engine(settings),
+        PredictionTable(folder, predictor.classes, predictor.settings, settings.resume, settings.overwrite) as table,
+    ):
         before = table.rows
         if before:
             output.line(f"{before} images are in {folder / TABLE} already")
@@ -98,6 +98,14 @@ def predict_images(run: Path, images: Sequence[Path], folder: Path, settings: Se
         _sheets(predictor, table, settings)
         _tell(predictor, table, before, output)
         return table.unreadable
+
+
+def _engine(settings: Settings) -> AbstractContextManager[None]:
+    if settings.engine == "local":
+        return nullcontext()
+    from cellops.models.prediction.on_ray import ray_cluster
+
+    return ray_cluster(settings.workers, settings.address)
 
 
 def _batches(
@@ -113,7 +121,6 @@ def _batches(
         todo,
         unreadable=table.cannot_read,
         workers=settings.workers,
-        address=settings.address,
         batch_size=settings.batch_size,
     )
 

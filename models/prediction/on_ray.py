@@ -7,7 +7,9 @@ images to the others; the process that calls writes the table, and takes each im
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
@@ -24,6 +26,7 @@ WINDOW = 100_000
 """Files that are handed to Ray at a time, so that their names do not pile up."""
 BATCHES_IN_A_TASK = 4
 """What is done again where a worker dies."""
+CONNECT_SECONDS = 10
 
 
 def need_ray() -> None:
@@ -31,6 +34,50 @@ def need_ray() -> None:
     missing = [name for name in ("ray", "pyarrow") if find_spec(name) is None]
     if missing:
         raise ModuleNotFoundError(f"--engine ray needs {', '.join(missing)}: pip install 'cellops[ray]'")
+
+
+@contextmanager
+def ray_cluster(workers: int | None = None, address: str | None = None) -> Iterator[None]:
+    """Ray meanwhile; one that this process has joined already is taken as it is.
+
+    Args:
+        workers: cores of a Ray that is started here; None is all.
+        address: HOST:PORT of a running cluster, or "auto" for the one of this machine; None starts Ray here.
+
+    Raises:
+        ModuleNotFoundError: Ray is not installed.
+        ConnectionError: there is no cluster at the address.
+        ValueError: the address has no port.
+    """
+    need_ray()
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    quiet = {"logging_level": "warning", "log_to_driver": False}
+    if address is None:
+        ray.init(num_cpus=workers, include_dashboard=False, **quiet)
+    else:
+        if address != "auto":
+            _reach(address)
+        ray.init(address=address, **quiet)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _reach(address: str) -> None:
+    """Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        raise ValueError(f"--address must be HOST:PORT or auto, got {address!r}")
+    try:
+        socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
+    except OSError as error:
+        raise ConnectionError(f"there is no Ray cluster at {address}: {error.strerror or error}") from None
 
 
 class Worker:
@@ -94,23 +141,13 @@ def ray_batches(
         gpus: what each worker takes of a GPU.
 
     Raises:
-        ModuleNotFoundError: Ray is not installed.
-        ConnectionError: there is no cluster at the address.
+        ModuleNotFoundError, ConnectionError, ValueError: see `ray_cluster`.
         ImageError: an image cannot be read, and there is no `unreadable`.
         RuntimeError: Ray lost images for good.
     """
-    need_ray()
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    import ray
+    with ray_cluster(workers, address):
+        import ray
 
-    started = not ray.is_initialized()
-    if started:
-        quiet = {"logging_level": "warning", "log_to_driver": False}
-        if address is None:
-            ray.init(num_cpus=workers, include_dashboard=False, **quiet)
-        else:
-            ray.init(address=address, **quiet)
-    try:
         ray.data.DataContext.get_current().enable_progress_bars = False
         count = workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
         while window := list(islice(found, WINDOW)):
@@ -119,9 +156,6 @@ def ray_batches(
                     _note(unreadable, path, problem)
             files = [path for path, problem in window if problem is None]
             yield from _window(predictor, Path(run), files, unreadable, count, batch_size, gpus)
-    finally:
-        if started:
-            ray.shutdown()
 
 
 def _window(
