@@ -303,6 +303,48 @@ def test_half_a_line_is_dropped(run, tmp_path):
     assert (out / "predictions.csv").read_bytes() == (tmp_path / "whole" / "predictions.csv").read_bytes()
 
 
+def test_control_c_keeps_what_is_done(run, tmp_path, capsys, monkeypatch):
+    images, out = small_images(tmp_path / "images", 40), tmp_path / "out"
+    add, calls = PredictionTable.add, []
+
+    def interrupted(self, rows):
+        add(self, rows)
+        calls.append(rows)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(PredictionTable, "add", interrupted)
+    assert command(run, images, "--output", out, "--batch-size", "8") == 130
+    assert "interrupted; the same command with --resume goes on" in capsys.readouterr().err
+    assert len(table_of(out)) == 24
+    assert command(run, images, "--output", out, "--batch-size", "8", "--resume") == 0
+    assert "40 images, 16 of them new" in capsys.readouterr().out
+    assert command(run, images, "--output", tmp_path / "whole", "--batch-size", "8") == 0
+    assert (out / "predictions.csv").read_bytes() == (tmp_path / "whole" / "predictions.csv").read_bytes()
+
+
+def test_a_full_disk_is_told_and_nothing_is_lost(run, tmp_path, capsys, monkeypatch):
+    """What was committed before stays, and goes on when there is room."""
+    images, out = small_images(tmp_path / "images", 40), tmp_path / "out"
+    monkeypatch.setattr(table, "COMMIT_SECONDS", 0)
+    sync, calls = os.fsync, []
+
+    def full(descriptor):
+        calls.append(descriptor)
+        if len(calls) > 12:
+            raise OSError(28, "No space left on device")
+        sync(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        assert command(run, images, "--output", out, "--batch-size", "4") == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert 0 < json.loads((out / "predictions.json").read_text())["rows"] < 40
+    assert command(run, images, "--output", out, "--batch-size", "4", "--resume") == 0
+    assert command(run, images, "--output", tmp_path / "whole", "--batch-size", "4") == 0
+    assert (out / "predictions.csv").read_bytes() == (tmp_path / "whole" / "predictions.csv").read_bytes()
+
+
 def test_none_can_be_read(run, tmp_path, capsys):
     (tmp_path / "a.png").write_bytes(b"nothing")
     assert command(run, tmp_path / "a.png", "--output", tmp_path / "out") == 1

@@ -88,14 +88,15 @@ class Worker:
         tta: views of each image.
         settings: of the predictor of the process that calls.
         batch_size: images at a time.
+        device: of the network.
 
     Raises:
         ValueError: this machine has another run under the same path.
     """
 
-    def __init__(self, run: str, tta: str, settings: dict[str, Any], batch_size: int) -> None:
+    def __init__(self, run: str, tta: str, settings: dict[str, Any], batch_size: int, device: str) -> None:
         torch.set_num_threads(1)
-        self.predictor = Predictor.load(run, tta)
+        self.predictor = Predictor.load(run, tta, device)
         self.batch_size = batch_size
         if self.predictor.settings != settings:
             raise ValueError(f"{run} is another run here than where prediction was started")
@@ -176,7 +177,13 @@ def _window(
     blocks = min(len(files), max(4 * workers, -(-len(files) // (BATCHES_IN_A_TASK * batch_size))))
     data = ray.data.from_items([{"image": name} for name in waiting], override_num_blocks=blocks).map_batches(
         Worker,
-        fn_constructor_args=(str(run.absolute()), predictor.tta, predictor.settings, batch_size),
+        fn_constructor_args=(
+            str(run.absolute()),
+            predictor.tta,
+            predictor.settings,
+            batch_size,
+            "cuda" if gpus else "cpu",
+        ),
         batch_size=None,
         compute=ray.data.ActorPoolStrategy(size=min(workers, blocks)),
         num_cpus=1,
