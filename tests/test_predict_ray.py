@@ -119,3 +119,15 @@ def test_no_cluster(run, tmp_path, capsys):
     assert cli.main([*arguments, "--address", "here"]) == 2
     assert "--address must be HOST:PORT or auto, got 'here'" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_another_run_under_the_same_path(run, tmp_path):
+    """A worker that finds other weights than the caller's does not begin."""
+    from cellops.models.prediction.files import image_files
+    from cellops.models.prediction.on_ray import EngineError, ray_batches
+
+    folder = images(tmp_path / "images", 10)
+    predictor = Predictor.load(run)
+    predictor.settings["weights"] = ["of another machine"]
+    with pytest.raises(EngineError, match="is another run here than where prediction was started"):
+        list(ray_batches(predictor, run, image_files([folder]), workers=2))

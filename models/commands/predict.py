@@ -43,6 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Predict, and return the exit code."""
     need_models_extra()
     from cellops.models.prediction.job import Settings, predict_images
+    from cellops.models.prediction.on_ray import EngineError
     from cellops.models.training.console import Output
 
     settings = Settings(
@@ -61,6 +62,8 @@ def run(arguments: argparse.Namespace) -> int:
             unreadable = predict_images(
                 arguments.run, arguments.images, arguments.output, settings, Output(quiet=False)
             )
+    except EngineError as error:
+        raise CommandError(f"{error}; the same command with --resume goes on", FAILED) from error
     except KeyboardInterrupt:
         raise CommandError("interrupted; the same command with --resume goes on", INTERRUPTED) from None
     return FAILED if unreadable else 0

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from itertools import islice
@@ -27,6 +27,10 @@ WINDOW = 100_000
 BATCHES_IN_A_TASK = 4
 """What is done again where a worker dies."""
 CONNECT_SECONDS = 10
+
+
+class EngineError(RuntimeError):
+    """Ray gave up; what was predicted before is kept."""
 
 
 def need_ray() -> None:
@@ -144,7 +148,7 @@ def ray_batches(
     Raises:
         ModuleNotFoundError, ConnectionError, ValueError: see `ray_cluster`.
         ImageError: an image cannot be read, and there is no `unreadable`.
-        RuntimeError: Ray lost images for good.
+        EngineError: Ray lost images or workers for good.
     """
     with ray_cluster(workers, address):
         import ray
@@ -189,7 +193,7 @@ def _window(
         num_cpus=1,
         num_gpus=gpus or None,
     )
-    for batch in data.iter_batches(batch_size=None, batch_format="numpy"):
+    for batch in _until_ray_fails(data.iter_batches(batch_size=None, batch_format="numpy")):
         rows = []
         for name, problem, probabilities in zip(batch["image"], batch["problem"], batch["probabilities"], strict=True):
             file = waiting.pop(bytes(name), None)
@@ -201,7 +205,17 @@ def _window(
                 rows.append(predictor.prediction(file, probabilities))
         yield rows
     if waiting:
-        raise RuntimeError(f"Ray gave no answer for {len(waiting)} images, the first {next(iter(waiting.values()))}")
+        raise EngineError(f"Ray gave no answer for {len(waiting)} images, the first {next(iter(waiting.values()))}")
+
+
+def _until_ray_fails(batches: Iterable[Any]) -> Iterator[Any]:
+    import ray
+
+    try:
+        yield from batches
+    except ray.exceptions.RayError as error:
+        last = [line for line in str(error).splitlines() if line.strip()][-1:]
+        raise EngineError(f"Ray gave up: {type(error).__name__}: {''.join(last).strip()}") from error
 
 
 def _note(unreadable: Note | None, path: Path, problem: str) -> None:
