@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from cellops.models.export import INPUT, ExportError, onnx_session
+from cellops.models.training.checkpoint import write_atomically
 
 QUANTIZED = ("Conv", "Gemm", "MatMul")
 """Operators in 8 bits; what moves no weights stays in float32: onnxruntime has no 8-bit DeformConv or GridSample."""
@@ -32,12 +33,14 @@ class Measured:
         latency: median seconds of one image.
         accuracy: part of the images whose largest logit is the label's, None without labels.
         agreement: part of the images whose largest logit is that of the first file.
+        images: how many.
     """
 
     size: int
     latency: float
     accuracy: float | None
     agreement: float
+    images: int
 
 
 def quantize_onnx(path: str | Path, output: str | Path, images: Tensor, batch: int = 16) -> Path:
@@ -87,46 +90,56 @@ def quantize_onnx(path: str | Path, output: str | Path, images: Tensor, batch: i
         )
         import onnx
 
-        if not any(node.op_type == "QuantizeLinear" for node in onnx.load(written).graph.node):
+        model = onnx.load(written)
+        if not any(node.op_type == "QuantizeLinear" for node in model.graph.node):
             raise ExportError(f"{path} has no {', '.join(QUANTIZED)} to quantise")
-        Path(output).parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(output).with_name(f".{Path(output).name}.part")
-        partial.write_bytes(written.read_bytes())
-        partial.replace(output)
+        del model.metadata_props[:]  # what the tools wrote into it; what `export_onnx` did stays
+        model.metadata_props.extend(onnx.load(path, load_external_data=False).metadata_props)
+        write_atomically(Path(output), lambda file: file.write(model.SerializeToString()))
     return Path(output)
 
 
 def compare(
-    paths: Sequence[str | Path], images: Tensor, labels: Tensor | None = None, runs: int = 20
+    paths: Sequence[str | Path], batches: Iterable[tuple[Tensor, Tensor | None]], runs: int = 20
 ) -> list[Measured]:
     """Size, latency of one image on one core, and what each file says about some images.
 
     Args:
         paths: the first is what the others are compared with.
-        images: [N, C, H, W].
-        labels: [N], or None.
+        batches: images [N, C, H, W] with their labels [N], or None for all of them; one batch is held at a time.
         runs: calls that latency is the median of; the files have their turns in every round.
+
+    Raises:
+        ValueError: there are no images.
     """
     sessions = [onnx_session(Path(path), threads=1) for path in paths]
-    one = {INPUT: images[:1].numpy()}
     taken: list[list[float]] = [[] for _ in sessions]
-    for _ in range(runs):
-        for session, times in zip(sessions, taken, strict=True):
-            start = time.perf_counter()
-            session.run(None, one)
-            times.append(time.perf_counter() - start)
-    said = [
-        torch.cat([torch.from_numpy(session.run(None, {INPUT: x.numpy()})[0]) for x in images.split(16)]).argmax(1)
-        for session in sessions
-    ]
+    right, agreeing, count, labelled = [0] * len(sessions), [0] * len(sessions), 0, True
+    for images, labels in batches:
+        if not count:
+            one = {INPUT: images[:1].numpy()}
+            for _ in range(runs):
+                for session, times in zip(sessions, taken, strict=True):
+                    start = time.perf_counter()
+                    session.run(None, one)
+                    times.append(time.perf_counter() - start)
+        said = [torch.from_numpy(session.run(None, {INPUT: images.numpy()})[0]).argmax(1) for session in sessions]
+        count += len(images)
+        labelled = labelled and labels is not None
+        for number, found in enumerate(said):
+            agreeing[number] += int((found == said[0]).sum())
+            right[number] += 0 if labels is None else int((found == labels).sum())
+    if not count:
+        raise ValueError("batches must hold at least one image")
     return [
         Measured(
             Path(path).stat().st_size,
-            statistics.median(times),
-            None if labels is None else float((found == labels).double().mean()),
-            float((found == said[0]).double().mean()),
+            statistics.median(taken[number]),
+            right[number] / count if labelled else None,
+            agreeing[number] / count,
+            count,
         )
-        for path, times, found in zip(paths, taken, said, strict=True)
+        for number, path in enumerate(paths)
     ]
 
 

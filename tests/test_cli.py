@@ -200,7 +200,7 @@ def test_predict(capsys, trained, tmp_path):
         for name in ("p_a", "p_b", "p_c"):
             assert float(row[name]) == pytest.approx(float(same[name]), abs=1e-5)
     code, out, _ = run(
-        capsys, "predict", folder / "weights.safetensors", data / "a", "--output", out_folder, "--sheet", "0"
+        capsys, "predict", folder / "weights.safetensors", data / "a", "--output", tmp_path / "few", "--sheet", "0"
     )
     assert code == 0 and "16 images" in out
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,10 @@ import cellops
 from cellops import testing
 from cellops.models import create_model, list_models, onnx_rules
 from cellops.models.cli import main
+from cellops.models.data import read_image
 from cellops.models.export import ExportError, export_onnx, export_program, onnx_session
+from cellops.models.prediction import Predictor
+from cellops.models.prediction.preparation import Preparation
 
 onnx = pytest.importorskip("onnx")
 for package in ("onnxruntime", "onnxscript", "timm"):
@@ -46,7 +50,19 @@ def drawn(name: str, **options: Any) -> nn.Module:
     return model
 
 
-def assert_exported(model: nn.Module, path: Path, size: int) -> None:
+def real_images(size: int) -> Tensor:
+    """Cells of blood and of a cervical smear, as networks see them, [N, 3, size, size]."""
+    root = Path(os.environ.get("CELLOPS_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+    files = [next(iter(sorted(folder.glob("*.*g"))), None) for folder in sorted(root.glob("*/*"))]
+    files += sorted(root.glob("cric/crops/*/*.png"))[:4]
+    chosen = [file for file in files if file is not None][:8]
+    if not chosen:
+        pytest.skip(f"no real images: {root} holds none (CELLOPS_DATA names another folder)")
+    preparation = Preparation((size, size), (size, size))
+    return torch.stack([preparation(read_image(file)) for file in chosen])
+
+
+def assert_exported(model: nn.Module, path: Path, size: int, real: Tensor | None = None) -> None:
     """One file of standard operators that computes the same for any batch; the network stays as it was."""
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     training = model.training
@@ -59,12 +75,13 @@ def assert_exported(model: nn.Module, path: Path, size: int) -> None:
     loaded = onnx.load(path)
     assert {node.domain for node in loaded.graph.node} == {""} and not loaded.functions
     assert {entry.key: entry.value for entry in loaded.metadata_props}["classes"] == '["a", "b"]'
-    session, images = onnx_session(path), torch.randn(7, 3, size, size)
-    with torch.no_grad():
-        wanted = model.eval()(images)
-    found = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
-    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4 * float(wanted.abs().max()))
-    assert written.difference is not None and float(wanted.abs().max()) > 1e-3
+    session = onnx_session(path)
+    for images in [torch.randn(7, 3, size, size), *([] if real is None else [real, real[:1]])]:
+        with torch.no_grad():
+            wanted = model.eval()(images)
+        found = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4 * float(wanted.abs().max()))
+        assert written.difference is not None and float(wanted.abs().max()) > 1e-3
 
 
 @pytest.mark.parametrize("name", list(SMALL))
@@ -75,7 +92,8 @@ def test_small_networks_in_onnxruntime(name: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FULL)
 def test_networks_in_onnxruntime(name: str, tmp_path: Path) -> None:
-    assert_exported(drawn(name), tmp_path / "network.onnx", 96)
+    """On random images, and on real ones where they are at hand."""
+    assert_exported(drawn(name), tmp_path / "network.onnx", 96, real_images(96))
 
 
 class EveryRule(nn.Module):
@@ -171,6 +189,9 @@ def test_bad_input_is_told(tmp_path: Path, capsys: pytest.CaptureFixture) -> Non
         "did you mean 'dresnet_025'": ["dresnet_25", "--output", str(tmp_path / "x.onnx")],
         "--train is of --format pt2": ["dresnet_025", "--train", "--output", str(tmp_path / "x.onnx")],
         "need a run": ["dresnet_025", "--images", str(tmp_path), "--output", str(tmp_path / "x.onnx")],
+        "--int8 needs a trained run": ["dresnet_025", "--int8", "--output", str(tmp_path / "x.onnx")],
+        "--int8 is of --format onnx": ["dresnet_025", "--int8", "--output", str(tmp_path / "x.pt2")],
+        "--calibrate is of --int8": ["dresnet_025", "--calibrate", str(tmp_path), "--output", str(tmp_path / "x.onnx")],
     }
     for text, arguments in wrong.items():
         assert main(["export", *arguments]) == 2
@@ -240,35 +261,84 @@ def test_programs_run_and_train_in_another_process(tmp_path: Path) -> None:
         optimizer.step()
 
 
-@pytest.mark.slow
-def test_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """A run is trained, and its file says what a user of it must know."""
-    run, images = tmp_path / "run", tmp_path / "images"
-    settings = ["data.options.count=60", "data.input_size=32", "data.options.size=32"]
-    train = [
-        "train",
-        "--recipe",
-        "demo",
-        "--model",
-        "dresnet_025",
-        "--epochs",
-        "1",
-        "--output",
-        str(run),
-        "--set",
-        settings[0],
-    ]
-    assert main([*train, "--set", settings[1], "--set", settings[2]]) == 0
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on 60 drawn cells."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    settings = ["data.options.count=60", "data.input_size=32", "data.options.size=32", "evaluation.bootstrap=0"]
+    settings = [word for setting in settings for word in ("--set", setting)]
+    arguments = ["train", "--recipe", "demo", "--model", "dresnet_025", "--epochs", "1", "--quiet", *settings]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CELLOPS_CACHE", str(tmp_path_factory.getbasetemp() / "cellops-cache"))
+        assert main([*arguments, "--output", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture
+def few_images(tmp_path: Path) -> Path:
+    """A folder of three."""
     from PIL import Image
 
-    images.mkdir()
+    folder = tmp_path / "images"
+    folder.mkdir()
     for i in range(3):
         pixels = (torch.rand(40, 50, 3, generator=torch.Generator().manual_seed(i)) * 255).byte().numpy()
-        Image.fromarray(pixels).save(images / f"{i}.png")
-    assert main(["export", str(run), "--output", str(tmp_path / "x.onnx"), "--images", str(images)]) == 0
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+    return folder
+
+
+def said(path: Path) -> dict[str, str]:
+    return {entry.key: entry.value for entry in onnx.load(path).metadata_props}
+
+
+@pytest.mark.slow
+def test_command(trained: Path, few_images: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """A run's file says what a user of it must know, and predicts as the run does."""
+    path = tmp_path / "x.onnx"
+    assert main(["export", str(trained), "--output", str(path), "--images", str(few_images)]) == 0
     assert "Conv, " in capsys.readouterr().out
-    said = {entry.key: entry.value for entry in onnx.load(tmp_path / "x.onnx").metadata_props}
-    assert len(json.loads(said["classes"])) == 5 and said["model"] == "dresnet_025"
-    assert said["trained_on_synthetic_images"] == "True" and json.loads(said["normalise"]) == "imagenet"
-    assert main(["export", str(run), "--output", str(tmp_path / "x.pt2")]) == 0
-    assert main(["export", str(run), "--classes", "3", "--output", str(tmp_path / "y.pt2")]) == 2
+    assert len(json.loads(said(path)["classes"])) == 5 and said(path)["model"] == "dresnet_025"
+    assert said(path)["trained_on_synthetic_images"] == "True" and json.loads(said(path)["normalise"]) == "imagenet"
+    for tta in ("none", "dihedral"):
+        of_run = list(Predictor.load(trained, tta=tta)(few_images))
+        of_file = list(Predictor.load(path, tta=tta)(few_images))
+        for one, other in zip(of_run, of_file, strict=True):
+            assert one.image == other.image and other.probabilities == pytest.approx(one.probabilities, abs=1e-4)
+    assert main(["export", str(trained), "--output", str(tmp_path / "x.pt2")]) == 0
+    assert main(["export", str(trained), "--classes", "3", "--output", str(tmp_path / "y.pt2")]) == 2
+    assert main(["export", "dresnet_025", "--size", "32", "--output", str(path)]) == 0
+    with pytest.raises(ValueError, match="does not say how images are prepared"):
+        Predictor.load(path)
+    path.write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        Predictor.load(path)
+
+
+@pytest.mark.slow
+def test_command_in_8_bits(trained: Path, few_images: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """What the command says of accuracy is what the file does on the held-out images."""
+    path = tmp_path / "small.onnx"
+    assert main(["export", str(trained), "--output", str(path), "--int8", "--calibration-images", "16"]) == 0
+    out = capsys.readouterr().out
+    first = path.read_bytes()
+    metrics = json.loads((trained / "metrics.json").read_text())
+    count = metrics["training"]["images"]["test"]
+    assert f"in float32 {metrics['metrics']['accuracy_micro']:.1%}" in out and "ranges from 16 images" in out
+    operators = {node.op_type for node in onnx.load(path).graph.node}
+    assert "QuantizeLinear" in operators and {node.domain for node in onnx.load(path).graph.node} == {""}
+    from cellops.models.training.apply import run_images
+    from cellops.models.training.console import Output
+
+    session, right, seen = onnx_session(path), 0, 0
+    for images, labels in run_images(trained, Output(quiet=True)).judged():
+        found = torch.from_numpy(session.run(None, {"images": images.numpy()})[0]).argmax(1)
+        right, seen = right + int((found == labels).sum()), seen + len(labels)
+    assert seen == count and f"accuracy on {count} held-out images: {right / seen:.1%}" in out
+    assert len(list(Predictor.load(path)(few_images))) == 3
+    assert main(["export", str(trained), "--output", str(path), "--int8", "--calibrate", str(few_images)]) == 0
+    assert "ranges from 3 images" in capsys.readouterr().out and path.read_bytes() != first
+    weights = tmp_path / "weights.safetensors"
+    weights.write_bytes((trained / "weights.safetensors").read_bytes())
+    assert main(["export", str(weights), "--output", str(tmp_path / "y.onnx"), "--int8"]) == 2
+    assert "lies in no run, whose images it could be judged on" in capsys.readouterr().err
+    assert not (tmp_path / "y.onnx").exists()

@@ -1,23 +1,18 @@
-"""Trained networks at work: on other labelled images, and on images without labels."""
+"""Trained networks at work: loaded with what they need, and measured on other labelled images."""
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from cellops.models.data import Batch, CellData, Folds, build_augmentation
-from cellops.models.data.images import SUFFIXES, ImageError, read_image
-from cellops.models.data.parallel import available_cores, ordered_map
-from cellops.models.data.store import resized
+from cellops.models.data import CellData, Fold, Folds
 from cellops.models.training.checkpoint import CheckpointError, load_weights, read_weights, write_text
 from cellops.models.training.console import Output
 from cellops.models.training.evaluate import Predictions
@@ -28,8 +23,6 @@ from cellops.models.training.recipe import build_recipe
 from cellops.models.training.results import measure, predict
 from cellops.models.training.run import WEIGHTS, Run, activation, build_model
 from cellops.models.training.settings import Recipe
-
-SHEET_SIDE = 128
 
 
 @dataclass
@@ -176,148 +169,49 @@ def _evaluate_other(
     return found
 
 
-def image_files(paths: Sequence[Path]) -> list[Path]:
-    """The files given, and the images in the folders given, each once.
+@dataclass
+class RunImages:
+    """The images of one part of a run, as its network sees them in evaluation."""
 
-    Raises:
-        ValueError: a path does not exist, or a folder holds no image.
-    """
-    found: dict[Path, None] = {}
-    for path in paths:
-        if path.is_dir():
-            inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
-            if not inside:
-                raise ValueError(f"no images in the folder {path}; known are {', '.join(sorted(SUFFIXES))}")
-            found |= dict.fromkeys(inside)
-        elif path.exists():
-            found[path] = None
-        else:
-            raise ValueError(f"there is no image or folder {path}")
-    return list(found)
+    batches: Batches
+    fold: Fold
+
+    def training(self, count: int) -> Tensor:
+        """Some of the images it was trained on, [N, 3, H, W]: evenly spread over them, so that no class is missed."""
+        train = self.fold.train
+        step = max(1, len(train) // count)
+        return self.batches.images(train[::step][:count])
+
+    @property
+    def held_out(self) -> tuple[int, ...]:
+        """Indices of the images that it is judged on."""
+        return self.fold.test or self.fold.validation
+
+    def judged(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The held-out images by batches [N, 3, H, W], with their labels [N]."""
+        for batch in self.batches.evaluation(self.held_out):
+            yield batch.images[batch.valid], batch.targets[batch.valid]
 
 
-def predict_images(
-    run: Path,
-    images: Sequence[Path],
-    folder: Path,
-    tta: str | None,
-    batch_size: int,
-    sheet: int,
-    output: Output,
-) -> list[tuple[Path, str]]:
-    """Classify images: predictions.csv, contact_sheet.png and, where some cannot be read, unreadable.csv.
+def run_images(run: Path, output: Output) -> RunImages:
+    """The images of a run that has one part, or of the part that a file of weights is of.
 
     Args:
-        run: folder of a run (several folds are averaged), or a file of weights.
-        images: files and folders.
-        folder: where the results go.
-        tta: views of each image; None for the recipe's.
-        batch_size: images at a time.
-        sheet: images on the contact sheet; 0 for none.
-        output: for progress and the summary.
-
-    Returns:
-        The files that cannot be read, with the reason.
+        run: folder of the run, or its `weights.safetensors`.
+        output: for progress.
 
     Raises:
-        ValueError: the run or a path does not exist, or no image can be read.
+        ValueError: the file is of no run, the images are not where they were, or they have changed.
     """
-    if batch_size < 1:
-        raise ValueError(f"--batch-size must be at least 1, got {batch_size}")
-    files = image_files(images)
-    device = Ranks("auto").device
-    trained = load_trained(run, device, tta)
-    recipe = trained.recipe
-    unreadable: list[tuple[Path, str]] = []
-    read: list[Path] = []
-    shown: list[np.ndarray] = []
-    rows: list[np.ndarray] = []
-
-    def note(path: Path, thumbnail: np.ndarray) -> None:
-        read.append(path)
-        if len(shown) < sheet:
-            shown.append(thumbnail)
-
-    with output.bar("predicting", len(files)) as bar:
-        for batch in _batches(files, recipe, batch_size, note, unreadable):
-            mean: Any = 0
-            for model in trained.models:
-                _, found = predict_batches(model, [batch], device, activation(recipe), recipe.evaluation.tta)
-                mean = mean + found / len(trained.models)
-            rows.append(mean)
-            bar.advance(steps=len(batch))
-    folder.mkdir(parents=True, exist_ok=True)
-    if unreadable:
-        text = io.StringIO(newline="")
-        csv.writer(text).writerows([("image", "reason"), *((str(path), reason) for path, reason in unreadable)])
-        write_text(folder / "unreadable.csv", text.getvalue())
-        output.line(f"{len(unreadable)} of {len(files)} images cannot be read:", style="yellow")
-        for _, reason in unreadable[:10]:
-            output.line(f"  {reason}")
-        if len(unreadable) > 10:
-            output.line(f"  and {len(unreadable) - 10} more, see {folder / 'unreadable.csv'}")
-    if not rows:
-        raise ValueError("none of the images can be read")
-    probabilities = np.concatenate(rows)
-    _write_predictions(folder / "predictions.csv", read, probabilities, trained.classes)
-    if shown:
-        from cellops.models.report.sheet import contact_sheet
-
-        captions = [f"{trained.classes[row.argmax()]} {row.max():.0%}" for row in probabilities[: len(shown)]]
-        contact_sheet(shown, captions, folder / "contact_sheet.png")
-    counts = np.bincount(probabilities.argmax(1), minlength=len(trained.classes))
-    for name, count in zip(trained.classes, counts, strict=True):
-        output.line(f"  {name:<32}{count:>7}")
-    if trained.synthetic:
-        output.line("warning: this network was trained on SYNTHETIC images", style="yellow")
-    output.line(f"{len(read)} images -> {folder / 'predictions.csv'}", style="bold")
-    return unreadable
-
-
-def _write_predictions(path: Path, files: Sequence[Path], probabilities: np.ndarray, classes: Sequence[str]) -> None:
-    text = io.StringIO(newline="")
-    table = csv.writer(text)
-    table.writerow(["image", "predicted", "confidence", *(f"p_{name}" for name in classes)])
-    for file, row in zip(files, probabilities, strict=True):
-        best = int(row.argmax())
-        table.writerow([str(file), classes[best], f"{row[best]:.6f}", *(f"{value:.9g}" for value in row)])
-    write_text(path, text.getvalue())
-
-
-def _batches(
-    files: Iterable[Path], recipe: Recipe, batch_size: int, note: Any, unreadable: list[tuple[Path, str]]
-) -> Iterator[Batch]:
-    """Batches of the files that can be read, decoded in threads; `note` gets each with a thumbnail."""
-    height, width = recipe.data.store_size or recipe.data.input_size
-    augmentation = build_augmentation(recipe.augmentation, tuple(recipe.data.input_size), False)
-    generator = torch.Generator()
-
-    def decode(path: Path) -> tuple[Path, np.ndarray | ImageError]:
-        try:
-            return path, read_image(path)
-        except ImageError as error:
-            return path, error
-
-    waiting: list[torch.Tensor] = []
-    for path, image in ordered_map(decode, files, available_cores()):
-        if isinstance(image, ImageError):
-            unreadable.append((path, str(image)))
-            continue
-        pixels = torch.from_numpy(resized(image, (height, width), recipe.data.resize).copy()).permute(2, 0, 1)
-        note(path, resized(image, (SHEET_SIDE, SHEET_SIDE), "pad"))
-        waiting.append(augmentation(pixels, generator))
-        if len(waiting) == batch_size:
-            yield _batch(waiting)
-            waiting = []
-    if waiting:
-        yield _batch(waiting)
-
-
-def _batch(images: list[torch.Tensor]) -> Batch:
-    count = len(images)
-    return Batch(
-        images=torch.stack(images),
-        targets=torch.zeros(count, dtype=torch.int64),
-        index=torch.arange(count),
-        valid=torch.ones(count, dtype=torch.bool),
-    )
+    folder = run if run.is_dir() else run.parent
+    root = next((place for place in (folder, *folder.parents[:2]) if (place / "run.json").is_file()), None)
+    if root is None:
+        raise ValueError(f"{run} lies in no run, whose images it could be judged on")
+    trained = load_trained(run, torch.device("cpu"))
+    facts = json.loads((root / "run.json").read_text())
+    data = read_data(trained.recipe.data, output, strict=True)
+    part = next((part for part in facts["parts"] if root / part["folder"] == trained.folders[0]), None)
+    if part is None:
+        raise ValueError(f"{run} is no part of the run {root}")
+    folds = Folds.load(root / f"folds_{part['protocol']}.json", data)
+    return RunImages(Batches.open(trained.recipe, data, output), folds.folds[part["fold"] - 1])

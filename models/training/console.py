@@ -37,8 +37,8 @@ class Output:
         self.console.print(text, style=style, markup=False)
 
     @contextmanager
-    def bar(self, title: str, total: int, done: int = 0) -> Iterator[Bar]:
-        """A progress bar that vanishes when it is done."""
+    def bar(self, title: str, total: int | None, done: int = 0) -> Iterator[Bar]:
+        """A progress bar that vanishes when it is done; without a total it counts."""
         if not self.console.is_terminal or self.console.quiet:
             yield Bar(None)
             return

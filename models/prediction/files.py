@@ -1,0 +1,88 @@
+"""Image files by name, found while the ones before them are worked on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterable, Iterator
+from pathlib import Path
+
+from cellops.models.data.images import SUFFIXES
+
+Found = tuple[Path, str | None]
+"""A file, and why it cannot be read where that is known: a folder that may not be listed stands here too."""
+
+
+def image_files(paths: Iterable[str | Path], leave_out: Path | None = None) -> Iterator[Found]:
+    """The files given, and the images in the folders given, each once; folders are read on the way.
+
+    A folder's images come in the order of their names, and of one folder at a time the names are held. Links to files
+    are followed, links to folders are not.
+
+    Args:
+        paths: files of any name, and folders, of which files named as images are taken.
+        leave_out: a folder whose files do not count, for the results of an earlier call.
+
+    Raises:
+        ValueError: a path does not exist, or a folder holds no image; at the call, before the first file.
+    """
+    given = list(dict.fromkeys(Path(path) for path in paths))
+    absent = next((path for path in given if not path.exists()), None)
+    if absent is not None:
+        raise ValueError(f"there is no image or folder {absent}")
+    skipped = None if leave_out is None else os.path.abspath(leave_out)
+    for path in given:
+        if path.is_dir() and next(_inside(path, skipped), None) is None:
+            raise ValueError(f"no images in the folder {path}; known are {', '.join(sorted(SUFFIXES))}")
+    return _each(given, skipped)
+
+
+def _each(given: list[Path], skipped: str | None) -> Iterator[Found]:
+    folders = {os.path.abspath(path) for path in given if path.is_dir()}
+    seen: set[str] = set()
+    for path in given:
+        place = os.path.abspath(path)
+        if place in seen or _is_found_in(path, folders):
+            continue
+        seen.add(place)
+        if path.is_dir():
+            yield from _inside(path, skipped)
+        else:
+            yield path, None
+
+
+def _inside(folder: Path, skipped: str | None) -> Iterator[Found]:
+    """The images of a folder and of those in it."""
+    if os.path.abspath(folder) == skipped:
+        return
+    try:
+        with os.scandir(folder) as entries:
+            names = sorted(
+                (entry.name, entry.is_dir(follow_symlinks=False))
+                for entry in entries
+                if entry.is_dir(follow_symlinks=False) or os.path.splitext(entry.name)[1].lower() in SUFFIXES
+            )
+    except OSError as error:
+        yield folder, f"{folder}: the folder cannot be read: {error.strerror or error}"
+        return
+    for name, is_folder in names:
+        path = folder / name
+        if is_folder:
+            yield from _inside(path, skipped)
+        elif path.is_file() or not path.exists():  # a link to nowhere is listed as such when it is opened
+            yield path, None
+
+
+def _is_found_in(path: Path, folders: Collection[str]) -> bool:
+    """Whether a walk of the other folders meets it."""
+    if path.is_symlink() and path.is_dir():
+        return False
+    if not path.is_dir() and path.suffix.lower() not in SUFFIXES:
+        return False
+    parent = Path(os.path.abspath(path))
+    while parent != parent.parent:
+        parent = parent.parent
+        if str(parent) in folders:
+            return True
+        if parent.is_symlink():
+            return False
+    return False

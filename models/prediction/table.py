@@ -1,0 +1,243 @@
+"""predictions.csv: it grows batch by batch, and after a crash goes on at the last batch that is whole.
+
+FOLDER/predictions.csv    image, predicted, confidence and the probability of every class
+FOLDER/predictions.json   what the table was made with, and how many of its bytes are good
+FOLDER/unreadable.csv     the images that could not be read, with the reason; absent where there is none
+"""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import hashlib
+import io
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+import cellops
+from cellops.models.prediction.predictor import Prediction
+from cellops.models.training.checkpoint import write_text
+
+TABLE, STATE, UNREADABLE = "predictions.csv", "predictions.json", "unreadable.csv"
+FORMAT = 1
+COMMIT_SECONDS = 1.0
+
+
+class PredictionTable:
+    """The results of one folder, written by one process at a time; a context manager.
+
+    At any moment the first `committed` bytes that predictions.json names are whole batches that reached the disk;
+    what follows them is written again when it is resumed.
+
+    Args:
+        folder: of the results; made where it is missing.
+        classes: names of the columns.
+        settings: what the probabilities depend on, as JSON can hold it.
+        resume: go on with what is there; where there is nothing, begin.
+        overwrite: begin anew whatever is there.
+
+    Raises:
+        ValueError: there are results and neither flag is given, or they are of other weights or settings, damaged, or
+            being written by another process. Nothing has been changed then.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        classes: Sequence[str],
+        settings: Mapping[str, Any],
+        resume: bool = False,
+        overwrite: bool = False,
+    ) -> None:
+        if resume and overwrite:
+            raise ValueError("--resume goes on with the results in the folder, --overwrite begins anew: give one")
+        self.folder, self.classes = folder, tuple(classes)
+        self.settings = json.loads(json.dumps(settings))
+        self.rows = self.unreadable = 0
+        self.counts: Counter[str] = Counter()
+        self.committed = 0
+        self._digests = np.empty(0, dtype="S16")
+        self._time = 0.0
+        self._listed: BinaryIO | None = None
+        path = folder / TABLE
+        if path.exists() and path.stat().st_size and not (resume or overwrite):
+            raise ValueError(f"{path} is there already: --resume goes on with it, --overwrite begins anew")
+        folder.mkdir(parents=True, exist_ok=True)
+        self.file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if resume:
+                self._read_state()
+            self._begin()
+        except BlockingIOError:
+            self.file.close()
+            raise ValueError(f"{path} is being written by another process") from None
+        except BaseException:
+            self.file.close()
+            raise
+
+    def __enter__(self) -> PredictionTable:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def __contains__(self, name: str) -> bool:
+        """Whether an image was in the table when it was opened."""
+        digest = np.array(_digest(name), dtype="S16")
+        place = int(np.searchsorted(self._digests, digest))
+        return place < len(self._digests) and bool(self._digests[place] == digest)
+
+    def add(self, rows: Sequence[Prediction]) -> None:
+        """Write a batch; about once a second it is made to last through a power cut."""
+        lines = [_line(row) for row in rows]
+        self.file.write(_encoded(lines))
+        self.file.flush()
+        self.rows += len(rows)
+        self.counts.update(row.predicted for row in rows)
+        if time.monotonic() - self._time >= COMMIT_SECONDS:
+            self.commit()
+
+    def cannot_read(self, path: Path, reason: str) -> None:
+        """List a file that cannot be read."""
+        if self._listed is None:
+            self._listed = (self.folder / UNREADABLE).open("wb")
+            self._listed.write(_encoded([("image", "reason")]))
+        self._listed.write(_encoded([(str(path), reason)]))
+        self._listed.flush()
+        self.unreadable += 1
+
+    def commit(self) -> None:
+        """Make what is written last, and say so in predictions.json."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.committed = self.file.tell()
+        self._write_state()
+
+    def close(self) -> None:
+        """Commit, and let others write."""
+        if not self.file.closed:
+            try:
+                self.commit()
+            finally:
+                self.file.close()
+                if self._listed is not None:
+                    self._listed.close()
+
+    def first(self, count: int) -> list[tuple[Path, str, float]]:
+        """File, class and confidence of the first rows."""
+        self.file.flush()
+        with (self.folder / TABLE).open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+            rows = csv.reader(file)
+            next(rows)
+            return [(Path(row[0]), row[1], float(row[2])) for row in islice(rows, count)]
+
+    @property
+    def _header(self) -> list[str]:
+        return ["image", "predicted", "confidence", *(f"p_{name}" for name in self.classes)]
+
+    def _begin(self) -> None:
+        if not self.committed:
+            self._write_state()  # first, so that whoever is killed here leaves a table of 0 good bytes
+        self.file.truncate(self.committed)
+        self.file.seek(self.committed)
+        (self.folder / UNREADABLE).unlink(missing_ok=True)  # they are tried again
+        if not self.committed:
+            self.file.write(_encoded([self._header]))
+            self.commit()
+
+    def _write_state(self) -> None:
+        state = {
+            "format": FORMAT,
+            "cellops": cellops.__version__,
+            "settings": self.settings,
+            "rows": self.rows,
+            "committed": self.committed,
+        }
+        write_text(self.folder / STATE, json.dumps(state, indent=1, ensure_ascii=False))
+        self._time = time.monotonic()
+
+    def _read_state(self) -> None:
+        """What is there already: the good bytes, and which images are in them.
+
+        Raises:
+            ValueError: it is of other settings, or not as it was left.
+        """
+        path, size = self.folder / TABLE, os.fstat(self.file.fileno()).st_size
+        try:
+            state = json.loads((self.folder / STATE).read_text(encoding="utf-8"))
+            kept, committed = dict(state["settings"]), int(state["committed"])
+            known = state["format"] == FORMAT
+        except FileNotFoundError:
+            if size:
+                raise ValueError(
+                    f"{path} cannot be resumed, as {STATE} is not beside it; --overwrite begins anew"
+                ) from None
+            return
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{self.folder / STATE} is damaged ({error}); --overwrite begins anew") from None
+        differing = [name for name in sorted({*kept, *self.settings}) if kept.get(name) != self.settings.get(name)]
+        if differing or not known:
+            what = ", ".join(differing) or "format"
+            raise ValueError(f"{path} was made with other {what}; take another --output, or --overwrite it")
+        if size < committed:
+            raise ValueError(f"{path} has {size} bytes, fewer than the {committed} that were written; --overwrite it")
+        self.committed = committed
+        self._digests = np.sort(np.fromiter(self._kept_rows(committed), dtype="S16"))
+
+    def _kept_rows(self, committed: int) -> Iterator[bytes]:
+        """Digests of the images in the good part, which are counted."""
+        if not committed:
+            return
+        path = self.folder / TABLE
+        with path.open("rb") as file:
+            text = io.TextIOWrapper(_Part(file, committed), encoding="utf-8", errors="surrogateescape", newline="")
+            rows = csv.reader(text)
+            if next(rows, None) != self._header:
+                raise ValueError(f"{path} has other columns than it was written with; --overwrite begins anew")
+            for row in rows:
+                if len(row) != len(self._header):
+                    raise ValueError(f"{path}: row {self.rows + 2} is not as it was written; --overwrite begins anew")
+                self.rows += 1
+                self.counts[row[1]] += 1
+                yield _digest(row[0])
+
+
+class _Part(io.RawIOBase):
+    """The first bytes of a file."""
+
+    def __init__(self, file: BinaryIO, size: int) -> None:
+        self.file, self.left = file, size
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        found = self.file.read(min(len(buffer), self.left))
+        buffer[: len(found)] = found
+        self.left -= len(found)
+        return len(found)
+
+
+def _digest(name: str) -> bytes:
+    return hashlib.blake2b(os.fsencode(name), digest_size=16).digest()
+
+
+def _line(row: Prediction) -> list[str]:
+    probabilities = (f"{value:.9g}" for value in row.probabilities.values())
+    return [str(row.image), row.predicted, f"{row.confidence:.6f}", *probabilities]
+
+
+def _encoded(lines: Sequence[Sequence[str]]) -> bytes:
+    """Lines of CSV; names that are no UTF-8 keep their bytes."""
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows(lines)
+    return text.getvalue().encode("utf-8", "surrogateescape")
