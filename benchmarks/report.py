@@ -19,6 +19,7 @@ def lines(results: Results) -> list[str]:
         _speed(results)
         + _models(results)
         + _accelerated(results)
+        + _compiled(results)
         + _copies(results)
         + _skipped(results)
         + _overhead(results)
@@ -112,6 +113,18 @@ def _accelerated(results: Results) -> list[str]:
         ]
         label = " ".join(record[key] for key in ("case", "layout", "direction"))
         rows.append([label, str(record["replaced"]), f"{1e3 * ours:.1f}", *figures])
+    return ["", *table(rows)]
+
+
+def _compiled(results: Results) -> list[str]:
+    records = [record for record in results if record["kind"] == "compile"]
+    if not records:
+        return []
+    rows = [["in a compiled block: milliseconds (times ours)", "cellops", "composition"]]
+    for record in records:
+        ours, theirs = (record["variants"][name]["median"] for name in ("cellops", "composition"))
+        label = " ".join(record[key] for key in ("op", "case", "layout", "direction"))
+        rows.append([label, f"{1e3 * ours:.3f}", f"{1e3 * theirs:.3f} ({theirs / ours:.2f}x)"])
     return ["", *table(rows)]
 
 
