@@ -14,7 +14,7 @@ from torch import Tensor
 FEWEST: dict[str, tuple[int, int]] = {
     "squeeze_excite": (65_536, 262_144),
     "eca": (65_536, 262_144),
-    "frelu": (16_384, 16_384),
+    "frelu": (16_384, 131_072),
     "group_conv1x1": (8_192, 8_192),
 }
 """From how many numbers in an image on an op is called, in NCHW and in channels_last; others always are."""
