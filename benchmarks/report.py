@@ -20,6 +20,7 @@ def lines(results: Results) -> list[str]:
         + _models(results)
         + _accelerated(results)
         + _training(results)
+        + _compiled(results)
         + _copies(results)
         + _skipped(results)
         + _overhead(results)
@@ -127,6 +128,18 @@ def _training(results: Results) -> list[str]:
         ratio = f"{medians['cellops'] / medians['bare']:.2f}x"
         overhead = f"{100 * record['overhead']:.2f} %" if "overhead" in record else "-"
         rows.append([record["case"], record["direction"], *speeds, ratio, overhead])
+    return ["", *table(rows)]
+
+
+def _compiled(results: Results) -> list[str]:
+    records = [record for record in results if record["kind"] == "compile"]
+    if not records:
+        return []
+    rows = [["in a compiled block: milliseconds (times ours)", "cellops", "composition"]]
+    for record in records:
+        ours, theirs = (record["variants"][name]["median"] for name in ("cellops", "composition"))
+        label = " ".join(record[key] for key in ("op", "case", "layout", "direction"))
+        rows.append([label, f"{1e3 * ours:.3f}", f"{1e3 * theirs:.3f} ({theirs / ours:.2f}x)"])
     return ["", *table(rows)]
 
 

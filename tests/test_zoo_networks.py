@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
 
 pytest.importorskip("timm")
@@ -168,6 +169,20 @@ def test_traces_without_a_break(name: str) -> None:
         error = _difference(found, eager)
         assert error < 1e-3, f"gradients are off by {error:.1e}"
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
+@pytest.mark.parametrize("name", MAIN)
+def test_two_graphs_serve_all_batch_sizes(name: str, training: bool) -> None:
+    """The first is for the batch at hand; the second, at another size, for any."""
+    torch.compiler.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(build(name).train(training), backend=counter, fullgraph=True)
+    with torch.set_grad_enabled(training):
+        for batch in (2, 3, 5, 8):
+            assert compiled(images(batch)).shape == (batch, 4)
+    assert counter.frame_count == 2
 
 
 @pytest.mark.exhaustive

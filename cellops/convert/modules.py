@@ -14,8 +14,8 @@ from torch.nn.modules import module as _module
 
 from cellops.nn import FReLU, SqueezeExcite, _batch_norm
 from cellops.nn.group_conv1x1 import convolve
+from cellops.nn.squeeze_excite import excite
 from cellops.ops.spatial_attention import spatial_attention
-from cellops.ops.squeeze_excite import squeeze_excite
 
 ACTIVATIONS = {
     "ReLU": "relu",
@@ -41,8 +41,7 @@ class EfficientNetSqueezeExcite(SqueezeExcite):
 
     def forward(self, input: Tensor) -> Tensor:
         """[N, C, H, W] -> [N, C, H, W]. Errors are those of `cellops.squeeze_excite`."""
-        fc1, fc2 = self.conv_reduce, self.conv_expand
-        return squeeze_excite(input, fc1.weight, fc1.bias, fc2.weight, fc2.bias, act=self.act, gate=self.gate)
+        return excite(input, self.conv_reduce, self.conv_expand, self.act, self.gate)
 
 
 class NamedFReLU(FReLU):

@@ -6,7 +6,9 @@ import math
 
 from torch import Tensor, nn
 
+from cellops.nn import _compiled
 from cellops.ops.eca import eca
+from cellops.reference import eca as reference
 
 
 class EfficientChannelAttention(nn.Module):
@@ -31,4 +33,5 @@ class EfficientChannelAttention(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """[N, C, H, W] -> [N, C, H, W]. Errors are those of `cellops.eca`."""
-        return eca(input, self.conv.weight)
+        weight = self.conv.weight
+        return reference.eca(input, weight) if _compiled.stands_back("eca", input, weight) else eca(input, weight)

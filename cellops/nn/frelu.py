@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from cellops.nn import _batch_norm
+from cellops.nn import _batch_norm, _compiled
 from cellops.ops.frelu import frelu, frelu_batch_norm
 
 
@@ -38,7 +38,7 @@ class FReLU(nn.Module):
             ValueError: in training, one value per channel; else the errors are those of `cellops.frelu`.
         """
         conv, bn = self.conv_frelu, self.bn_frelu
-        if not _batch_norm.can_fuse(conv, bn):
+        if not _batch_norm.can_fuse(conv, bn) or _compiled.stands_back("frelu", input, *self.parameters()):
             convolved = conv(input)
             return input.maximum(convolved if bn is None else bn(convolved))
         if bn is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from cellops.nn import _batch_norm
+from cellops.nn import _batch_norm, _compiled
 from cellops.ops.group_conv1x1 import ACTIVATION_CODES, group_conv1x1, group_conv1x1_batch_norm
 from cellops.reference.group_conv1x1 import ACTIVATIONS
 
@@ -17,7 +17,7 @@ class GroupConv1x1(nn.Module):
 
     In training the convolution is normalised by its batch, in evaluation by the running statistics, which are folded
     into scale and shift. A child that is not what it was made as (SyncBatchNorm, a frozen one) or has hooks is called;
-    so are both in training where that is the faster (`_plain_is_faster`).
+    so are both where that is the faster, in training (`_plain_is_faster`) and compiled (`_compiled.stands_back`).
 
     Args:
         in_channels: C.
@@ -76,6 +76,8 @@ def convolve(
     Raises:
         ValueError: in training, one value per channel; else the errors are those of `cellops.group_conv1x1`.
     """
+    if _compiled.stands_back("group_conv1x1", input, *conv.parameters()):
+        return _compose(input, conv, bn, groups, activation, shuffle)
     if bn is None:
         return group_conv1x1(input, conv.weight, None, conv.bias, groups, activation, shuffle)
     if not _batch_norm.uses_batch_statistics(bn):

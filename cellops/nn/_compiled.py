@@ -1,0 +1,43 @@
+"""Where a module gives its place to PyTorch's own ops under `torch.compile`: Inductor makes faster code of them.
+
+A call of an op costs about 25 µs in a compiled program, and what stands before and after it cannot be fused with it:
+a normalisation or a sum is one reading and one writing of the map more. In inference, where an op saves less than that,
+it stands back. The rule looks at one image, not at the batch, which would cost a graph for some batch sizes.
+docs/compile.md has the figures, benchmarks/bench_compile.py takes them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FEWEST: dict[str, tuple[int, int]] = {
+    "squeeze_excite": (65_536, 262_144),
+    "eca": (65_536, 262_144),
+    "frelu": (16_384, 131_072),
+    "group_conv1x1": (8_192, 8_192),
+}
+"""From how many numbers in an image on an op is called, in NCHW and in channels_last; others always are."""
+
+
+def stands_back(op: str, input: Tensor, *parameters: Tensor | None) -> bool:
+    """Whether the composition of PyTorch's ops is to be compiled in place of an op.
+
+    Only in float32 inference on a CPU, where it was measured; never where a program is exported, which runs without
+    Inductor. Under autocast and with other types among its arguments the op is called: it converts, or raises.
+
+    Args:
+        op: its name.
+        input: [N, C, H, W].
+        parameters: the op's other tensors.
+    """
+    if not torch.compiler.is_compiling() or torch.compiler.is_exporting() or op not in FEWEST:
+        return False
+    if torch.is_grad_enabled() or input.device.type != "cpu" or torch.is_autocast_enabled("cpu") or input.dim() != 4:
+        return False
+    if any(one is not None and (one.dtype != torch.float32 or one.device != input.device) for one in parameters):
+        return False
+    if input.dtype != torch.float32:
+        return False
+    channels_last = not input.is_contiguous() and input.is_contiguous(memory_format=torch.channels_last)
+    return input.shape[1] * input.shape[2] * input.shape[3] < FEWEST[op][channels_last]
