@@ -24,7 +24,8 @@ from training_runs import (
 
 from cellops import FReLU, GroupConv1x1
 from cellops.models import create_model
-from cellops.models.training.apply import evaluate_run, predict_images
+from cellops.models.prediction.job import Settings, predict_images
+from cellops.models.training.apply import evaluate_run
 from cellops.models.training.checkpoint import read_weights
 from cellops.models.training.console import Output
 from cellops.models.training.evaluate import Predictions
@@ -155,7 +156,7 @@ def test_what_sharded_training_leaves_serves_the_other_commands(tmp_path, mode):
     from PIL import Image
 
     Image.new("RGB", (40, 40), (200, 120, 160)).save(tmp_path / "cell.png")
-    assert predict_images(folder, [tmp_path / "cell.png"], tmp_path / "predicted", None, 4, 1, quiet) == []
+    assert predict_images(folder, [tmp_path / "cell.png"], tmp_path / "predicted", Settings(), quiet) == 0
     assert (folder / "report.html").is_file() and any((folder / "mistakes").iterdir())
 
 
