@@ -159,7 +159,7 @@ def test_predict(network: str, size: int, run_of: Any, benchmark: Any, record: A
     count = sum(1 for path in folder.iterdir())
     images = [batch.images for batch in run.batches.evaluation(range(count))]
     layout = torch.channels_last if run.recipe.training.channels_last else torch.contiguous_format
-    command = ["predict", str(weights), str(folder), "--output", str(tmp_path / "predicted")]
+    command = ["predict", str(weights), str(folder), "--overwrite", "--output", str(tmp_path / "predicted")]
 
     def ours() -> None:
         assert main(command) == 0
