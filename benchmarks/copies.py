@@ -65,13 +65,13 @@ def compare(
     variants: measure.Variants = {}
     for name, module in built.items():
         module.load_state_dict(weights)
-        variants[name] = _call(module, input, grad_output if backward else None)
+        variants[name] = call_of(module, input, grad_output if backward else None)
         if name != OURS:
             compiled = torch.compile(module, dynamic=False)
-            variants[f"compiled {name}"] = _call(compiled, input, grad_output if backward else None)
+            variants[f"compiled {name}"] = call_of(compiled, input, grad_output if backward else None)
     ours = variants[OURS]()
     for name, call in variants.items():
-        error = _error(call(), ours)
+        error = largest_error(call(), ours)
         assert error < LARGEST_ERROR[dtype], f"{name} differs from ours by {error:.1e} by its norm"
     variants[COPY] = input.clone
     timings = measure.compare(benchmark, OURS, variants)
@@ -90,7 +90,7 @@ def compare(
     )
 
 
-def _error(found: tuple[Tensor, ...], ours: tuple[Tensor, ...]) -> float:
+def largest_error(found: tuple[Tensor, ...], ours: tuple[Tensor, ...]) -> float:
     """The largest difference of a result by its norm: single elements may fall on another side of a kink.
 
     Gradients that are zero are left out: of a bias before a batch normalisation, say, where peers have rounding errors.
@@ -102,7 +102,8 @@ def _error(found: tuple[Tensor, ...], ours: tuple[Tensor, ...]) -> float:
     )
 
 
-def _call(module: Any, input: Tensor, grad_output: Tensor | None) -> Callable[[], tuple[Tensor, ...]]:
+def call_of(module: Any, input: Tensor, grad_output: Tensor | None) -> Callable[[], tuple[Tensor, ...]]:
+    """Inference without `grad_output`; with it a forward and the gradients to input and parameters."""
     if grad_output is None:
 
         def forward() -> tuple[Tensor, ...]:

@@ -22,7 +22,6 @@ release = cellops.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 exclude_patterns = ["_build"]
-suppress_warnings = ["toc.empty_glob"]  # the index names the pages in order, and takes the others as they come
 html_theme = "furo"
 html_title = f"cellops {release}"
 myst_heading_anchors = 3
