@@ -28,7 +28,10 @@ OPS: dict[str, tuple[str, ...]] = {
     "group_conv1x1_batch_norm": ("cpu", "triton"),
     "spatial_attention": ("cpu", "triton"),
 }
-"""The kernels each op has, the preferred of a device first. Every op has the reference beside them."""
+"""The kernels each op has, the preferred of a device first. Every op has the reference beside them.
+
+"cuda" samples in CUDA C++ and leaves the products of `deform_conv2d` to torch (docs/cuda.md).
+"""
 
 BACKENDS = ("cpu", "cuda", "triton", "reference")
 _GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -83,6 +86,8 @@ def preferred(op: str, device_type: str, dtype: torch.dtype, refused: str | None
     kernels = [name for name in OPS[op] if reasons[name] is None and not (name == "triton" and device_type == "cpu")]
     taken = (*kernels, "reference")[0]
     texts = {name: str(reason or f"{taken} is preferred here") for name, reason in reasons.items() if name != taken}
+    if taken == "triton" and reasons["cuda"] is None:
+        texts["cuda"] += "; which of the two is faster is not measured yet"
     return Choice(taken, texts)
 
 

@@ -135,10 +135,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if nvcc() is None:
         raise SystemExit("nvcc is not on the PATH")
-    architectures = arguments.architectures or known_architectures()
-    print(
-        table([row for arch in architectures for name in arguments.file or FILES for row in compile_file(name, arch)])
-    )
+    wanted = product(arguments.architectures or known_architectures(), arguments.file or FILES)
+    print(table([row for architecture, name in wanted for row in compile_file(name, architecture)]))
 
 
 if __name__ == "__main__":

@@ -342,6 +342,22 @@ def test_launchers_are_called_like_tritons(op: str) -> None:
 
 
 @pytest.mark.parametrize("op", CUDA_OPS)
+def test_it_stands_in_where_triton_is_missing(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class WithCuda:
+        def build_info(self) -> dict[str, str]:
+            return {"cuda": "nvcc 13.0: sm_90"}
+
+    monkeypatch.setattr(_native, "library", WithCuda)
+    monkeypatch.setattr(_backend, "_why_no_triton", lambda: None)
+    choice = _backend.preferred(op, "cuda", torch.float16)
+    assert choice.name == "triton"
+    assert choice.reasons["cuda"] == "triton is preferred here; which of the two is faster is not measured yet"
+    monkeypatch.setattr(_backend, "_why_no_triton", lambda: "triton is not installed")
+    assert _backend.preferred(op, "cuda", torch.float16).name == "cuda"
+    assert _backend.preferred(op, "cuda", torch.float64).name == "reference"
+
+
+@pytest.mark.parametrize("op", CUDA_OPS)
 def test_what_cannot_run_says_why(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RuntimeError, match=f"backend='cuda' cannot run {op} on cpu .*: its kernels take tensors on a"):
         _backend.choose(op, "cpu", torch.float32, "cuda")
