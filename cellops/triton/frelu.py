@@ -354,7 +354,8 @@ def _convolution(
     input, weight = arguments[1:3]
     kernel = weight.shape[2]
     taps = power_of_2(kernel * kernel)
-    parts = tiles(input, 2048)  # with half as many, or fewer warps on small devices, the assembler spills
+    warps = 8 if limits_of(input.device).small else 4
+    parts = tiles(input, 512 * warps)  # with half as many, or four warps on small devices, the assembler spills
     grad_convolved = torch.empty_like(input, dtype=torch.float32)
     grad_weights = torch.empty(parts.parts, parts.channels, taps, dtype=torch.float32, device=input.device)
     launch(
@@ -364,7 +365,7 @@ def _convolution(
         K=kernel,
         TAPS=taps,
         **parts.constants,
-        num_warps=8 if limits_of(input.device).small else 4,
+        num_warps=warps,
     )
     sizes, constants = _sizes(input, layout), {"K": kernel, **layout.constants}
     grad_input = torch.empty_like(input)
