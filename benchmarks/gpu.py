@@ -161,7 +161,7 @@ def _finish(results: Results, left: list[str], path: Path, small: bool) -> int:
     from on_gpu.targets import judge_all
 
     targets = [] if small else judge_all(results.records)
-    results.update(targets=targets)
+    results.update(targets=targets, left=left)
     for row in targets:
         print(f"{row['op']} {row['target']}: {row['limit']}, measured {row['value'] or 'not yet'}")
     failed = failures(results.records)

@@ -107,11 +107,13 @@ class Results:
         self.data: Record = {"format": 1, **head, "running": [], "records": []}
         if path.is_file():
             kept = json.loads(path.read_text())
-            for name in ("machine", "versions"):
-                if kept[name] != head[name]:
+            for what, there, here in (
+                ("machine", kept["machine"]["name"], head["machine"]["name"]),
+                ("versions", kept["versions"], head["versions"]),
+            ):
+                if there != here:
                     raise ValueError(
-                        f"--output: {path} was measured elsewhere ({name}: {kept[name]}, here {head[name]}); "
-                        "take another folder"
+                        f"--output: {path} was measured elsewhere ({what}: {there}, here {here}); take another folder"
                     )
             self.data |= {"records": kept["records"]}
             for key in kept.get("running", []):
@@ -155,7 +157,9 @@ class Results:
 
     def _append(self, key: str, record: Record) -> None:
         now = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
-        self.data["records"].append({"key": key, "commit": self.data["commit"]["hash"], "date": now, **record})
+        # GPUs of one name are lent in machines with different processors.
+        origin = {"commit": self.data["commit"]["hash"], "date": now, "cpu": self.data["machine"]["cpu"]}
+        self.data["records"].append({"key": key, **origin, **record})
 
     def _write(self) -> None:
         partial = self.path.with_suffix(".partial")

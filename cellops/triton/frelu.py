@@ -354,7 +354,7 @@ def _convolution(
     input, weight = arguments[1:3]
     kernel = weight.shape[2]
     taps = power_of_2(kernel * kernel)
-    parts = tiles(input, 2048)  # with half as many the assembler takes fewer registers and spills, on an A100
+    parts = tiles(input, 2048)  # with half as many the assembler takes fewer registers and spills
     grad_convolved = torch.empty_like(input, dtype=torch.float32)
     grad_weights = torch.empty(parts.parts, parts.channels, taps, dtype=torch.float32, device=input.device)
     launch(
