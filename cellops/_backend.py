@@ -35,6 +35,7 @@ OPS: dict[str, tuple[str, ...]] = {
 
 BACKENDS = ("cpu", "cuda", "triton", "reference")
 _GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_OLDEST_GPU = (8, 0)  # compute capability, of the library's CUDA kernels
 
 
 class Choice(NamedTuple):
@@ -111,6 +112,8 @@ def why_not(
         return ImportError(str(_native.error))
     if backend == "cuda" and (built := _native.library().build_info()["cuda"]).startswith("off"):
         return RuntimeError(f"the library was built without CUDA ({built})")
+    if backend == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability() < _OLDEST_GPU:
+        return RuntimeError("its kernels need compute capability 8.0 or newer")
     return RuntimeError(refused) if refused else None
 
 

@@ -121,6 +121,17 @@ def test_wrong_input_is_the_ops_error(name: str) -> None:
             compiled(torch.randn(2, CHANNELS, 7, 7, dtype=torch.float64))
         with pytest.raises(Exception, match="must have 4 dimensions"):
             compiled(torch.randn(2, CHANNELS, 7))
+        with pytest.raises(Exception, match="at least one"):
+            compiled(torch.randn(2, CHANNELS, 0, 7))
+
+
+@pytest.mark.parametrize("name", ["FReLU", "GroupConv1x1"])
+def test_wrong_channels_are_the_ops_error(name: str) -> None:
+    op, build = MODULES[name]
+    torch.compiler.reset()
+    compiled = torch.compile(build(CHANNELS).eval(), backend=Calls())
+    with torch.no_grad(), pytest.raises(Exception, match=f"{op}.*must|must.*channels"):
+        compiled(torch.randn(2, CHANNELS // 2, 7, 7))
 
 
 def test_one_graph_serves_all_batches_of_a_map() -> None:

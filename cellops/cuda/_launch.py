@@ -46,7 +46,7 @@ def alert_not_deterministic(op: str) -> None:
         return
     text = (
         f"{op} with backend='cuda' adds up the input's gradient by atomics and is not deterministic; "
-        "backend='triton' has a deterministic variant"
+        "backend='triton' has a deterministic variant, and backend='reference' is one"
     )
     if not torch.is_deterministic_algorithms_warn_only_enabled():
         raise RuntimeError(text)

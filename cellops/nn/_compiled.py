@@ -39,5 +39,7 @@ def stands_back(op: str, input: Tensor, *parameters: Tensor | None) -> bool:
         return False
     if input.dtype != torch.float32:
         return False
+    if 0 in input.shape[1:]:  # some ops refuse empty images
+        return False
     channels_last = not input.is_contiguous() and input.is_contiguous(memory_format=torch.channels_last)
     return input.shape[1] * input.shape[2] * input.shape[3] < FEWEST[op][channels_last]

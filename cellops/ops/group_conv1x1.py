@@ -1,7 +1,7 @@
 """Grouped 1x1 convolution with what follows it: y = shuffle(act(scale * conv(x, weight) + shift)).
 
-Fused: x is read once and y written once. With batch statistics x is read twice; the convolution's result is never
-stored. Saved for backward: the arguments, and the batch's mean and variance.
+Fused: x is read once and y written once. With batch statistics the convolution is computed twice, or waits in y's
+memory where that is cheaper; it is never saved. Saved for backward: the arguments, and the batch's mean and variance.
 """
 
 from __future__ import annotations
