@@ -171,8 +171,13 @@ def test_traces_without_a_break(name: str) -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
+@pytest.mark.parametrize(
+    "training",
+    [
+        pytest.param(False, id="evaluation", marks=pytest.mark.exhaustive),
+        pytest.param(True, id="training", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("name", MAIN)
 def test_two_graphs_serve_all_batch_sizes(name: str, training: bool) -> None:
     """The first is for the batch at hand; the second, at another size, for any."""
