@@ -24,7 +24,7 @@ from typing import Any
 
 import machine
 from on_gpu import build
-from on_gpu.progress import Budget, DeadDevice, Record, Results, Setup, failures, run
+from on_gpu.progress import Budget, DeadDevice, Record, Results, Setup, failures, run, why
 
 sys.path.insert(0, str(machine.ROOT))  # this tree's cellops, installed or not
 
@@ -166,7 +166,7 @@ def _finish(results: Results, left: list[str], path: Path, small: bool) -> int:
         print(f"{row['op']} {row['target']}: {row['limit']}, measured {row['value'] or 'not yet'}")
     failed = failures(results.records)
     for record in failed:
-        print(f"FAILED {record['key']}: {record['failed'].strip().splitlines()[-1][:200]}")
+        print(f"FAILED {record['key']}: {why(record)}")
     print(f"{len(results.records)} rows in {path}, {len(failed)} of them failed")
     if left:
         print(f"{len(left)} rows are left; the same command goes on with:")

@@ -122,6 +122,53 @@ def test_an_error_that_takes_the_gpu_ends_the_process_and_is_kept(tmp_path: Path
     assert "bad" in results and "next" not in results
 
 
+def test_a_wrong_variant_costs_no_other() -> None:
+    ops = importlib.import_module("on_gpu.ops")
+    one = (torch.ones(3),)
+
+    def missing() -> Any:
+        raise ImportError
+
+    def crash() -> Any:
+        raise RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")
+
+    makers = {
+        "cellops a": lambda: lambda: one,
+        "cellops b": lambda: lambda: (torch.full((3,), 1.5),),
+        "half the size": lambda: lambda: (torch.ones(2),),
+        "missing": missing,
+        "measure of speed": lambda: lambda: (torch.zeros(7),),
+        "same": lambda: lambda: (torch.ones(3),),
+    }
+    calls, skipped, ours = ops._tried(makers, set(makers) - {"measure of speed"}, None, torch.float32)
+    assert set(calls) == set(makers) - {"missing"}, "a wrong answer is timed"
+    assert set(skipped) == {"cellops b", "half the size", "missing"}
+    assert "differs" in skipped["cellops b"] and skipped["missing"] == "ImportError"
+    assert ours is one
+    assert ops._own_failures(skipped)["failed"].startswith("cellops b: AssertionError: ")
+    assert ops._own_failures({"eager": "differs"}) == {}
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        ops._tried({"a": lambda: crash}, set(), one, torch.float32)
+
+
+def test_the_clock_goes_on_where_one_variant_raises() -> None:
+    clock = importlib.import_module("on_gpu.clock")
+
+    def fail() -> None:
+        raise MemoryError
+
+    timings, failed = clock.compare({"bad": fail, "good": lambda: None}, torch.device("cpu"), 2)
+    assert failed == {"bad": "MemoryError"}
+    assert set(timings) == {"good"} and timings["good"]["rounds"] == 2
+
+
+def test_which_errors_take_the_gpu() -> None:
+    is_fatal = progress().is_fatal
+    assert is_fatal(RuntimeError("CUDA error: unspecified launch failure"))
+    assert not is_fatal(RuntimeError("CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling x"))
+    assert not is_fatal(RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"))
+
+
 def test_a_row_that_was_cut_off_is_not_tried_again(tmp_path: Path) -> None:
     module = progress()
     module.Results(tmp_path / "r.json", HEAD).begin("hangs")

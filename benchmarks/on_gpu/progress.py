@@ -19,8 +19,14 @@ from typing import Any
 
 Record = dict[str, Any]
 
-FATAL = ("CUDA error", "CUBLAS_STATUS", "CUDNN_STATUS_EXECUTION_FAILED")
+FATAL = (
+    *("CUDA error", "CUBLAS_STATUS", "CUDNN_STATUS_EXECUTION_FAILED"),
+    *("illegal memory access", "device-side assert", "misaligned address", "launch failure"),  # Triton's words
+)
 """In the text of an error after which a process can use its GPU no more."""
+
+HARMLESS = ("NOT_SUPPORTED", "ALLOC_FAILED", "no kernel image", "out of memory")
+"""In the text of one that also has words of `FATAL`, but after which the GPU can be used."""
 
 
 class OutOfTime(Exception):
@@ -29,6 +35,17 @@ class OutOfTime(Exception):
 
 class DeadDevice(Exception):
     """The process must be started anew: its context on the GPU is lost."""
+
+
+def is_fatal(error: Exception) -> bool:
+    """Whether the process can use its GPU no more."""
+    text = str(error)
+    return any(words in text for words in FATAL) and not any(words in text for words in HARMLESS)
+
+
+def in_a_line(error: Exception) -> str:
+    """An error's type and the first line of its text, which may be empty."""
+    return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])[:200]
 
 
 class Budget:
@@ -189,9 +206,8 @@ def run(step: Step, results: Results, budget: Budget, say: Callable[[str], None]
             step.left.append(row.key)
             return
         except Exception as error:  # one row's failure must not cost the others
-            text = f"{type(error).__name__}: {error}"
-            record = {"failed": text}
-            if step.parallel == 1 and any(words in text for words in FATAL):
+            record = {"failed": f"{type(error).__name__}: {error}"}
+            if step.parallel == 1 and is_fatal(error):
                 dead.append(row.key)
         record["took"] = round(time.monotonic() - started, 2)
         results.end(row.key, record)
@@ -210,13 +226,18 @@ def run(step: Step, results: Results, budget: Budget, say: Callable[[str], None]
 def summary(record: Record) -> str:
     """A row in a few words."""
     if "failed" in record:
-        return "FAILED: " + record["failed"].strip().splitlines()[-1][:200]
+        return "FAILED: " + why(record)
     if "skipped_because" in record:
         return "skipped: " + record["skipped_because"]
     if record.get("kind") == "gpu":
         times = (f"{name} {1e3 * timing['median']:.4f} ms" for name, timing in record["variants"].items())
         return ", ".join(times)
     return record.get("summary", "done")
+
+
+def why(record: Record) -> str:
+    """A failed row's last line."""
+    return (record["failed"].strip() or "it wrote nothing").splitlines()[-1][:200]
 
 
 def failures(records: Iterable[Record]) -> list[Record]:
