@@ -162,6 +162,71 @@ def test_the_clock_goes_on_where_one_variant_raises() -> None:
     assert set(timings) == {"good"} and timings["good"]["rounds"] == 2
 
 
+def test_what_cannot_run_here_is_tried_again(tmp_path: Path) -> None:
+    module, there = progress(), []
+
+    def measure(left: float) -> Any:
+        if not there:
+            raise module.Skipped("no data")
+        return {"kind": "x"}
+
+    for _ in range(2):
+        results, step = module.Results(tmp_path / "r.json", HEAD), module.Step("s", [module.Row("a", 0, measure)])
+        module.run(step, results, module.Budget(100.0), lambda line: None)
+        if not there:
+            assert step.left == [] and "a" not in results and results.data["skipped"] == {"a": "no data"}
+            there.append("data")
+    assert "a" in results and results.data["skipped"] == {}
+
+
+def test_a_row_longer_than_a_call_holds_nothing_up(tmp_path: Path) -> None:
+    module = progress()
+    measured: list[tuple[str, int]] = []
+
+    def late(left: float) -> Any:
+        measured.append(("late", round(left)))
+        raise module.OutOfTime
+
+    def call(seconds: float, **more: bool) -> list[str]:
+        rows = [module.Row("late", 0, late, **more), module.Row("good", 0, lambda left: {"kind": "x"})]
+        results, step = module.Results(tmp_path / "r.json", HEAD), module.Step("s", rows)
+        module.run(step, results, module.Budget(seconds), lambda line: None)
+        assert "good" in results and step.left == ["late"]
+        return list(results.data["stopped"])
+
+    assert call(50.0) == ["late"]
+    call(51.0)
+    call(100.0)
+    call(100.0)
+    assert measured == [("late", 50), ("late", 100)], "once more with more time, then passed over"
+    assert call(200.0, resumes=True) == []
+    call(100.0, resumes=True)
+    assert measured[2:] == [("late", 200), ("late", 100)], "what goes on is always gone on with"
+
+
+def test_an_older_library_is_measured_where_it_cannot_be_compiled(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script, build, module = importlib.import_module("gpu"), importlib.import_module("on_gpu.build"), progress()
+    monkeypatch.setattr(build, "up_to_date", lambda: False)
+    monkeypatch.setattr(build, "_version", lambda: "0")
+    monkeypatch.setattr(build.shutil, "which", lambda name: sys.executable)  # fails at its first argument
+    monkeypatch.setattr(build, "loadable", lambda: True)
+    pytest.importorskip("pybind11", reason="pybind11 is not installed")
+    assert script._compile(module.Budget(60.0))
+    errors = capsys.readouterr().err
+    assert "failed:" in errors and "warning: the library that is there, older than csrc/" in errors
+    monkeypatch.setattr(build, "loadable", lambda: False)
+    assert not script._compile(module.Budget(60.0))
+
+    def late(command: Any, seconds: float) -> Any:
+        raise module.OutOfTime
+
+    monkeypatch.setattr(build.process, "run", late)
+    assert not script._compile(module.Budget(1.0))
+    assert "was not finished in this call's time" in capsys.readouterr().err
+
+
 def test_which_errors_take_the_gpu() -> None:
     is_fatal = progress().is_fatal
     assert is_fatal(RuntimeError("CUDA error: unspecified launch failure"))

@@ -27,6 +27,7 @@ LARGEST_ERROR = {torch.float32: 1e-2, torch.bfloat16: 1e-1, torch.float16: 3e-2}
 EAGER_MEMORY = 8 << 30
 """Bytes of the columns that the eager deformable convolution makes; where they are more, it is not run."""
 
+LEAST = 20.0  # seconds that a row must have: this process cannot stop it
 CALLS = 200  # of a tiny tensor, for the cost of a call
 
 
@@ -34,11 +35,11 @@ def step(setup: Setup) -> Step:
     """A row for every point, then the cost of a call of every op."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # alike for ours and the peers
     rows = [
-        Row(point.key, 1.0 if setup.small else 20.0 if _is_compiled(point) else 5.0, partial(_measure, point, setup))
+        Row(point.key, 1.0 if setup.small else 40.0 if _is_compiled(point) else LEAST, partial(_measure, point, setup))
         for point in shapes.points(small=setup.small)
     ]
     timed = shapes.OPS[-1:] if setup.small else shapes.OPS
-    rows += [Row(f"ops {op} overhead", 5.0, partial(_overhead, op, setup)) for op in timed]
+    rows += [Row(f"ops {op} overhead", 1.0 if setup.small else LEAST, partial(_overhead, op, setup)) for op in timed]
     return Step("ops", rows)
 
 
