@@ -253,6 +253,7 @@ def record(direction: str, **changes: Any) -> dict[str, Any]:
     """A row of an H200 in which the op takes 1 ms by default."""
     times = {"cellops triton": 1e-3, "cellops cuda": 2e-3, "dense": 5e-4, "torchvision": 6e-3, "compiled": 3e-3}
     row = {
+        "key": f"ops {direction}",
         "kind": "gpu",
         "op": "deform_conv2d",
         "case": "1x64x56x56",
@@ -275,17 +276,46 @@ def record(direction: str, **changes: Any) -> dict[str, Any]:
     return {**row, **changes}
 
 
-def test_targets_are_judged_by_the_default_backend() -> None:
+def all_records(**changes: Any) -> list[dict[str, Any]]:
+    """A row for every point of a whole run."""
+    points = importlib.import_module("on_gpu.shapes").points()
+    names = ("key", "op", "dtype", "layout", "sweep")
+    return [record(one.direction, **{name: getattr(one, name) for name in names}, **changes) for one in points]
+
+
+def judged(rows: list[dict[str, Any]]) -> dict[tuple[str, str], tuple[str | None, bool | None]]:
     judge_all = importlib.import_module("on_gpu.targets").judge_all
-    found = {
-        (row["op"], row["target"]): (row["value"], row["reached"])
-        for row in judge_all([record("forward"), record("forward", op="frelu"), record("forward", sweep=True)])
-    }
+    return {(row["op"], row["target"]): (row["value"], row["reached"]) for row in judge_all(rows)}
+
+
+def test_targets_are_judged_by_the_default_backend() -> None:
+    found = judged(all_records())
     assert found["deform_conv2d", "forward: time over cuDNN's dense conv"] == ("2.00x", True)
     assert found["deform_conv2d", "forward: extra memory, of the im2col buffer"] == ("5.00 %", True)
+    assert found["deform_conv2d", "forward, float16: speed over torchvision"] == ("6.00x", True)
     assert found["frelu", "evaluation: of the copy bandwidth"] == ("50.0 %", False)
-    assert found["eca", "evaluation: of the copy bandwidth"] == (None, None)
-    assert found["deform_conv2d", "forward+backward: time over the dense conv"] == (None, None)
+    assert found["frelu", "training: speed over torch.compile"] == ("3.00x", True)
+    assert found["offset_sample2d", "forward: speed over grid_sample"] == (None, None), "no row has that peer"
+
+
+def test_targets_need_every_row_and_a_right_answer() -> None:
+    rows = all_records()
+    of_target = [
+        row
+        for row in rows
+        if (row["op"], row["dtype"], row["layout"], row["direction"], row["sweep"])
+        == ("deform_conv2d", "bfloat16", "channels_last", "forward", False)
+    ]
+    assert len(of_target) > 1
+    target = "deform_conv2d", "forward: time over cuDNN's dense conv"
+    assert judged([row for row in rows if row is not of_target[0]])[target] == (None, None)
+    assert judged([row for row in rows if row not in of_target[1:]])[target] == (None, None)
+    of_target[0]["skipped"] = {"cellops cuda": "differs", "torchvision": "differs"}
+    assert judged(rows)[target] == ("2.00x", True)
+    of_target[0]["skipped"] = {"cellops triton": "differs"}
+    assert judged(rows)[target] == (None, None)
+    of_target[0] |= {"skipped": {}, "default": "not timed"}
+    assert judged(rows)[target] == (None, None)
 
 
 def test_table_of_a_gpu(tmp_path: Path) -> None:
