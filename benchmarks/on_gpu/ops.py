@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -51,8 +51,8 @@ def _is_compiled(point: Point) -> bool:
 def _measure(point: Point, setup: Setup, left: float) -> Record:
     device = torch.device(setup.device, 0) if setup.device == "cuda" else torch.device(setup.device)
     dtype, backward = shapes.DTYPES[point.dtype], point.direction != "forward"
-    cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
-    factor = 1 if setup.small else shapes.scale(point.case, dtype, cache)
+    cache_bytes = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
+    factor = 1 if setup.small else shapes.scale(point.case, dtype, cache_bytes)
     arguments = shapes.make(point, device, factor)
     backends = [name for name in _backend.OPS[point.case.op] if _runs(name, point, device)]
     if not backends:
@@ -132,13 +132,14 @@ def _peers(
 ) -> tuple[dict[str, Callable[[], clock.Call]], set[str]]:
     """What makes each peer's call, and which of them give the op's answer."""
     found: dict[str, Callable[[], clock.Call]] = {}
-    eager, prepared = peers.eager(point.case.op), peers.prepared(point.op, arguments)
+    eager = peers.eager(point.case.op)
+    prepared = cache(lambda: peers.prepared(point.op, arguments))  # by the peers themselves: it may take much memory
     if (_im2col_bytes(point, arguments) or 0) * 4 < EAGER_MEMORY:
-        found["eager"] = partial(_call, eager, prepared, backward)
+        found["eager"] = lambda: _call(eager, prepared(), backward)
     if setup.small or _is_compiled(point):
         torch.compiler.reset()  # or the compiler gives up on a function that it has compiled for eight shapes
         compiled = torch.compile(eager, dynamic=False, backend="eager" if setup.small else "inductor")
-        found["compiled"] = partial(_call, compiled, prepared, backward)
+        found["compiled"] = lambda: _call(compiled, prepared(), backward)
     same = {"eager", "compiled"}
     for name, (function, same_answer) in peers.others(point.case.op).items():
         found[name] = partial(_call, function, arguments, backward)
