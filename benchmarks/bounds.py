@@ -22,7 +22,7 @@ os.environ.pop("TRITON_INTERPRET", None)
 
 import torch
 from on_gpu import shapes, work
-from on_gpu.targets import ours
+from on_gpu.targets import ours, trusted
 from targets import Record
 
 PAGE = machine.ROOT / "docs" / "gpu.md"
@@ -100,7 +100,7 @@ def results() -> list[Record]:
 
 def _measured(records: list[Record], key: str, bound: float) -> str:
     for record in records:
-        if record["key"] == key and record.get("kind") == "gpu":
+        if record["key"] == key and record.get("kind") == "gpu" and trusted(record):
             median = record["variants"][ours(record)]["median"]
             return f"{1e6 * median:.0f} µs, {100 * bound / median:.0f} % of the bound"
     return "not yet"

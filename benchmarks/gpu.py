@@ -1,16 +1,17 @@
-"""Everything that needs a GPU, in steps that fit into ten minutes each and go on where the last call stopped.
+"""Everything that needs a GPU, in calls that fit into ten minutes each and go on where the last one stopped.
 
-python benchmarks/gpu.py all --minutes 10 --output results/       # again and again, until nothing is left
+python benchmarks/gpu.py all --minutes 9 --output results/        # again and again, until nothing is left
 python benchmarks/gpu.py suite sanitizer --output results/        # the tests, compute-sanitizer
 python benchmarks/gpu.py ops --output results/                    # every op beside its peers
 python benchmarks/gpu.py threads zoo experiments --output results/
 python benchmarks/gpu.py ops --again "frelu" --output results/    # measure rows anew
 python benchmarks/gpu.py all --device cpu --small --output /tmp/x # walk through every path where there is no GPU
 
-csrc/ is compiled in place first where the library is missing or old. Results are in one JSON, results/<gpu>.json,
-written after every row. Copied to benchmarks/results/, it is what `python benchmarks/table.py` makes the README's table
-from, and `python benchmarks/bounds.py` docs/gpu.md's.
-The exit code is 0 when all is done and nothing failed, 1 after a failure, 3 when rows are left for another call.
+csrc/ is compiled in place first where the library is missing or old. The steps run in their order, each to its end.
+Results are in one JSON, results/<gpu>.json, written after every row. Copied to benchmarks/results/, it is what
+`python benchmarks/table.py` makes the README's table from, and `python benchmarks/bounds.py` docs/gpu.md's.
+The exit code is 0 when all that can run here is done and nothing failed, 1 after a failure, 3 when rows are left for
+another call.
 """
 
 from __future__ import annotations
@@ -24,14 +25,15 @@ from typing import Any
 
 import machine
 from on_gpu import build
-from on_gpu.progress import Budget, DeadDevice, Record, Results, Setup, failures, run
+from on_gpu.progress import Budget, DeadDevice, Record, Results, Setup, failures, run, why
 
 sys.path.insert(0, str(machine.ROOT))  # this tree's cellops, installed or not
 
-STEPS = {"suite": 4.0, "sanitizer": 2.0, "ops": 4.0, "threads": 3.0, "zoo": 2.0, "experiments": 3.0}
-"""The steps in their order, and what share of the time each gets beside those that follow it."""
+STEPS = ("suite", "sanitizer", "ops", "threads", "zoo", "experiments")
+"""In their order."""
 
 FAILED, LEFT = 1, 3
+STARTED = time.time()  # before torch is imported, which takes its seconds
 REPEATED = "CELLOPS_GPU_END"
 """Names the environment variable that tells a process that replaced another when the call has to end."""
 
@@ -51,16 +53,13 @@ def main() -> int:
             file=sys.stderr,
         )
         return 2
-    end = float(os.environ.get(REPEATED, 0)) or time.time() + 60 * options.minutes
-    if not options.small and not build.up_to_date():
-        print("compiling csrc/", flush=True)
-        try:
-            build.build(end - time.time())
-        except RuntimeError as error:
-            print(error, file=sys.stderr)
-            return 2
+    end = float(os.environ.get(REPEATED, 0)) or STARTED + 60 * options.minutes
+    if not options.small and not _compile(Budget(end - time.time())):
+        return 2
     options.output.mkdir(parents=True, exist_ok=True)
     head = describe(options.device, options.commit)
+    if not options.small and not build.up_to_date():
+        head["library"] = "older than csrc/"
     path = options.output / f"{head['machine']['name']}{'-small' if options.small else ''}.json"
     try:
         results = Results(path, head)
@@ -79,10 +78,25 @@ def main() -> int:
     return _finish(results, left, path, options.small)
 
 
+def _compile(budget: Budget) -> bool:
+    """Whether there is a library: this tree's, or where it cannot be compiled an older one, of which the rows tell."""
+    if build.up_to_date() or REPEATED in os.environ:
+        return True
+    print("compiling csrc/", flush=True)
+    try:
+        build.build(budget)
+    except RuntimeError as error:
+        print(error, file=sys.stderr)
+        if not build.loadable():
+            return False
+        print("warning: the library that is there, older than csrc/, is measured instead", file=sys.stderr)
+    return True
+
+
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("steps", nargs="*", choices=[*STEPS, "all"], metavar="step", help=", ".join([*STEPS, "all"]))
-    parser.add_argument("--minutes", type=float, default=10.0, help="that this call may take (10)")
+    parser.add_argument("--minutes", type=float, default=9.0, help="that this call may take (9)")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="where the results are, and go on")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--small", action="store_true", help="tiny shapes and few rows")
@@ -90,9 +104,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--data",
         type=Path,
-        default=machine.ROOT.parent / "shared" / "data",
+        default=_data(),
         metavar="DIR",
-        help="holds pbc/ and cric/, for the experiments",
+        help="holds pbc/ and cric/, for the experiments (shared/data beside or inside the repository)",
     )
     parser.add_argument("--jobs", type=int, default=max(1, machine.cores() // 2), help="test processes side by side")
     parser.add_argument("--commit", metavar="HASH", help="what this tree is of, where there is no git")
@@ -104,6 +118,12 @@ def _options() -> argparse.Namespace:
     if not options.steps or "all" in options.steps:
         options.steps = list(STEPS)
     return options
+
+
+def _data() -> Path:
+    """Beside the repository, or inside it where there is none beside it."""
+    beside, inside = (folder / "shared" / "data" for folder in (machine.ROOT.parent, machine.ROOT))
+    return inside if inside.is_dir() and not beside.is_dir() else beside
 
 
 def describe(device: str, commit: str | None) -> Record:
@@ -129,14 +149,12 @@ def describe(device: str, commit: str | None) -> Record:
 
 
 def _run_steps(names: list[str], setup: Setup, results: Results, end: float) -> list[str]:
-    """Run the steps, each in its share of the time that is left; returns the rows that are not done."""
+    """Run the steps one after another while there is time; returns the rows that are not done."""
     left: list[str] = []
-    chosen = [name for name in STEPS if name in names]
-    for position, name in enumerate(chosen):
+    budget = Budget(end - time.time())
+    for name in (name for name in STEPS if name in names):
         step = _step(name, setup)
-        share = STEPS[name] / sum(STEPS[other] for other in chosen[position:])
-        budget = Budget(end - time.time()).part(share)
-        print(f"== {name}: {len(step.rows)} rows, {budget.left:.0f} s", flush=True)
+        print(f"== {name}: {len(step.rows)} rows, {max(budget.left, 0):.0f} s", flush=True)
         run(step, results, budget, lambda line: print(line, flush=True))
         left += step.left
     return left
@@ -166,12 +184,15 @@ def _finish(results: Results, left: list[str], path: Path, small: bool) -> int:
         print(f"{row['op']} {row['target']}: {row['limit']}, measured {row['value'] or 'not yet'}")
     failed = failures(results.records)
     for record in failed:
-        print(f"FAILED {record['key']}: {record['failed'].strip().splitlines()[-1][:200]}")
+        print(f"FAILED {record['key']}: {why(record)}")
     print(f"{len(results.records)} rows in {path}, {len(failed)} of them failed")
+    for key, reason in results.data["skipped"].items():
+        print(f"skipped, {key}: {reason}")
     if left:
         print(f"{len(left)} rows are left; the same command goes on with:")
         for key in left:
-            print(f"  {key}")
+            had = results.data["stopped"].get(key)
+            print(f"  {key}" + (f" (not finished in {had:.0f} s: given a tenth more, see --minutes)" if had else ""))
     return FAILED if failed else LEFT if left else 0
 
 

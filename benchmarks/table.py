@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from on_gpu.targets import ours, trusted
 from targets import Record, Results, geometric_mean, median_ratio, select
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -64,22 +65,21 @@ def _gpu(results: dict[str, Any]) -> str:
     head = f"**{computer['gpu']}** ({listed}; commit {commit['hash'][:10]}, {results['date'][:10]})"
     records = results["records"]
     shown = {"dtype": "bfloat16", "layout": "channels_last", "sweep": False}
-    rows = select(records, kind="gpu", **shown)
+    rows = [row for row in select(records, kind="gpu", **shown) if trusted(row)]
     backends = sorted({name.removeprefix("cellops ") for row in rows for name in row["percent_of_copy"]}, reverse=True)
     peers = [name for name in dict.fromkeys(name for row in rows for name in row["variants"]) if name != "copy"]
     peers = [name for name in peers if not name.startswith("cellops ")]
     cells = [["op", "input", "direction", "default", *(f"{name}, ms" for name in backends)]]
     cells[0] += [*(f"over {name}" for name in peers), "of the copy", "of the dense conv"]
     for row in rows:
-        ours = f"cellops {row['default']}"
         medians = {name: timing["median"] for name, timing in row["variants"].items()}
         cells.append([f"`{row['op']}`", "x".join(map(str, row["shape"])), row["direction"], row["default"]])
         for name in backends:
             taken = medians.get(f"cellops {name}")
             cells[-1].append("–" if taken is None else f"{1e3 * taken:.3f}")
-        cells[-1] += [f"{medians[peer] / medians[ours]:.2f}x" if peer in medians else "–" for peer in peers]
-        cells[-1].append(f"{row['percent_of_copy'][ours]:.0f} %")
-        cells[-1].append(f"{row['percent_of_dense'][ours]:.0f} %" if row["percent_of_dense"] else "–")
+        cells[-1] += [f"{medians[peer] / medians[ours(row)]:.2f}x" if peer in medians else "–" for peer in peers]
+        cells[-1].append(f"{row['percent_of_copy'][ours(row)]:.0f} %")
+        cells[-1].append(f"{row['percent_of_dense'][ours(row)]:.0f} %" if row["percent_of_dense"] else "–")
     zoo = [one for row in select(records, kind="benchmarks") if row["key"].startswith("zoo") for one in row["records"]]
     text = (
         "bfloat16, channels_last; forward is evaluation, forward+backward training with batch statistics. Medians in a "

@@ -122,6 +122,118 @@ def test_an_error_that_takes_the_gpu_ends_the_process_and_is_kept(tmp_path: Path
     assert "bad" in results and "next" not in results
 
 
+def test_a_wrong_variant_costs_no_other() -> None:
+    ops = importlib.import_module("on_gpu.ops")
+    one = (torch.ones(3),)
+
+    def missing() -> Any:
+        raise ImportError
+
+    def crash() -> Any:
+        raise RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")
+
+    makers = {
+        "cellops a": lambda: lambda: one,
+        "cellops b": lambda: lambda: (torch.full((3,), 1.5),),
+        "half the size": lambda: lambda: (torch.ones(2),),
+        "missing": missing,
+        "measure of speed": lambda: lambda: (torch.zeros(7),),
+        "same": lambda: lambda: (torch.ones(3),),
+    }
+    calls, skipped, ours = ops._tried(makers, set(makers) - {"measure of speed"}, None, torch.float32)
+    assert set(calls) == set(makers) - {"missing"}, "a wrong answer is timed"
+    assert set(skipped) == {"cellops b", "half the size", "missing"}
+    assert "differs" in skipped["cellops b"] and skipped["missing"] == "ImportError"
+    assert ours is one
+    assert ops._own_failures(skipped)["failed"].startswith("cellops b: AssertionError: ")
+    assert ops._own_failures({"eager": "differs"}) == {}
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        ops._tried({"a": lambda: crash}, set(), one, torch.float32)
+
+
+def test_the_clock_goes_on_where_one_variant_raises() -> None:
+    clock = importlib.import_module("on_gpu.clock")
+
+    def fail() -> None:
+        raise MemoryError
+
+    timings, failed = clock.compare({"bad": fail, "good": lambda: None}, torch.device("cpu"), 2)
+    assert failed == {"bad": "MemoryError"}
+    assert set(timings) == {"good"} and timings["good"]["rounds"] == 2
+
+
+def test_what_cannot_run_here_is_tried_again(tmp_path: Path) -> None:
+    module, there = progress(), []
+
+    def measure(left: float) -> Any:
+        if not there:
+            raise module.Skipped("no data")
+        return {"kind": "x"}
+
+    for _ in range(2):
+        results, step = module.Results(tmp_path / "r.json", HEAD), module.Step("s", [module.Row("a", 0, measure)])
+        module.run(step, results, module.Budget(100.0), lambda line: None)
+        if not there:
+            assert step.left == [] and "a" not in results and results.data["skipped"] == {"a": "no data"}
+            there.append("data")
+    assert "a" in results and results.data["skipped"] == {}
+
+
+def test_a_row_longer_than_a_call_holds_nothing_up(tmp_path: Path) -> None:
+    module = progress()
+    measured: list[tuple[str, int]] = []
+
+    def late(left: float) -> Any:
+        measured.append(("late", round(left)))
+        raise module.OutOfTime
+
+    def call(seconds: float, **more: bool) -> list[str]:
+        rows = [module.Row("late", 0, late, **more), module.Row("good", 0, lambda left: {"kind": "x"})]
+        results, step = module.Results(tmp_path / "r.json", HEAD), module.Step("s", rows)
+        module.run(step, results, module.Budget(seconds), lambda line: None)
+        assert "good" in results and step.left == ["late"]
+        return list(results.data["stopped"])
+
+    assert call(50.0) == ["late"]
+    call(51.0)
+    call(100.0)
+    call(100.0)
+    assert measured == [("late", 50), ("late", 100)], "once more with more time, then passed over"
+    assert call(200.0, resumes=True) == []
+    call(100.0, resumes=True)
+    assert measured[2:] == [("late", 200), ("late", 100)], "what goes on is always gone on with"
+
+
+def test_an_older_library_is_measured_where_it_cannot_be_compiled(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script, build, module = importlib.import_module("gpu"), importlib.import_module("on_gpu.build"), progress()
+    monkeypatch.setattr(build, "up_to_date", lambda: False)
+    monkeypatch.setattr(build, "_version", lambda: "0")
+    monkeypatch.setattr(build.shutil, "which", lambda name: sys.executable)  # fails at its first argument
+    monkeypatch.setattr(build, "loadable", lambda: True)
+    pytest.importorskip("pybind11", reason="pybind11 is not installed")
+    assert script._compile(module.Budget(60.0))
+    errors = capsys.readouterr().err
+    assert "failed:" in errors and "warning: the library that is there, older than csrc/" in errors
+    monkeypatch.setattr(build, "loadable", lambda: False)
+    assert not script._compile(module.Budget(60.0))
+
+    def late(command: Any, seconds: float) -> Any:
+        raise module.OutOfTime
+
+    monkeypatch.setattr(build.process, "run", late)
+    assert not script._compile(module.Budget(1.0))
+    assert "was not finished in this call's time" in capsys.readouterr().err
+
+
+def test_which_errors_take_the_gpu() -> None:
+    is_fatal = progress().is_fatal
+    assert is_fatal(RuntimeError("CUDA error: unspecified launch failure"))
+    assert not is_fatal(RuntimeError("CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling x"))
+    assert not is_fatal(RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"))
+
+
 def test_a_row_that_was_cut_off_is_not_tried_again(tmp_path: Path) -> None:
     module = progress()
     module.Results(tmp_path / "r.json", HEAD).begin("hangs")
@@ -141,6 +253,7 @@ def record(direction: str, **changes: Any) -> dict[str, Any]:
     """A row of an H200 in which the op takes 1 ms by default."""
     times = {"cellops triton": 1e-3, "cellops cuda": 2e-3, "dense": 5e-4, "torchvision": 6e-3, "compiled": 3e-3}
     row = {
+        "key": f"ops {direction}",
         "kind": "gpu",
         "op": "deform_conv2d",
         "case": "1x64x56x56",
@@ -163,17 +276,46 @@ def record(direction: str, **changes: Any) -> dict[str, Any]:
     return {**row, **changes}
 
 
-def test_targets_are_judged_by_the_default_backend() -> None:
+def all_records(**changes: Any) -> list[dict[str, Any]]:
+    """A row for every point of a whole run."""
+    points = importlib.import_module("on_gpu.shapes").points()
+    names = ("key", "op", "dtype", "layout", "sweep")
+    return [record(one.direction, **{name: getattr(one, name) for name in names}, **changes) for one in points]
+
+
+def judged(rows: list[dict[str, Any]]) -> dict[tuple[str, str], tuple[str | None, bool | None]]:
     judge_all = importlib.import_module("on_gpu.targets").judge_all
-    found = {
-        (row["op"], row["target"]): (row["value"], row["reached"])
-        for row in judge_all([record("forward"), record("forward", op="frelu"), record("forward", sweep=True)])
-    }
+    return {(row["op"], row["target"]): (row["value"], row["reached"]) for row in judge_all(rows)}
+
+
+def test_targets_are_judged_by_the_default_backend() -> None:
+    found = judged(all_records())
     assert found["deform_conv2d", "forward: time over cuDNN's dense conv"] == ("2.00x", True)
     assert found["deform_conv2d", "forward: extra memory, of the im2col buffer"] == ("5.00 %", True)
+    assert found["deform_conv2d", "forward, float16: speed over torchvision"] == ("6.00x", True)
     assert found["frelu", "evaluation: of the copy bandwidth"] == ("50.0 %", False)
-    assert found["eca", "evaluation: of the copy bandwidth"] == (None, None)
-    assert found["deform_conv2d", "forward+backward: time over the dense conv"] == (None, None)
+    assert found["frelu", "training: speed over torch.compile"] == ("3.00x", True)
+    assert found["offset_sample2d", "forward: speed over grid_sample"] == (None, None), "no row has that peer"
+
+
+def test_targets_need_every_row_and_a_right_answer() -> None:
+    rows = all_records()
+    of_target = [
+        row
+        for row in rows
+        if (row["op"], row["dtype"], row["layout"], row["direction"], row["sweep"])
+        == ("deform_conv2d", "bfloat16", "channels_last", "forward", False)
+    ]
+    assert len(of_target) > 1
+    target = "deform_conv2d", "forward: time over cuDNN's dense conv"
+    assert judged([row for row in rows if row is not of_target[0]])[target] == (None, None)
+    assert judged([row for row in rows if row not in of_target[1:]])[target] == (None, None)
+    of_target[0]["skipped"] = {"cellops cuda": "differs", "torchvision": "differs"}
+    assert judged(rows)[target] == ("2.00x", True)
+    of_target[0]["skipped"] = {"cellops triton": "differs"}
+    assert judged(rows)[target] == (None, None)
+    of_target[0] |= {"skipped": {}, "default": "not timed"}
+    assert judged(rows)[target] == (None, None)
 
 
 def test_table_of_a_gpu(tmp_path: Path) -> None:

@@ -6,11 +6,12 @@ By CMake alone: a machine without network may have a setuptools that cannot read
 from __future__ import annotations
 
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
+from on_gpu import process
 from on_gpu.process import ROOT
+from on_gpu.progress import Budget, OutOfTime
 
 
 def up_to_date() -> bool:
@@ -20,11 +21,21 @@ def up_to_date() -> bool:
     return bool(built) and max(built) >= max(sources)
 
 
-def build(seconds: float) -> None:
+def loadable() -> bool:
+    """Whether the tree has a library, old or new, that this Python can load."""
+    try:
+        code, _ = process.run(process.python("-c", "import torch, cellops._C"), 60.0)
+    except OutOfTime:
+        return False
+    return code == 0
+
+
+def build(budget: Budget) -> None:
     """Configure and compile.
 
     Raises:
-        RuntimeError: cmake or pybind11 is missing, or a command failed; the text has its last lines.
+        RuntimeError: cmake or pybind11 is missing, a command failed (the text has its last lines), or it took longer
+            than what was left; the next build goes on.
     """
     try:
         import pybind11
@@ -46,9 +57,12 @@ def build(seconds: float) -> None:
         f"-DCELLOPS_VERSION={_version()}",
     ]
     for command in (configure, [cmake, "--build", str(folder), "--target", "_C", "--parallel"]):
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=seconds)
-        if done.returncode:
-            raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout[-4000:]}")
+        try:
+            code, text = process.run(command, budget.left)
+        except OutOfTime:
+            raise RuntimeError(f"{' '.join(command)} was not finished in this call's time") from None
+        if code:
+            raise RuntimeError(f"{' '.join(command)} failed:\n{text[-4000:]}")
 
 
 def _version() -> str:

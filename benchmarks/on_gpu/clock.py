@@ -1,8 +1,8 @@
 """Times variants of one call side by side on a device.
 
-On a GPU a variant is captured into a CUDA graph that holds as many calls as take a fifth of a millisecond, so that no
-launch from Python is in the time; events stand around a replay, and variants take turns. A variant that cannot be
-captured is called in a loop between the events instead, and its timing says so. On the CPU the clock is the wall's.
+On a GPU a variant is captured into a CUDA graph that holds enough calls for a fifth of a millisecond, so that no launch
+from Python is in the time; events stand around a replay, and variants take turns. A variant that cannot be captured is
+called in a loop between the events instead, and its timing says so. On the CPU the clock is the wall's.
 """
 
 from __future__ import annotations
@@ -14,23 +14,38 @@ from typing import Any
 
 import torch
 
+from on_gpu.progress import in_a_line, is_fatal
+
 Call = Callable[[], Any]
 Timing = dict[str, Any]
 
 ROUNDS = 15
 LEAST_SECONDS = 2e-4  # of a timed replay; events tell half a microsecond
+MOST_CALLS = 64  # in a graph
 WARM_UP = 3  # calls: libraries choose their algorithms, Triton compiles
 
 
-def compare(variants: dict[str, Call], device: torch.device, rounds: int = ROUNDS) -> dict[str, Timing]:
+def compare(
+    variants: dict[str, Call], device: torch.device, rounds: int = ROUNDS
+) -> tuple[dict[str, Timing], dict[str, str]]:
     """For each variant median and minimum in seconds a call, the number of rounds, and "graph", or why there is none.
 
-    Variants that raise are left out: the caller tries them first.
+    Beside them the errors of the variants that raised when they were prepared (a graph keeps its memory for itself, so
+    that there may be too little).
     """
+    prepare = _captured if device.type == "cuda" else _called_once
+    runs: dict[str, tuple[Call, int, str]] = {}
+    failed: dict[str, str] = {}
+    for name, call in variants.items():
+        try:
+            runs[name] = prepare(call)
+        except Exception as error:
+            if is_fatal(error):
+                raise
+            failed[name] = in_a_line(error)
     if device.type != "cuda":
-        return _on_cpu(variants, rounds)
-    runs = {name: _captured(call) for name, call in variants.items()}
-    taken: dict[str, list[float]] = {name: [] for name in variants}
+        return _on_cpu(runs, rounds), failed
+    taken: dict[str, list[float]] = {name: [] for name in runs}
     for run, _, _ in runs.values():
         run()
     torch.cuda.synchronize()
@@ -43,7 +58,7 @@ def compare(variants: dict[str, Call], device: torch.device, rounds: int = ROUND
             end.record()
             end.synchronize()
             taken[name].append(start.elapsed_time(end) / 1e3 / calls)
-    return {name: _timing(values, runs[name][1], runs[name][2]) for name, values in taken.items()}
+    return {name: _timing(values, runs[name][1], runs[name][2]) for name, values in taken.items()}, failed
 
 
 def _captured(call: Call) -> tuple[Call, int, str]:
@@ -59,16 +74,39 @@ def _captured(call: Call) -> tuple[Call, int, str]:
         side.synchronize()
         seconds = time.perf_counter() - started
     torch.cuda.current_stream().wait_stream(side)
-    calls = max(1, min(64, int(LEAST_SECONDS / max(seconds, 1e-6)) + 1))
-    graph = torch.cuda.CUDAGraph()
+    current = torch.cuda.current_stream()
+    calls = 1
     try:
-        with torch.cuda.graph(graph):
-            for _ in range(calls):
-                call()
+        while True:
+            graph = _graph_of(call, calls)
+            # By a replay, as launches from Python take a multiple of a small tensor's time.
+            if calls == MOST_CALLS or _elapsed(graph.replay) >= LEAST_SECONDS:
+                return graph.replay, calls, "yes"
+            calls *= 4
     except Exception as error:  # whatever a peer does that a capture forbids
+        torch.cuda.set_stream(current)  # torch 2.11 leaves the capture's stream current when ending a capture raises
         torch.cuda.synchronize()
-        return _loop(call, calls), calls, f"no: {type(error).__name__}: {str(error).splitlines()[0][:120]}"
-    return graph.replay, calls, "yes"
+        calls = max(1, min(MOST_CALLS, int(LEAST_SECONDS / max(seconds, 1e-6)) + 1))
+        return _loop(call, calls), calls, f"no: {in_a_line(error)}"
+
+
+def _graph_of(call: Call, calls: int) -> torch.cuda.CUDAGraph:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            call()
+    return graph
+
+
+def _elapsed(run: Call) -> float:
+    """Seconds of a second run by events."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    run()
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
 
 
 def _loop(call: Call, calls: int) -> Call:
@@ -79,14 +117,19 @@ def _loop(call: Call, calls: int) -> Call:
     return run
 
 
-def _on_cpu(variants: dict[str, Call], rounds: int) -> dict[str, Timing]:
-    taken: dict[str, list[float]] = {name: [] for name in variants}
+def _called_once(call: Call) -> tuple[Call, int, str]:
+    call()
+    return call, 1, "no: on the CPU"
+
+
+def _on_cpu(runs: dict[str, tuple[Call, int, str]], rounds: int) -> dict[str, Timing]:
+    taken: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
-        for name, call in variants.items():
+        for name, (run, _, _) in runs.items():
             started = time.perf_counter()
-            call()
+            run()
             taken[name].append(time.perf_counter() - started)
-    return {name: _timing(values, 1, "no: on the CPU") for name, values in taken.items()}
+    return {name: _timing(values, *runs[name][1:]) for name, values in taken.items()}
 
 
 def _timing(values: list[float], calls: int, graph: str) -> Timing:

@@ -1,13 +1,14 @@
 """Every op beside its peers on the device: medians, bandwidth or operations a second, percent of a copy, peak memory.
 
 Every backend that the op has there is timed in the same turns, so that the choice between them can follow the numbers.
-Answers are compared before anything is timed.
+Answers are compared before anything is timed. What raises or differs says so in the row and costs no other variant.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from cellops import _backend, testing
 from on_gpu import clock, peers, shapes
-from on_gpu.progress import Record, Row, Setup, Step
+from on_gpu.progress import Record, Row, Setup, Step, in_a_line, is_fatal
 from on_gpu.shapes import Point
 from on_gpu.work import floor_bytes
 
@@ -26,6 +27,7 @@ LARGEST_ERROR = {torch.float32: 1e-2, torch.bfloat16: 1e-1, torch.float16: 3e-2}
 EAGER_MEMORY = 8 << 30
 """Bytes of the columns that the eager deformable convolution makes; where they are more, it is not run."""
 
+LEAST = 20.0  # seconds that a row must have: this process cannot stop it
 CALLS = 200  # of a tiny tensor, for the cost of a call
 
 
@@ -33,11 +35,11 @@ def step(setup: Setup) -> Step:
     """A row for every point, then the cost of a call of every op."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # alike for ours and the peers
     rows = [
-        Row(point.key, 1.0 if setup.small else 20.0 if _is_compiled(point) else 5.0, partial(_measure, point, setup))
+        Row(point.key, 1.0 if setup.small else 40.0 if _is_compiled(point) else LEAST, partial(_measure, point, setup))
         for point in shapes.points(small=setup.small)
     ]
     timed = shapes.OPS[-1:] if setup.small else shapes.OPS
-    rows += [Row(f"ops {op} overhead", 5.0, partial(_overhead, op, setup)) for op in timed]
+    rows += [Row(f"ops {op} overhead", 1.0 if setup.small else LEAST, partial(_overhead, op, setup)) for op in timed]
     return Step("ops", rows)
 
 
@@ -49,29 +51,35 @@ def _is_compiled(point: Point) -> bool:
 def _measure(point: Point, setup: Setup, left: float) -> Record:
     device = torch.device(setup.device, 0) if setup.device == "cuda" else torch.device(setup.device)
     dtype, backward = shapes.DTYPES[point.dtype], point.direction != "forward"
-    cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
-    factor = 1 if setup.small else shapes.scale(point.case, dtype, cache)
+    cache_bytes = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
+    factor = 1 if setup.small else shapes.scale(point.case, dtype, cache_bytes)
     arguments = shapes.make(point, device, factor)
     backends = [name for name in _backend.OPS[point.case.op] if _runs(name, point, device)]
     if not backends:
         raise RuntimeError(f"no kernel of {point.op} runs on {device.type} with {point.dtype}")
-    calls = {
-        f"cellops {name}": _call(partial(point.case.function, backend=name), arguments, backward) for name in backends
+    makers = {
+        f"cellops {name}": partial(_call, partial(point.case.function, backend=name), arguments, backward)
+        for name in backends
     }
-    ours = next(iter(calls.values()))()
-    for name, call in list(calls.items())[1:]:
-        _check(name, call(), ours, dtype)
-    skipped = _add_peers(calls, point, arguments, ours, backward, setup)
+    calls, skipped, ours = _tried(makers, set(makers), None, dtype)
+    if ours is None:
+        raise RuntimeError("; ".join(f"{name}: {text}" for name, text in skipped.items()))
+    found, same = _peers(point, arguments, backward, setup)
+    # grid_sample's gradients are those of its own arguments.
+    others, theirs, _ = _tried(found, same, ours[:1] if point.op == "offset_sample2d" else ours, dtype)
+    calls |= others
+    skipped |= theirs
     floor = floor_bytes(arguments, ours[0], point.direction)
     output_bytes = sum(one.nbytes for one in ours)
     del ours
     half = torch.empty(max(floor // 2, 1), dtype=torch.uint8, device=device)
     calls[COPY] = half.clone
-    timings = clock.compare(calls, device, 2 if setup.small else clock.ROUNDS)
+    timings, untimed = clock.compare(calls, device, 2 if setup.small else clock.ROUNDS)
+    skipped |= untimed
     copy = timings[COPY]["median"]
     names = [name for name in timings if name.startswith("cellops ")]
     flops = point.case.flops * factor * (3 if backward else 1)
-    return {
+    record = {
         "kind": "gpu",
         "op": point.op,
         "case": point.case.name,
@@ -97,6 +105,13 @@ def _measure(point: Point, setup: Setup, left: float) -> Record:
         "output_bytes": output_bytes,
         "im2col_bytes": _im2col_bytes(point, arguments),
     }
+    return record | _own_failures(skipped)
+
+
+def _own_failures(skipped: dict[str, str]) -> Record:
+    """A backend that raises or differs is a defect, a peer that does is not."""
+    texts = [f"{name}: {text}" for name, text in skipped.items() if name.startswith("cellops ")]
+    return {"failed": "; ".join(texts)} if texts else {}
 
 
 def _runs(backend: str, point: Point, device: torch.device) -> bool:
@@ -112,44 +127,59 @@ def _im2col_bytes(point: Point, arguments: dict[str, Any]) -> int | None:
     return pixels * input.shape[1] * weight.shape[2] * weight.shape[3] * input.element_size()
 
 
-def _add_peers(
-    calls: dict[str, clock.Call],
-    point: Point,
-    arguments: dict[str, Any],
-    ours: tuple[Tensor, ...],
-    backward: bool,
-    setup: Setup,
-) -> dict[str, str]:
-    """Add the peers' calls; returns which cannot run, and why."""
-    skipped = {}
+def _peers(
+    point: Point, arguments: dict[str, Any], backward: bool, setup: Setup
+) -> tuple[dict[str, Callable[[], clock.Call]], set[str]]:
+    """What makes each peer's call, and which of them give the op's answer."""
     found: dict[str, Callable[[], clock.Call]] = {}
-    eager, prepared = peers.eager(point.case.op), peers.prepared(point.op, arguments)
+    eager = peers.eager(point.case.op)
+    prepared = cache(lambda: peers.prepared(point.op, arguments))  # by the peers themselves: it may take much memory
     if (_im2col_bytes(point, arguments) or 0) * 4 < EAGER_MEMORY:
-        found["eager"] = lambda: _call(eager, prepared, backward)
+        found["eager"] = lambda: _call(eager, prepared(), backward)
     if setup.small or _is_compiled(point):
         torch.compiler.reset()  # or the compiler gives up on a function that it has compiled for eight shapes
         compiled = torch.compile(eager, dynamic=False, backend="eager" if setup.small else "inductor")
-        found["compiled"] = lambda: _call(compiled, prepared, backward)
+        found["compiled"] = lambda: _call(compiled, prepared(), backward)
     same = {"eager", "compiled"}
-    try:
-        for name, (function, same_answer) in peers.others(point.case.op, arguments).items():
-            found[name] = partial(_call, function, arguments, backward)
-            same |= {name} if same_answer else set()
-    except ImportError as missing:
-        skipped["torchvision"] = str(missing)
-    for name, build in found.items():
+    for name, (function, same_answer) in peers.others(point.case.op).items():
+        found[name] = partial(_call, function, arguments, backward)
+        same |= {name} if same_answer else set()
+    return found, same
+
+
+def _tried(
+    makers: dict[str, Callable[[], clock.Call]],
+    same: set[str],
+    ours: tuple[Tensor, ...] | None,
+    dtype: torch.dtype,
+) -> tuple[dict[str, clock.Call], dict[str, str], tuple[Tensor, ...] | None]:
+    """The calls that run, what raised or differs and how, and the answer that the others are compared with.
+
+    A call that gives another answer is among those that run: torchvision's kernels compute positions in float16 for
+    float16, which is their time all the same.
+    """
+    calls: dict[str, clock.Call] = {}
+    skipped: dict[str, str] = {}
+    for name, maker in makers.items():
         try:
-            call = build()
+            call = maker()
             answer = call()
-        except (RuntimeError, NotImplementedError) as error:  # a peer without this type, or out of memory
-            if "CUDA error" in str(error):
+        except Exception as error:  # no such type, no such package, out of memory, a defect
+            if is_fatal(error):
                 raise
-            skipped[name] = str(error).strip().splitlines()[0][:200]
+            skipped[name] = in_a_line(error)
             continue
-        if name in same:
-            _check(name, answer if point.op != "offset_sample2d" else answer[:1], ours, shapes.DTYPES[point.dtype])
         calls[name] = call
-    return skipped
+        ours = answer if ours is None else ours
+        if name in same:
+            try:
+                _check(name, answer, ours, dtype)
+            except Exception as error:
+                if is_fatal(error):
+                    raise
+                skipped[name] = in_a_line(error)
+        del answer
+    return calls, skipped, ours
 
 
 def _check(name: str, found: tuple[Tensor, ...], ours: tuple[Tensor, ...], dtype: torch.dtype) -> None:
@@ -199,30 +229,44 @@ def _call(function: Callable[..., Any], arguments: dict[str, Any], backward: boo
 
 def _overhead(op: str, setup: Setup, left: float) -> Record:
     """Microseconds of a call on about 512 elements: by the wall in eager mode, and within a CUDA graph."""
-    import time
-
     device = torch.device(setup.device)
     case = testing.cases(op, "small")[0]
     arguments = case.make(torch.float32, device)
     count = 3 if setup.small else CALLS
     variants: dict[str, Any] = {}
+    skipped: dict[str, str] = {}
     for name in _backend.OPS[op]:
         if _backend.why_not(name, op, device.type, torch.float32) is not None:
             continue
         for mode, backward in (("inference", False), ("forward and backward", True)):
-            call = _call(partial(case.function, backend=name), arguments, backward)
-            for _ in range(clock.WARM_UP):
-                call()
-            _synchronize(device)
-            started = time.perf_counter()
-            for _ in range(count):
-                call()
-            taken = time.perf_counter() - started
-            _synchronize(device)
-            graph = clock.compare({name: call}, device, 2 if setup.small else clock.ROUNDS)[name]
-            variants[f"{name}, {mode}"] = {"eager": taken / count, "in a graph": graph["median"]}
+            label = f"{name}, {mode}"
+            try:
+                call = _call(partial(case.function, backend=name), arguments, backward)
+                eager = _seconds(call, count, device)
+            except Exception as error:
+                if is_fatal(error):
+                    raise
+                skipped[f"cellops {label}"] = in_a_line(error)
+                continue
+            timings, untimed = clock.compare({label: call}, device, 2 if setup.small else clock.ROUNDS)
+            skipped |= {f"cellops {label}": text for label, text in untimed.items()}
+            variants[label] = {"eager": eager, "in a graph": timings[label]["median"] if timings else None}
     text = ", ".join(f"{name} {1e6 * taken['eager']:.1f} us" for name, taken in variants.items())
-    return {"kind": "gpu_overhead", "op": op, "case": case.name, "variants": variants, "summary": text}
+    record = {"kind": "gpu_overhead", "op": op, "case": case.name, "variants": variants, "summary": text}
+    return record | _own_failures(skipped)
+
+
+def _seconds(call: clock.Call, count: int, device: torch.device) -> float:
+    """Of a call by the wall, without waiting for the device between calls."""
+    for _ in range(clock.WARM_UP):
+        call()
+    _synchronize(device)
+    started = time.perf_counter()
+    for _ in range(count):
+        call()
+    taken = time.perf_counter() - started
+    _synchronize(device)
+    return taken / count
 
 
 def _synchronize(device: torch.device) -> None:

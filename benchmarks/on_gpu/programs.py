@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from on_gpu import process
-from on_gpu.progress import OutOfTime, Record, Row, Setup, Step
+from on_gpu.progress import OutOfTime, Record, Row, Setup, Skipped, Step
 
 THREADS = (2, 8, 16)
 CPU_FILES = (
@@ -83,9 +83,11 @@ def experiments(setup: Setup) -> Step:
     """Training on real cells; a run that is cut off is gone on with by the next call."""
     if setup.small:
         drawn = ["--set", "data.options={count: 60, size: 32}", "--set", "data.input_size=32", "--epochs", "1"]
-        return Step("experiments", [Row("experiments demo", 5.0, partial(_train, "demo", "", None, drawn, setup))])
+        return Step(
+            "experiments", [Row("experiments demo", 5.0, partial(_train, "demo", "", None, drawn, setup), True)]
+        )
     rows = [
-        Row(f"experiments {name}", 60.0, partial(_train, recipe, network, setup.data / recipe, settings, setup))
+        Row(f"experiments {name}", 60.0, partial(_train, recipe, network, setup.data / recipe, settings, setup), True)
         for name, (recipe, network, settings) in EXPERIMENTS.items()
     ]
     return Step("experiments", rows)
@@ -94,7 +96,7 @@ def experiments(setup: Setup) -> Step:
 def _train(recipe: str, network: str, data: Path | None, settings: list[str], setup: Setup, left: float) -> Record:
     """One recipe: its results.json, or `OutOfTime` with its run kept beside the results."""
     if data is not None and not data.is_dir():
-        return {"kind": "experiment", "skipped_because": f"--data: there is no {data}"}
+        raise Skipped(f"--data: there is no {data}")
     folder = setup.folder / "runs" / f"{recipe}_{network or 'default'}"
     command = process.python("-m", "cellops.models", "train", "--output", str(folder))
     if (folder / "recipe.yaml").is_file():

@@ -1,7 +1,8 @@
 """How far a run on a GPU has come: rows in one JSON, written after each, that a later call of the same command goes on.
 
 A row that was being measured when its call was cut off is marked so: it is not tried again, or one that hangs would
-take the time of every call.
+take the time of every call. A process that this call had to end is tried again only with more time than it had, so that
+the same command always gets on: the first row that is left has a whole call, or is passed over after one.
 """
 
 from __future__ import annotations
@@ -19,16 +20,37 @@ from typing import Any
 
 Record = dict[str, Any]
 
-FATAL = ("CUDA error", "CUBLAS_STATUS", "CUDNN_STATUS_EXECUTION_FAILED")
+FATAL = (
+    *("CUDA error", "CUBLAS_STATUS", "CUDNN_STATUS_EXECUTION_FAILED"),
+    *("illegal memory access", "device-side assert", "misaligned address", "launch failure"),  # Triton's words
+)
 """In the text of an error after which a process can use its GPU no more."""
+
+HARMLESS = ("NOT_SUPPORTED", "ALLOC_FAILED", "no kernel image", "out of memory")
+"""In the text of one that also has words of `FATAL`, but after which the GPU can be used."""
 
 
 class OutOfTime(Exception):
     """A row was not finished within what was left of the budget; it is tried again by the next call."""
 
 
+class Skipped(Exception):
+    """A row cannot be measured here; its text says why. It does not count as done, nor as left by the call."""
+
+
 class DeadDevice(Exception):
     """The process must be started anew: its context on the GPU is lost."""
+
+
+def is_fatal(error: Exception) -> bool:
+    """Whether the process can use its GPU no more."""
+    text = str(error)
+    return any(words in text for words in FATAL) and not any(words in text for words in HARMLESS)
+
+
+def in_a_line(error: Exception) -> str:
+    """An error's type and the first line of its text, which may be empty."""
+    return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])[:200]
 
 
 class Budget:
@@ -41,10 +63,6 @@ class Budget:
     def left(self) -> float:
         """May be negative."""
         return self._end - time.monotonic()
-
-    def part(self, share: float) -> Budget:
-        """A share of what is left."""
-        return Budget(self.left * share)
 
 
 @dataclass(frozen=True)
@@ -73,12 +91,14 @@ class Row:
     Attributes:
         key: names it, in the JSON too.
         seconds: about how long it takes; it is not begun with less left.
-        measure: gives the record from the seconds that are left; may raise `OutOfTime`.
+        measure: gives the record from the seconds that are left; may raise `OutOfTime` or `Skipped`.
+        resumes: whether a row that ran out of time goes on, rather than starting again.
     """
 
     key: str
     seconds: float
     measure: Callable[[float], Record]
+    resumes: bool = False
 
 
 @dataclass
@@ -92,7 +112,8 @@ class Step:
 
 
 class Results:
-    """The JSON of a run.
+    """The JSON of a run: "records" of what was measured, failures too; "skipped", why other rows cannot be measured;
+    "stopped", how many seconds a row had that was not finished in them.
 
     Args:
         path: the file; what is in it is kept.
@@ -104,7 +125,7 @@ class Results:
 
     def __init__(self, path: Path, head: Record) -> None:
         self.path, self._lock = path, threading.Lock()
-        self.data: Record = {"format": 1, **head, "running": [], "records": []}
+        self.data: Record = {"format": 1, **head, "running": [], "skipped": {}, "stopped": {}, "records": []}
         if path.is_file():
             kept = json.loads(path.read_text())
             for what, there, here in (
@@ -115,7 +136,7 @@ class Results:
                     raise ValueError(
                         f"--output: {path} was measured elsewhere ({what}: {there}, here {here}); take another folder"
                     )
-            self.data |= {"records": kept["records"]}
+            self.data |= {name: kept[name] for name in ("skipped", "stopped", "records")}
             for key in kept.get("running", []):
                 self._append(key, {"failed": "the call that measured it was cut off; not tried again"})
         self._write()
@@ -133,20 +154,31 @@ class Results:
         kept = [record for record in self.records if text not in record["key"]]
         dropped = len(self.records) - len(kept)
         self.data["records"] = kept
+        self.data["stopped"] = {key: had for key, had in self.data["stopped"].items() if text not in key}
         self._write()
         return dropped
+
+    def least_seconds(self, key: str) -> float:
+        """That a row is to have which was stopped: a tenth more than it had."""
+        return 1.1 * self.data["stopped"].get(key, 0.0)
 
     def begin(self, key: str) -> None:
         with self._lock:
             self.data["running"].append(key)
+            self.data["skipped"].pop(key, None)
             self._write()
 
-    def end(self, key: str, record: Record | None) -> None:
-        """Keep a row; None if it is to be tried again."""
+    def end(self, key: str, record: Record | None, *, skipped: str | None = None, stopped: float | None = None) -> None:
+        """Keep a row; None if it is to be tried again, with why it was skipped or how many seconds were too few."""
         with self._lock:
             self.data["running"].remove(key)
+            self.data["stopped"].pop(key, None)
             if record is not None:
                 self._append(key, record)
+            if skipped is not None:
+                self.data["skipped"][key] = skipped
+            if stopped is not None:
+                self.data["stopped"][key] = round(stopped, 1)
             self._write()
 
     def update(self, **fields: Any) -> None:
@@ -159,6 +191,7 @@ class Results:
         now = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
         # GPUs of one name are lent in machines with different processors.
         origin = {"commit": self.data["commit"]["hash"], "date": now, "cpu": self.data["machine"]["cpu"]}
+        origin |= {name: self.data[name] for name in ("library",) if name in self.data}
         self.data["records"].append({"key": key, **origin, **record})
 
     def _write(self) -> None:
@@ -177,7 +210,8 @@ def run(step: Step, results: Results, budget: Budget, say: Callable[[str], None]
     dead: list[str] = []
 
     def measure(row: Row) -> None:
-        if dead or budget.left < row.seconds:
+        had = budget.left
+        if dead or had < max(row.seconds, results.least_seconds(row.key)):
             step.left.append(row.key)
             return
         results.begin(row.key)
@@ -185,13 +219,17 @@ def run(step: Step, results: Results, budget: Budget, say: Callable[[str], None]
         try:
             record = row.measure(budget.left)
         except OutOfTime:
-            results.end(row.key, None)
+            results.end(row.key, None, stopped=None if row.resumes else had)
             step.left.append(row.key)
+            say(f"{row.key}: not finished in {had:.0f} s")
+            return
+        except Skipped as reason:
+            results.end(row.key, None, skipped=str(reason))
+            say(f"{row.key}: skipped: {reason}")
             return
         except Exception as error:  # one row's failure must not cost the others
-            text = f"{type(error).__name__}: {error}"
-            record = {"failed": text}
-            if step.parallel == 1 and any(words in text for words in FATAL):
+            record = {"failed": f"{type(error).__name__}: {error}"}
+            if step.parallel == 1 and is_fatal(error):
                 dead.append(row.key)
         record["took"] = round(time.monotonic() - started, 2)
         results.end(row.key, record)
@@ -210,13 +248,16 @@ def run(step: Step, results: Results, budget: Budget, say: Callable[[str], None]
 def summary(record: Record) -> str:
     """A row in a few words."""
     if "failed" in record:
-        return "FAILED: " + record["failed"].strip().splitlines()[-1][:200]
-    if "skipped_because" in record:
-        return "skipped: " + record["skipped_because"]
+        return "FAILED: " + why(record)
     if record.get("kind") == "gpu":
         times = (f"{name} {1e3 * timing['median']:.4f} ms" for name, timing in record["variants"].items())
         return ", ".join(times)
     return record.get("summary", "done")
+
+
+def why(record: Record) -> str:
+    """A failed row's last line."""
+    return (record["failed"].strip() or "it wrote nothing").splitlines()[-1][:200]
 
 
 def failures(records: Iterable[Record]) -> list[Record]:

@@ -11,7 +11,7 @@ import shutil
 from functools import partial
 
 from on_gpu import process
-from on_gpu.progress import Record, Row, Setup, Step
+from on_gpu.progress import Record, Row, Setup, Skipped, Step
 
 CONTRACT = "tests/test_contract.py"
 PARTS = {
@@ -98,7 +98,7 @@ def _sanitize(tool: str, op: str, setup: Setup, left: float) -> Record:
     if tool != "none":
         found = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
         if found is None:
-            return {"kind": "sanitizer", "skipped_because": "compute-sanitizer is not on the PATH"}
+            raise Skipped("compute-sanitizer is not on the PATH")
         command = [found, "--tool", tool, "--error-exitcode", "9", *command]
         environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # or an access past a tensor hits torch's own pool
     code, text = process.run(command, left, **environment)

@@ -7,7 +7,8 @@ shape that was asked for has both figures.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
+from typing import Any
 
 from targets import Record, Results, Target, geometric_mean
 
@@ -24,8 +25,7 @@ MEMORY_BOUND = {  # percent of the copy bandwidth in evaluation
 
 def judge_all(records: Results) -> list[Record]:
     """Every target beside what the rows say."""
-    timed = [record for record in records if record.get("kind") == "gpu" and not record["sweep"]]
-    return [target.judge(timed) for target in _targets()]
+    return [target.judge([record for record in records if record.get("kind") == "gpu"]) for target in _targets()]
 
 
 def ours(record: Record) -> str:
@@ -33,14 +33,31 @@ def ours(record: Record) -> str:
     return f"cellops {record['default']}"
 
 
-def chosen(records: Results, direction: str, dtype: str = "bfloat16", layout: str = "channels_last") -> Results:
-    """The rows of a direction, type and layout."""
-    labels = {"direction": direction, "dtype": dtype, "layout": layout}
-    return [record for record in records if all(record[name] == value for name, value in labels.items())]
+def trusted(record: Record) -> bool:
+    """Whether the default was timed, and its answer was right."""
+    return ours(record) in record["variants"] and ours(record) not in record["skipped"]
 
 
-def _speed_over(records: Results, peer: str, direction: str, dtype: str = "bfloat16") -> float | None:
-    rows = chosen(records, direction, dtype)
+@cache
+def _points() -> list[Any]:
+    """The rows that a whole run has for the targets."""
+    from on_gpu import shapes  # torch and the cases are not needed to show what was judged
+
+    return [point for point in shapes.points() if not point.sweep]
+
+
+def chosen(
+    records: Results, op: str, direction: str, dtype: str = "bfloat16", layout: str = "channels_last"
+) -> Results:
+    """The rows of an op's shapes in a direction, type and layout; none unless all are there and can be trusted."""
+    labels = (op, direction, dtype, layout)
+    keys = {point.key for point in _points() if (point.op, point.direction, point.dtype, point.layout) == labels}
+    found = {record["key"]: record for record in records if record["key"] in keys}
+    return list(found.values()) if set(found) == keys and all(map(trusted, found.values())) else []
+
+
+def _speed_over(records: Results, op: str, peer: str, direction: str, dtype: str = "bfloat16") -> float | None:
+    rows = chosen(records, op, direction, dtype)
     if not all(peer in record["variants"] for record in rows):
         return None
     return geometric_mean(
@@ -48,18 +65,20 @@ def _speed_over(records: Results, peer: str, direction: str, dtype: str = "bfloa
     )
 
 
-def _time_over(records: Results, peer: str, direction: str) -> float | None:
-    speed = _speed_over(records, peer, direction)
+def _time_over(records: Results, op: str, peer: str, direction: str) -> float | None:
+    speed = _speed_over(records, op, peer, direction)
     return None if speed is None else 1 / speed
 
 
-def _percent_of_copy(records: Results, direction: str) -> float | None:
-    return geometric_mean([record["percent_of_copy"][ours(record)] for record in chosen(records, direction)])
+def _percent_of_copy(records: Results, op: str, direction: str) -> float | None:
+    return geometric_mean([record["percent_of_copy"][ours(record)] for record in chosen(records, op, direction)])
 
 
-def _extra_memory(records: Results, direction: str) -> float | None:
+def _extra_memory(records: Results, op: str, direction: str) -> float | None:
     """The most, in percent of the im2col buffer."""
-    rows = [record for record in chosen(records, direction) if record["peak_bytes"].get(ours(record)) is not None]
+    rows = chosen(records, op, direction)
+    if any(record["peak_bytes"].get(ours(record)) is None for record in rows):
+        return None
     extra = [
         100 * max(record["peak_bytes"][ours(record)] - record["output_bytes"], 0) / record["im2col_bytes"]
         for record in rows
@@ -68,44 +87,56 @@ def _extra_memory(records: Results, direction: str) -> float | None:
 
 
 def _targets() -> list[Target]:
-    forward, both = "forward", "forward+backward"
+    deform, forward, both = "deform_conv2d", "forward", "forward+backward"
     found = [
-        Target("deform_conv2d", text, limit, at_least, value, unit)
+        Target(deform, text, limit, at_least, value, unit)
         for text, limit, at_least, value, unit in (
             (
                 "forward: time over cuDNN's dense conv",
                 3.0,
                 False,
-                partial(_time_over, peer="dense", direction=forward),
+                partial(_time_over, op=deform, peer="dense", direction=forward),
                 "x",
             ),
             (
                 "forward+backward: time over the dense conv",
                 4.0,
                 False,
-                partial(_time_over, peer="dense", direction=both),
+                partial(_time_over, op=deform, peer="dense", direction=both),
                 "x",
             ),
             (
                 "forward, float16: speed over torchvision",
                 5.0,
                 True,
-                partial(_speed_over, peer="torchvision", direction=forward, dtype="float16"),
+                partial(_speed_over, op=deform, peer="torchvision", direction=forward, dtype="float16"),
                 "x",
             ),
             (
                 "forward+backward, float16: speed over torchvision",
                 8.0,
                 True,
-                partial(_speed_over, peer="torchvision", direction=both, dtype="float16"),
+                partial(_speed_over, op=deform, peer="torchvision", direction=both, dtype="float16"),
                 "x",
             ),
-            ("forward: extra memory, of the im2col buffer", 5.0, False, partial(_extra_memory, direction=forward), "%"),
-            ("forward+backward: extra memory, of it", 5.0, False, partial(_extra_memory, direction=both), "%"),
+            (
+                "forward: extra memory, of the im2col buffer",
+                5.0,
+                False,
+                partial(_extra_memory, op=deform, direction=forward),
+                "%",
+            ),
+            (
+                "forward+backward: extra memory, of it",
+                5.0,
+                False,
+                partial(_extra_memory, op=deform, direction=both),
+                "%",
+            ),
         )
     ]
     for op, percent in MEMORY_BOUND.items():
-        value = partial(_percent_of_copy, direction=forward)
+        value = partial(_percent_of_copy, op=op, direction=forward)
         found.append(Target(op, "evaluation: of the copy bandwidth", percent, True, value, "%"))
     found.append(
         Target(
@@ -113,7 +144,7 @@ def _targets() -> list[Target]:
             "forward: speed over grid_sample",
             3.0,
             True,
-            partial(_speed_over, peer="eager", direction=forward),
+            partial(_speed_over, op="offset_sample2d", peer="eager", direction=forward),
         )
     )
     found.append(
@@ -122,7 +153,7 @@ def _targets() -> list[Target]:
             "training: speed over torch.compile",
             2.0,
             True,
-            partial(_speed_over, peer="compiled", direction=both),
+            partial(_speed_over, op="frelu", peer="compiled", direction=both),
         )
     )
     return found
