@@ -279,3 +279,20 @@ def test_unknown_normalisations_are_named():
 def test_what_fsdp_cannot_do(changes, text):
     with pytest.raises(RecipeError, match=f"training.distributed fsdp does not go with {text}"):
         tiny_recipe(**merged({"training": {"distributed": "fsdp"}}, changes))
+
+
+def begin_in_ranks(folder, recipe):
+    """Work of one of several processes: prepare a run anew; writes what it is told."""
+    try:
+        start(folder, recipe)
+    except ValueError as error:
+        (folder / f"told_{torch.distributed.get_rank()}").write_text(str(error))
+    torch.distributed.destroy_process_group()
+
+
+def test_several_processes_do_not_take_over_a_run(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("of another run")
+    assert join_ranks(start_ranks(2, begin_in_ranks, tmp_path, tiny_recipe())) == [0, 0]
+    for rank in (0, 1):
+        assert "is not empty: --resume goes on with the run in it" in (tmp_path / f"told_{rank}").read_text()
+    assert (tmp_path / "recipe.yaml").read_text() == "of another run"
