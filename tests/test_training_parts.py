@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,9 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from cellops.models.data import Fold
 from cellops.models.training import optim
+from cellops.models.training.apply import RunImages
 from cellops.models.training.console import Output
 from cellops.models.training.mixing import mix
 from cellops.models.training.packing import pack, unpack
@@ -128,3 +131,12 @@ def test_progress_bar(terminal):
     output.line("done [1]")
     assert ("epoch 3" in text.getvalue() and "4/4" in text.getvalue() and "loss 0.5" in text.getvalue()) == terminal
     assert "done [1]" in text.getvalue()
+
+
+@pytest.mark.parametrize("count", [1, 3, 128, 200, 300])
+def test_some_training_images_are_spread_over_all(count):
+    """They lie class by class: the first half would miss the second class."""
+    fold = Fold(train=tuple(range(200)), validation=(), test=())
+    chosen = RunImages(SimpleNamespace(images=list), fold).training(count)
+    gaps = np.diff([*chosen, 200])
+    assert len(chosen) == min(count, 200) and chosen[0] == 0 and gaps.max() - gaps.min() <= 1
