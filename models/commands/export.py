@@ -139,7 +139,7 @@ def _size(given: list[int]) -> tuple[int, int]:
 
 
 def _read(paths: list[Path], preparation: Preparation, limit: int) -> Tensor:
-    """Images as the run's network sees them, [N, 3, H, W]; spread over the listing, where classes follow one another."""
+    """Images as the run's network sees them, [N, 3, H, W]; spread over the listing, which may be by class."""
     import torch
 
     from cellops.models.data import read_image
