@@ -31,8 +31,8 @@ class Measured:
     Attributes:
         size: its bytes.
         latency: median seconds of one image.
-        accuracy: part of the images whose largest logit is the label's, None without labels.
-        agreement: part of the images whose largest logit is that of the first file.
+        accuracy: part of the images whose class is the label's, None without labels.
+        agreement: part of the images whose class is that of the first file.
         images: how many.
     """
 
@@ -123,7 +123,7 @@ def compare(
                     start = time.perf_counter()
                     session.run(None, one)
                     times.append(time.perf_counter() - start)
-        said = [torch.from_numpy(session.run(None, {INPUT: images.numpy()})[0]).argmax(1) for session in sessions]
+        said = [_answers(torch.from_numpy(session.run(None, {INPUT: images.numpy()})[0])) for session in sessions]
         count += len(images)
         labelled = labelled and labels is not None
         for number, found in enumerate(said):
@@ -141,6 +141,11 @@ def compare(
         )
         for number, path in enumerate(paths)
     ]
+
+
+def _answers(logits: Tensor) -> Tensor:
+    """The classes [N] that logits [N, K] say; a single one is of the second of two classes."""
+    return logits.argmax(1) if logits.shape[1] > 1 else (logits[:, 0] > 0).long()
 
 
 def _has_wide_products() -> bool:

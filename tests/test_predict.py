@@ -200,9 +200,11 @@ def test_folders_are_walked_once_in_order(tmp_path):
     assert found == expected and len(found) == 22
     outside = [path for path, _ in image_files([root / "0", root / "link", root / "0" / ".." / "0"])]
     assert len(outside) == 3 + 2
-    assert [path for path, _ in image_files([root], leave_out=root / "0")] == [
-        p for p in expected if "0" not in p.parts
-    ]
+    first, *others = expected
+    os.symlink(root, tmp_path / "other name")
+    assert [
+        path for path, _ in image_files([root], leave_out=[tmp_path / "other name" / first.relative_to(root)])
+    ] == others
     (root / "empty").mkdir()
     with pytest.raises(ValueError, match="no images in the folder"):
         image_files([root, root / "empty"])
@@ -337,8 +339,9 @@ def test_a_full_disk_is_told_and_nothing_is_lost(run, tmp_path, capsys, monkeypa
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        assert command(run, images, "--output", out, "--batch-size", "4") == 2
-    assert "No space left on device" in capsys.readouterr().err
+        assert command(run, images, "--output", out, "--batch-size", "4") == 1
+    told = capsys.readouterr().err
+    assert "No space left on device" in told and "the same command with --resume goes on" in told
     assert 0 < json.loads((out / "predictions.json").read_text())["rows"] < 40
     assert command(run, images, "--output", out, "--batch-size", "4", "--resume") == 0
     assert command(run, images, "--output", tmp_path / "whole", "--batch-size", "4") == 0
@@ -416,3 +419,75 @@ def test_killed_at_random_moments(run, tmp_path):
     assert (out / "unreadable.csv").read_bytes() == (tmp_path / "whole" / "unreadable.csv").read_bytes()
     state = json.loads((out / "predictions.json").read_text())
     assert state["rows"] == 3000 and state["committed"] == len(whole)
+
+
+def test_images_are_known_by_their_place(run, tmp_path, capsys, monkeypatch):
+    """Not by the spelling of their path: from another directory the same names are other images."""
+    for name in ("here", "there"):
+        small_images(tmp_path / name / "images", 4)
+    out = tmp_path / "out"
+    monkeypatch.chdir(tmp_path / "here")
+    assert command(run, "images", "--output", out) == 0
+    assert [row["image"] for row in table_of(out)] == [f"images/{n}/{n:06d}.bmp" for n in range(4)]
+    for spelling in ("images/../images", "./images", tmp_path / "here" / "images"):
+        assert command(run, spelling, "--output", out, "--resume") == 0
+        assert "4 images, 0 of them new" in capsys.readouterr().out
+    monkeypatch.chdir(tmp_path / "there")
+    for new in (4, 0):
+        assert command(run, "images", "../here/images", "--output", out, "--resume") == 0
+        assert f"8 images, {new} of them new" in capsys.readouterr().out
+    assert [row["image"] for row in table_of(out)[4:]] == list(map(str, sorted((tmp_path / "there").rglob("*.bmp"))))
+    with PredictionTable(out, *known(run), resume=True) as opened:
+        assert all(path.exists() for path, *_ in opened.first(8))
+
+
+def known(run):
+    """Classes and settings of a run."""
+    loaded = Predictor.load(run)
+    return loaded.classes, loaded.settings
+
+
+@pytest.mark.parametrize("name", ["unreadable.csv", "predictions.json", "contact_sheet.png", "gradcam_sheet.png"])
+def test_files_of_others_are_not_replaced(name, tmp_path):
+    (tmp_path / name).write_text("of others")
+    for resume in (False, True):
+        with pytest.raises(ValueError, match=f"{name} is there without predictions.csv: take another --output"):
+            PredictionTable(tmp_path, CLASSES, {}, resume=resume)
+        assert [path.name for path in tmp_path.iterdir()] == [name] and (tmp_path / name).read_text() == "of others"
+    PredictionTable(tmp_path, CLASSES, {}, overwrite=True).close()
+
+
+def test_results_among_the_images(run, tmp_path, capsys):
+    images = small_images(tmp_path / "images", 20)
+    os.symlink(images, tmp_path / "link")
+    assert command(run, images, "--output", tmp_path / "link") == 0
+    assert (images / "contact_sheet.png").exists()
+    assert command(run, images, "--output", images, "--resume") == 0
+    assert "20 images, 0 of them new" in capsys.readouterr().out and len(table_of(images)) == 20
+
+
+def test_half_a_batch_is_never_committed(tmp_path, monkeypatch):
+    """The disk is full in the middle of a batch."""
+    rows = list(predictor()([np.zeros((16, 16, 3), np.uint8)] * 10))
+    written = PredictionTable(tmp_path, CLASSES, {})
+    written.add(rows)
+    whole, file = (tmp_path / "predictions.csv").stat().st_size, written.file
+
+    class Full:
+        def write(self, data):
+            file.write(data[: len(data) // 2 - 3])
+            file.flush()
+            raise OSError(28, "No space left on device")
+
+        def __getattr__(self, name):
+            return getattr(file, name)
+
+    monkeypatch.setattr(written, "file", Full())
+    with pytest.raises(OSError, match="No space left"), written:
+        written.add(rows)
+    state = json.loads((tmp_path / "predictions.json").read_text())
+    assert (state["rows"], state["committed"]) == (10, whole)
+    assert (tmp_path / "predictions.csv").stat().st_size > whole
+    with PredictionTable(tmp_path, CLASSES, {}, resume=True) as again:
+        assert again.rows == 10
+    assert (tmp_path / "predictions.csv").stat().st_size == whole

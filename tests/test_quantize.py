@@ -51,3 +51,28 @@ def test_a_trained_network_keeps_its_accuracy(tmp_path: Path) -> None:
     assert after.agreement > 0.97 and after.size < 0.85 * before.size  # scales of 96 small convolutions take room
     with pytest.raises(ValueError, match="images must be at least one of shape"):
         quantize_onnx(plain, small, images[:, :1])
+
+
+@pytest.mark.parametrize("outputs", [1, 2])
+def test_answers_of_one_logit_and_of_two(outputs: int, tmp_path: Path) -> None:
+    """The file says what the network says, so that both labels count."""
+
+    class Brightness(nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            mean = images.mean((1, 2, 3))[:, None]
+            return mean if outputs == 1 else torch.cat([-mean, mean], 1)
+
+    images = torch.linspace(-1, 1, 8)[:, None, None, None].expand(8, 3, 4, 4).contiguous()
+    export_onnx(Brightness().eval(), tmp_path / "one.onnx", (3, 4, 4))
+    export_onnx(nn.Sequential(Negative(), Brightness()).eval(), tmp_path / "other.onnx", (3, 4, 4))
+    labels = torch.arange(8) >= 4
+    first, second = compare([tmp_path / "one.onnx", tmp_path / "other.onnx"], [(images, labels.long())], runs=1)
+    assert (first.accuracy, first.agreement) == (1, 1)
+    assert (second.accuracy, second.agreement) == (0, 0)
+
+
+class Negative(nn.Module):
+    """Turns the sign."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return -images

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import io
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from rich.console import Console
 from torch import nn
+from training_runs import tiny_recipe
 
+from cellops.models.data import Fold
 from cellops.models.training import optim
+from cellops.models.training.apply import RunImages
+from cellops.models.training.checkpoint import CheckpointError, read_checkpoint
 from cellops.models.training.console import Output
 from cellops.models.training.mixing import mix
 from cellops.models.training.packing import pack, unpack
+from cellops.models.training.parts import Batches
 from cellops.models.training.recipe import RecipeError
 from cellops.models.training.settings import MixingSettings, OptimizerSettings, ScheduleSettings
 
@@ -128,3 +134,46 @@ def test_progress_bar(terminal):
     output.line("done [1]")
     assert ("epoch 3" in text.getvalue() and "4/4" in text.getvalue() and "loss 0.5" in text.getvalue()) == terminal
     assert "done [1]" in text.getvalue()
+
+
+@pytest.mark.parametrize("count", [1, 3, 128, 200, 300])
+def test_some_training_images_are_spread_over_all(count):
+    """They lie class by class: the first half would miss the second class."""
+    fold = Fold(train=tuple(range(200)), validation=(), test=())
+    chosen = RunImages(SimpleNamespace(images=list), fold).training(count)
+    gaps = np.diff([*chosen, 200])
+    assert len(chosen) == min(count, 200) and chosen[0] == 0 and gaps.max() - gaps.min() <= 1
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_checkpoints_of_another_version(packed, tmp_path):
+    """The first format lay in the file as it was, then packed."""
+    state = {"format": 1, "progress": {"epoch": 3}, "model": {}, "random": torch.zeros(3)}
+    torch.save(pack(state) if packed else state, tmp_path / "last.pt")
+    with pytest.raises(
+        CheckpointError, match=r"last\.pt was written by an earlier version \(format 1\); train anew or"
+    ):
+        read_checkpoint(tmp_path / "last.pt")
+    torch.save({"weights": state}, tmp_path / "last.pt")
+    with pytest.raises(CheckpointError, match=r"last\.pt is no checkpoint of a training run"):
+        read_checkpoint(tmp_path / "last.pt")
+
+
+@pytest.mark.parametrize(
+    ("images", "size", "synchronised", "batches"),
+    [
+        *((count, 1, False, batches) for count, batches in ((16, 2), (17, 2), (18, 3))),
+        *((count, 4, False, batches) for count, batches in ((3, 1), (16, 2), (17, 2), (20, 2), (21, 3))),
+        (17, 4, True, 2),
+        (20, 4, True, 3),
+    ],
+)
+def test_a_process_never_has_a_batch_of_one_image(images, size, synchronised, batches):
+    """Batches of 8 over all processes, the last of which may be smaller."""
+    fold = Fold(train=tuple(range(images)), validation=(), test=())
+    recipe = tiny_recipe(training={"batch_size": 8, "sync_batch_norm": synchronised})
+    labels = np.arange(images) % 3
+    loader = Batches(recipe, SimpleNamespace(labels=labels), labels, 0, size).training(fold, 0)
+    assert len(loader) == batches
+    if images > 8 and not synchronised:
+        assert min(len(draws) for draws in loader.plan()) >= 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import time
 
@@ -279,3 +280,44 @@ def test_unknown_normalisations_are_named():
 def test_what_fsdp_cannot_do(changes, text):
     with pytest.raises(RecipeError, match=f"training.distributed fsdp does not go with {text}"):
         tiny_recipe(**merged({"training": {"distributed": "fsdp"}}, changes))
+
+
+def begin_in_ranks(folder, recipe):
+    """Work of one of several processes: prepare a run anew; writes what it is told."""
+    try:
+        start(folder, recipe)
+    except ValueError as error:
+        (folder / f"told_{torch.distributed.get_rank()}").write_text(str(error))
+    torch.distributed.destroy_process_group()
+
+
+def test_several_processes_do_not_take_over_a_run(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("of another run")
+    assert join_ranks(start_ranks(2, begin_in_ranks, tmp_path, tiny_recipe())) == [0, 0]
+    for rank in (0, 1):
+        assert "is not empty: --resume goes on with the run in it" in (tmp_path / f"told_{rank}").read_text()
+    assert (tmp_path / "recipe.yaml").read_text() == "of another run"
+
+
+def train_with_a_bad_batch(folder, recipe):
+    """Training whose fourth batch, the second of an update, gives NaN."""
+    run = start(folder, recipe)
+    criterion, calls = run._first.criterion, []
+
+    class Bad(nn.Module):
+        def forward(self, *arguments):
+            calls.append(1)
+            return criterion(*arguments) * (math.nan if len(calls) == 4 else 1)
+
+    run._first.criterion = Bad()
+    run.train()
+    run.ranks.close()
+
+
+def test_a_bad_batch_leaves_the_gradients_before_it(tmp_path):
+    """Of the same update; two processes with parts of the weights, clipped, find what one finds."""
+    recipe = tiny_recipe(**merged(COMPARABLE, HQNET, {"training": {"accumulate": 2, "clip": 0.5, "ema": 0.9}}))
+    train_with_a_bad_batch(tmp_path / "one", recipe)
+    assert join_ranks(start_ranks(2, train_with_a_bad_batch, tmp_path / "two", recipe)) == [0, 0]
+    assert [row["non_finite"] for row in read_log(tmp_path / "two")] == [1, 1]
+    assert_same_results(tmp_path / "one", tmp_path / "two", atol=1e-4)

@@ -139,15 +139,16 @@ def _size(given: list[int]) -> tuple[int, int]:
 
 
 def _read(paths: list[Path], preparation: Preparation, limit: int) -> Tensor:
-    """The first images as the run's network sees them, [N, 3, H, W]."""
-    from itertools import islice
-
+    """Images as the run's network sees them, [N, 3, H, W]; spread over the listing, which may be by class."""
     import torch
 
     from cellops.models.data import read_image
     from cellops.models.prediction.files import image_files
 
-    return torch.stack([preparation(read_image(path)) for path, _ in islice(image_files(paths), limit)])
+    files = [path for path, _ in image_files(paths)]
+    count = min(limit, len(files))
+    chosen = [files[index * len(files) // count] for index in range(count)]
+    return torch.stack([preparation(read_image(path)) for path in chosen])
 
 
 def _write_int8(

@@ -18,8 +18,8 @@ examples:
   cellops predict runs/pbc /shared/slides/ --engine ray --address auto      on the machines of a Ray cluster
 
 Any number of images: they are read while the ones before them are predicted. The exit code is 0 where all were
-predicted, 1 if some could not be read (unreadable.csv names them and says why; the others are in the table), 2 for bad
-input, before anything is written, and 130 after Ctrl-C.
+predicted, 1 if some could not be read (unreadable.csv names them and says why; the others are in the table) or the
+results could not be written to the end, 2 for bad input, before anything is written, and 130 after Ctrl-C.
 """
 
 
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Predict, and return the exit code."""
     need_models_extra()
-    from cellops.models.prediction.job import Settings, predict_images
+    from cellops.models.prediction.job import Settings, Unfinished, predict_images
     from cellops.models.prediction.on_ray import EngineError
     from cellops.models.training.console import Output
 
@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
             unreadable = predict_images(
                 arguments.run, arguments.images, arguments.output, settings, Output(quiet=False)
             )
-    except EngineError as error:
+    except (EngineError, Unfinished) as error:
         raise CommandError(f"{error}; the same command with --resume goes on", FAILED) from error
     except KeyboardInterrupt:
         raise CommandError("interrupted; the same command with --resume goes on", INTERRUPTED) from None

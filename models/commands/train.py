@@ -78,7 +78,10 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.find_learning_rate:
         from cellops.models.training.learning_rate import find_learning_rate
 
-        find_learning_rate(session)
+        try:
+            find_learning_rate(session)
+        finally:
+            session.ranks.close()
         return 0
     title = f"{session.recipe.name}: {session.recipe.model.name} on {session.data.name}"
     output.line(f"{title}{' (SYNTHETIC images)' if session.data.synthetic else ''}", style="bold")

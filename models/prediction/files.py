@@ -10,9 +10,11 @@ from cellops.models.data.images import SUFFIXES
 
 Found = tuple[Path, str | None]
 """A file, and why it cannot be read where that is known: a folder that may not be listed stands here too."""
+Files = frozenset[tuple[str, str]]
+"""Folders, with all links followed, and names in them."""
 
 
-def image_files(paths: Iterable[str | Path], leave_out: Path | None = None) -> Iterator[Found]:
+def image_files(paths: Iterable[str | Path], leave_out: Iterable[Path] = ()) -> Iterator[Found]:
     """The files given, and the images in the folders given, each once; folders are read on the way.
 
     A folder's images come in the order of their names, and of one folder at a time the names are held. Links to files
@@ -20,7 +22,7 @@ def image_files(paths: Iterable[str | Path], leave_out: Path | None = None) -> I
 
     Args:
         paths: files of any name, and folders, of which files named as images are taken.
-        leave_out: a folder whose files do not count, for the results of an earlier call.
+        leave_out: files that do not count in folders, for the results of an earlier call.
 
     Raises:
         ValueError: a path does not exist, or a folder holds no image; at the call, before the first file.
@@ -29,14 +31,14 @@ def image_files(paths: Iterable[str | Path], leave_out: Path | None = None) -> I
     absent = next((path for path in given if not path.exists()), None)
     if absent is not None:
         raise ValueError(f"there is no image or folder {absent}")
-    skipped = None if leave_out is None else os.path.abspath(leave_out)
+    skipped = frozenset((os.path.realpath(path.parent), path.name) for path in leave_out)
     for path in given:
         if path.is_dir() and next(_inside(path, skipped), None) is None:
             raise ValueError(f"no images in the folder {path}; known are {', '.join(sorted(SUFFIXES))}")
     return _each(given, skipped)
 
 
-def _each(given: list[Path], skipped: str | None) -> Iterator[Found]:
+def _each(given: list[Path], skipped: Files) -> Iterator[Found]:
     folders = {os.path.abspath(path) for path in given if path.is_dir()}
     seen: set[str] = set()
     for path in given:
@@ -50,10 +52,9 @@ def _each(given: list[Path], skipped: str | None) -> Iterator[Found]:
             yield path, None
 
 
-def _inside(folder: Path, skipped: str | None) -> Iterator[Found]:
+def _inside(folder: Path, skipped: Files) -> Iterator[Found]:
     """The images of a folder and of those in it."""
-    if os.path.abspath(folder) == skipped:
-        return
+    place = os.path.realpath(folder) if skipped else ""
     try:
         with os.scandir(folder) as entries:
             names = sorted(
@@ -68,6 +69,8 @@ def _inside(folder: Path, skipped: str | None) -> Iterator[Found]:
         path = folder / name
         if is_folder:
             yield from _inside(path, skipped)
+        elif (place, name) in skipped:
+            continue
         elif path.is_file() or not path.exists():  # a link to nowhere is listed as such when it is opened
             yield path, None
 

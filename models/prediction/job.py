@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 from cellops.models.prediction.files import Found, image_files
 from cellops.models.prediction.predictor import BATCH_SIZE, Prediction, Predictor
-from cellops.models.prediction.table import TABLE, UNREADABLE, PredictionTable
+from cellops.models.prediction.table import CONTACT_SHEET, GRADCAM_SHEET, TABLE, UNREADABLE, WRITTEN, PredictionTable
+from cellops.models.training.checkpoint import CheckpointError
 from cellops.models.training.console import Output
 
 ENGINES = ("local", "ray")
+
+
+class Unfinished(RuntimeError):
+    """A job that began and could not go on, as on a full disk; what it committed before is kept."""
 
 
 @dataclass(frozen=True)
@@ -74,9 +79,10 @@ def predict_images(run: Path, images: Sequence[Path], folder: Path, settings: Se
     Raises:
         ValueError: an argument is wrong, the run or a path does not exist, or the results in the folder are in the way.
         CheckpointError: the weights are damaged.
+        Unfinished, EngineError: after the results were begun.
     """
     settings.check()
-    files = image_files(images, leave_out=folder)
+    files = image_files(images, leave_out=[folder / name for name in WRITTEN])
     predictor = Predictor.load(run, settings.tta)
     if settings.gradcam:
         from cellops.models.prediction.sheets import check_gradcam
@@ -84,7 +90,9 @@ def predict_images(run: Path, images: Sequence[Path], folder: Path, settings: Se
         check_gradcam(predictor)
     with (
         _engine(settings),
-        PredictionTable(folder, predictor.classes, predictor.settings, settings.resume, settings.overwrite) as table,
+        _begun(
+            PredictionTable(folder, predictor.classes, predictor.settings, settings.resume, settings.overwrite)
+        ) as table,
     ):
         before = table.rows
         if before:
@@ -98,6 +106,16 @@ def predict_images(run: Path, images: Sequence[Path], folder: Path, settings: Se
         _sheets(predictor, table, settings)
         _tell(predictor, table, before, output)
         return table.unreadable
+
+
+@contextmanager
+def _begun(table: PredictionTable) -> Iterator[PredictionTable]:
+    """The table, closed at the end; what its input cannot be blamed for is told from bad input."""
+    try:
+        with table:
+            yield table
+    except (OSError, CheckpointError) as error:
+        raise Unfinished(str(error) or type(error).__name__) from error
 
 
 def _engine(settings: Settings) -> AbstractContextManager[None]:
@@ -129,9 +147,9 @@ def _sheets(predictor: Predictor, table: PredictionTable, settings: Settings) ->
     from cellops.models.prediction.sheets import write_contact_sheet, write_gradcam_sheet
 
     if settings.sheet:
-        write_contact_sheet(table.first(settings.sheet), table.folder / "contact_sheet.png")
+        write_contact_sheet(table.first(settings.sheet), table.folder / CONTACT_SHEET)
     if settings.gradcam:
-        write_gradcam_sheet(predictor, table.first(settings.gradcam), table.folder / "gradcam_sheet.png")
+        write_gradcam_sheet(predictor, table.first(settings.gradcam), table.folder / GRADCAM_SHEET)
 
 
 def _tell(predictor: Predictor, table: PredictionTable, before: int, output: Output) -> None:

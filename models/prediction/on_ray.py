@@ -176,7 +176,7 @@ def _window(
 
     if not files:
         return
-    waiting = {os.fsencode(file): file for file in files}
+    waiting = {os.fsencode(file.absolute()): file for file in files}  # a worker has a working directory of its own
     # Enough blocks for every worker to have several, none much larger than what may be lost.
     blocks = min(len(files), max(4 * workers, -(-len(files) // (BATCHES_IN_A_TASK * batch_size))))
     data = ray.data.from_items([{"image": name} for name in waiting], override_num_blocks=blocks).map_batches(
@@ -200,7 +200,7 @@ def _window(
             if file is None:  # had already
                 continue
             if problem:
-                _note(unreadable, file, os.fsdecode(problem))
+                _note(unreadable, file, os.fsdecode(problem).replace(os.fsdecode(name), str(file), 1))
             else:
                 rows.append(predictor.prediction(file, probabilities))
         yield rows

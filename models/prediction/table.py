@@ -1,8 +1,10 @@
 """predictions.csv: it grows batch by batch, and after a crash goes on at the last batch that is whole.
 
 FOLDER/predictions.csv    image, predicted, confidence and the probability of every class
-FOLDER/predictions.json   what the table was made with, and how many of its bytes are good
+FOLDER/predictions.json   what the table was made with, the working directory that its names are relative to, and how
+                          many of its bytes are good
 FOLDER/unreadable.csv     the images that could not be read, with the reason; absent where there is none
+FOLDER/contact_sheet.png, gradcam_sheet.png
 """
 
 from __future__ import annotations
@@ -23,10 +25,12 @@ from typing import Any, BinaryIO
 import numpy as np
 
 import cellops
-from cellops.models.prediction.predictor import Prediction
+from cellops.models.prediction.predictor import Name, Prediction
 from cellops.models.training.checkpoint import write_text
 
 TABLE, STATE, UNREADABLE = "predictions.csv", "predictions.json", "unreadable.csv"
+CONTACT_SHEET, GRADCAM_SHEET = "contact_sheet.png", "gradcam_sheet.png"
+WRITTEN = (TABLE, STATE, UNREADABLE, CONTACT_SHEET, GRADCAM_SHEET)
 FORMAT = 1
 COMMIT_SECONDS = 1.0
 
@@ -46,7 +50,8 @@ class PredictionTable:
 
     Raises:
         ValueError: there are results and neither flag is given, or they are of other weights or settings, damaged, or
-            being written by another process. Nothing has been changed then.
+            being written by another process; or without a table there is a file of a name that is written. Nothing
+            has been changed then.
     """
 
     def __init__(
@@ -64,12 +69,19 @@ class PredictionTable:
         self.rows = self.unreadable = 0
         self.counts: Counter[str] = Counter()
         self.committed = 0
+        self.directory = os.getcwd()
+        """What relative names in the table are relative to."""
+        self._whole = 0  # bytes of the table, up to the last batch that was written to its end
         self._digests = np.empty(0, dtype="S16")
         self._time = 0.0
         self._listed: BinaryIO | None = None
         path = folder / TABLE
         if path.exists() and path.stat().st_size and not (resume or overwrite):
             raise ValueError(f"{path} is there already: --resume goes on with it, --overwrite begins anew")
+        if not path.exists() and not overwrite:
+            strange = next((folder / name for name in WRITTEN if (folder / name).exists()), None)
+            if strange is not None:
+                raise ValueError(f"{strange} is there without {TABLE}: take another --output, or --overwrite it")
         folder.mkdir(parents=True, exist_ok=True)
         self.file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
         try:
@@ -91,16 +103,14 @@ class PredictionTable:
         self.close()
 
     def __contains__(self, name: str) -> bool:
-        """Whether an image was in the table when it was opened."""
-        digest = np.array(_digest(name), dtype="S16")
+        """Whether an image was in the table when it was opened, under whatever spelling of its path."""
+        digest = np.array(_digest(os.path.abspath(name)), dtype="S16")
         place = int(np.searchsorted(self._digests, digest))
         return place < len(self._digests) and bool(self._digests[place] == digest)
 
     def add(self, rows: Sequence[Prediction]) -> None:
         """Write a batch; about once a second it is made to last through a power cut."""
-        lines = [_line(row) for row in rows]
-        self.file.write(_encoded(lines))
-        self.file.flush()
+        self._write([self._line(row) for row in rows])
         self.rows += len(rows)
         self.counts.update(row.predicted for row in rows)
         if time.monotonic() - self._time >= COMMIT_SECONDS:
@@ -111,15 +121,14 @@ class PredictionTable:
         if self._listed is None:
             self._listed = (self.folder / UNREADABLE).open("wb")
             self._listed.write(_encoded([("image", "reason")]))
-        self._listed.write(_encoded([(str(path), reason)]))
+        self._listed.write(_encoded([(self._name(path), reason)]))
         self._listed.flush()
         self.unreadable += 1
 
     def commit(self) -> None:
-        """Make what is written last, and say so in predictions.json."""
-        self.file.flush()
+        """Make the batches that are whole last, and say so in predictions.json."""
         os.fsync(self.file.fileno())
-        self.committed = self.file.tell()
+        self.committed = self._whole
         self._write_state()
 
     def close(self) -> None:
@@ -138,7 +147,21 @@ class PredictionTable:
         with (self.folder / TABLE).open(newline="", encoding="utf-8", errors="surrogateescape") as file:
             rows = csv.reader(file)
             next(rows)
-            return [(Path(row[0]), row[1], float(row[2])) for row in islice(rows, count)]
+            return [(Path(self.directory, row[0]), row[1], float(row[2])) for row in islice(rows, count)]
+
+    def _write(self, lines: Sequence[Sequence[str]]) -> None:
+        self.file.write(_encoded(lines))
+        self.file.flush()
+        self._whole = self.file.tell()
+
+    def _name(self, image: Name) -> str:
+        """An image as the table names it: as it was given, unless that was relative to another directory."""
+        moved = isinstance(image, Path) and os.getcwd() != self.directory
+        return os.path.abspath(image) if moved else str(image)
+
+    def _line(self, row: Prediction) -> list[str]:
+        probabilities = (f"{value:.9g}" for value in row.probabilities.values())
+        return [self._name(row.image), row.predicted, f"{row.confidence:.6f}", *probabilities]
 
     @property
     def _header(self) -> list[str]:
@@ -148,10 +171,10 @@ class PredictionTable:
         if not self.committed:
             self._write_state()  # first, so that whoever is killed here leaves a table of 0 good bytes
         self.file.truncate(self.committed)
-        self.file.seek(self.committed)
+        self._whole = self.file.seek(self.committed)
         (self.folder / UNREADABLE).unlink(missing_ok=True)  # they are tried again
         if not self.committed:
-            self.file.write(_encoded([self._header]))
+            self._write([self._header])
             self.commit()
 
     def _write_state(self) -> None:
@@ -159,10 +182,11 @@ class PredictionTable:
             "format": FORMAT,
             "cellops": cellops.__version__,
             "settings": self.settings,
+            "directory": self.directory,
             "rows": self.rows,
             "committed": self.committed,
         }
-        write_text(self.folder / STATE, json.dumps(state, indent=1, ensure_ascii=False))
+        write_text(self.folder / STATE, json.dumps(state, indent=1))
         self._time = time.monotonic()
 
     def _read_state(self) -> None:
@@ -175,6 +199,7 @@ class PredictionTable:
         try:
             state = json.loads((self.folder / STATE).read_text(encoding="utf-8"))
             kept, committed = dict(state["settings"]), int(state["committed"])
+            directory = str(state.get("directory", self.directory))
             known = state["format"] == FORMAT
         except FileNotFoundError:
             if size:
@@ -191,6 +216,8 @@ class PredictionTable:
         if size < committed:
             raise ValueError(f"{path} has {size} bytes, fewer than the {committed} that were written; --overwrite it")
         self.committed = committed
+        if committed:
+            self.directory = directory
         self._digests = np.sort(np.fromiter(self._kept_rows(committed), dtype="S16"))
 
     def _kept_rows(self, committed: int) -> Iterator[bytes]:
@@ -208,7 +235,7 @@ class PredictionTable:
                     raise ValueError(f"{path}: row {self.rows + 2} is not as it was written; --overwrite begins anew")
                 self.rows += 1
                 self.counts[row[1]] += 1
-                yield _digest(row[0])
+                yield _digest(os.path.normpath(os.path.join(self.directory, row[0])))
 
 
 class _Part(io.RawIOBase):
@@ -227,13 +254,8 @@ class _Part(io.RawIOBase):
         return len(found)
 
 
-def _digest(name: str) -> bytes:
-    return hashlib.blake2b(os.fsencode(name), digest_size=16).digest()
-
-
-def _line(row: Prediction) -> list[str]:
-    probabilities = (f"{value:.9g}" for value in row.probabilities.values())
-    return [str(row.image), row.predicted, f"{row.confidence:.6f}", *probabilities]
+def _digest(path: str) -> bytes:
+    return hashlib.blake2b(os.fsencode(path), digest_size=16).digest()
 
 
 def _encoded(lines: Sequence[Sequence[str]]) -> bytes:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cellops.models.training.recipe import RecipeError, load_recipe, recipe_names
-    from cellops.models.training.run import Run, open_run, prepare, train
+    from cellops.models.training.run import Run, prepare, train
     from cellops.models.training.settings import Recipe
 
 _HOMES = {
@@ -15,13 +15,12 @@ _HOMES = {
     "RecipeError": "recipe",
     "Run": "run",
     "load_recipe": "recipe",
-    "open_run": "run",
     "prepare": "run",
     "recipe_names": "recipe",
     "train": "run",
 }
 
-__all__ = ["Recipe", "RecipeError", "Run", "load_recipe", "open_run", "prepare", "recipe_names", "train"]
+__all__ = ["Recipe", "RecipeError", "Run", "load_recipe", "prepare", "recipe_names", "train"]
 
 
 def __getattr__(name: str) -> Any:

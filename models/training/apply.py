@@ -179,8 +179,8 @@ class RunImages:
     def training(self, count: int) -> Tensor:
         """Some of the images it was trained on, [N, 3, H, W]: evenly spread over them, so that no class is missed."""
         train = self.fold.train
-        step = max(1, len(train) // count)
-        return self.batches.images(train[::step][:count])
+        count = min(count, len(train))
+        return self.batches.images([train[index * len(train) // count] for index in range(count)])
 
     @property
     def held_out(self) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cellops.models.training.packing import pack, unpack
 
+FORMAT = 2
 LAST = "last.pt"
 PREVIOUS = "previous.pt"
 BEST = "best.safetensors"
@@ -85,7 +86,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """Load a checkpoint on the CPU, tensors and plain values only.
 
     Raises:
-        CheckpointError: the file is missing, truncated or of another kind; names it.
+        CheckpointError: the file is missing, truncated, of another kind or of another version's format; names it.
     """
     try:
         packed = torch.load(path, map_location="cpu", weights_only=True)
@@ -96,8 +97,14 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"the checkpoint {path} ({path.stat().st_size} bytes) is damaged or truncated: {reason}"
         ) from error
-    if not isinstance(packed, dict) or packed.keys() != {"tensors", "values"} or "progress" not in packed["values"]:
+    values = packed.get("values", packed) if isinstance(packed, dict) else {}  # the first ones were not packed
+    if not isinstance(values, dict) or not {"format", "progress"} <= values.keys():
         raise CheckpointError(f"{path} is no checkpoint of a training run")
+    if (version := values["format"]) != FORMAT:
+        when = "an earlier" if version < FORMAT else "a later"
+        raise CheckpointError(
+            f"the checkpoint {path} was written by {when} version (format {version}); train anew or with that version"
+        )
     return unpack(packed)
 
 

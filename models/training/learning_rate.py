@@ -41,7 +41,9 @@ def find_learning_rate(run: Run, low: float = 1e-6, high: float = 1.0, updates: 
                 group["lr"] = float(rate) * group.get("lr_scale", 1.0)
             loss, _, size = trainer.backward(batch)
             trainer.update()
-            value = loss.item() / size if size else math.inf
+            # Of all processes, so that they stop at the same rate.
+            total, count = trainer.ranks.total([loss.item(), float(size)])
+            value = total / count if count else math.inf
             mean = SMOOTHING * mean + (1 - SMOOTHING) * value
             smooth = mean / (1 - SMOOTHING**number)
             tried.append(float(rate))

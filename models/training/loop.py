@@ -20,6 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from cellops.models.training.checkpoint import (
     BEST,
+    FORMAT,
     CheckpointError,
     latest_checkpoint,
     save_checkpoint,
@@ -34,9 +35,6 @@ from cellops.models.training.randomness import random_state, seed_everything, se
 from cellops.models.training.ranks import Ranks
 from cellops.models.training.settings import Recipe
 from cellops.models.training.stopping import SECOND_SIGNAL, Interrupted, Stopping
-
-FORMAT = 2
-
 
 # Of the present epoch, over the images of one process.
 SUMS = ("loss_sum", "correct", "seen")
@@ -191,6 +189,7 @@ class Trainer:
         state = self.state()
         if self.ranks.main:
             save_checkpoint(self.checkpoints, state, self.settings.keep_previous)
+        self.ranks.wait()  # a launcher ends all processes when one leaves, the one that writes too
         self.saved_at, self.saved_updates = time.monotonic(), self.progress.updates
 
     def save_weights(self, path: Path, facts: Mapping[str, Any]) -> None:
@@ -211,8 +210,6 @@ class Trainer:
         self.log.restore([] if state is None else state["history"])
         if state is None:
             return False
-        if state["format"] != FORMAT:
-            raise CheckpointError(f"{self.checkpoints}: checkpoints of format {state['format']}, this is {FORMAT}")
         try:
             self._load(state)
         except (RuntimeError, ValueError, TypeError) as error:
@@ -356,6 +353,8 @@ class Trainer:
         """Forget a batch: the running statistics are as before it, nothing was added to the gradients."""
         if self.buffers:
             torch._foreach_copy_(self.buffers, self.buffers_before)
+        if self.ranks.sharded:  # the backward pass would have; what is whole hides the gradients of batches before
+            self.network.reshard()
         progress = self.progress
         progress.non_finite += 1
         progress.non_finite_in_row += 1
@@ -376,7 +375,8 @@ class Trainer:
     def update(self) -> None:
         """One step of optimizer, schedule and moving average, if the gradients are finite."""
         self.scaler.unscale_(self.optimizer)
-        parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
+        known = (parameter for group in self.optimizer.param_groups for parameter in group["params"])
+        parameters = [parameter for parameter in known if parameter.grad is not None]
         if not parameters:  # every batch of the group was left out
             return
         limit = math.inf if self.settings.clip is None else self.settings.clip
@@ -420,6 +420,7 @@ class Trainer:
             self.activation,
             precision=self.settings.precision,
             channels_last=self.settings.channels_last,
+            sharded=self.ranks.sharded,
         )
         wanted = np.asarray(self.validation.indices)
         found = self.ranks.gather(indices, found, wanted)

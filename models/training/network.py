@@ -77,7 +77,6 @@ def probabilities(logits: Tensor, activation: str) -> Tensor:
     return logits.softmax(1)
 
 
-@torch.inference_mode()
 def predict_batches(
     model: nn.Module,
     batches: Iterable,
@@ -87,6 +86,7 @@ def predict_batches(
     precision: str = "float32",
     channels_last: bool = False,
     each: Callable[[], object] = lambda: None,
+    sharded: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Probabilities of every image, averaged over the views of test-time augmentation.
 
@@ -99,6 +99,7 @@ def predict_batches(
         precision: of the forward pass.
         channels_last: layout of the images.
         each: called after every batch.
+        sharded: whether weights are spread over processes; put together in inference mode they could not train on.
 
     Returns:
         The indices of the images [N] and their probabilities [N, K].
@@ -106,17 +107,18 @@ def predict_batches(
     training = model.training
     model.eval()
     indices, found = [], []
-    for batch in batches:
-        images = place(batch.images, device, channels_last)
-        mean: Any = 0
-        for quarter, flipped in TURNS[tta]:
-            view = images.rot90(quarter, (2, 3)) if quarter else images
-            with autocast(device, precision):
-                logits = model(view.flip(3) if flipped else view)
-            mean = mean + probabilities(logits.float(), activation)
-        found.append((mean / len(TURNS[tta])).cpu().numpy())
-        indices.append(batch.index.numpy())
-        each()
+    with torch.no_grad() if sharded else torch.inference_mode():
+        for batch in batches:
+            images = place(batch.images, device, channels_last)
+            mean: Any = 0
+            for quarter, flipped in TURNS[tta]:
+                view = images.rot90(quarter, (2, 3)) if quarter else images
+                with autocast(device, precision):
+                    logits = model(view.flip(3) if flipped else view)
+                mean = mean + probabilities(logits.float(), activation)
+            found.append((mean / len(TURNS[tta])).cpu().numpy())
+            indices.append(batch.index.numpy())
+            each()
     model.train(training)
     if not found:
         return np.empty(0, dtype=np.int64), np.empty((0, 0))

@@ -158,8 +158,10 @@ class Batches:
         """The loader of the training part."""
         settings = self.recipe.training
         indices = learning_part(fold.train, self.data.labels, self.recipe.data.train_fraction, self.recipe.seed)
-        # Batch normalisation has no variance over a single image, so a last batch of one is left out.
-        single = len(indices) % settings.batch_size == 1 and len(indices) > settings.batch_size
+        # Batch normalisation has no variance over a single image, so a last batch that has one for a process is left
+        # out; synchronised it is over the images of all.
+        alone = 1 if settings.sync_batch_norm else self.size
+        single = 1 <= len(indices) % settings.batch_size <= alone and len(indices) > settings.batch_size
         if settings.batch_size % self.size:
             raise RecipeError(f"training.batch_size {settings.batch_size} must be a multiple of {self.size} processes")
         return BatchLoader(

@@ -427,7 +427,8 @@ def prepare(
     if not resume and folder == default and (free := free_folder(folder)) != folder:
         output.line(f"{folder} is taken, this run goes to {free} (--resume goes on with {folder})")
         folder = free
-    if not resume and ranks.size == 1 and folder.exists() and any(folder.iterdir()):
+    taken = folder.exists() and any(folder.iterdir())
+    if not resume and ranks.any_true(taken)[0]:  # every process looks before the first one writes
         raise ValueError(f"{folder} is not empty: --resume goes on with the run in it, or choose another --output")
     recipe = build_recipe(recipe_values(recipe))
     if recipe.training.threads is not None:
