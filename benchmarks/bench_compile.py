@@ -35,11 +35,13 @@ FULL_SHAPES = ((1, 64, 7, 7), (1, 64, 28, 28), (8, 32, 14, 14), (8, 256, 7, 7), 
 
 
 class Block(nn.Module):
-    """What stands around the module."""
+    """What stands around the module. Its normalisation has no bias: before a normalised 1x1 convolution the gradient of
+    one is rounding and nothing else.
+    """
 
     def __init__(self, channels: int, module: nn.Module) -> None:
         super().__init__()
-        self.norm = nn.BatchNorm2d(channels)
+        self.norm = nn.BatchNorm2d(channels, affine=False)
         self.module = module
 
     def forward(self, input: Tensor) -> Tensor:

@@ -50,12 +50,11 @@ class Row:
 
 
 DEFAULT = [
-    Row("lung_resnet50", 8, 240, 320, {"num_classes": 1}),
+    Row("lung_resnet50", 4, 240, 320, {"num_classes": 1}),
     Row("shufflenet_v1_g3", 16),
     Row("deform_resnet50", 2),
-    Row("dresnet", 16),
 ]
-FULL = [Row("hqnet_tiny", 16), Row("hqnet_dcn", 8), Row("dresnet_050", 16), Row("dresnet_025", 16)]
+FULL = [Row("dresnet", 16), Row("hqnet_tiny", 16), Row("hqnet_dcn", 8), Row("dresnet_050", 16), Row("dresnet_025", 16)]
 
 
 def _rows() -> list[Any]:
