@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 FEWEST: dict[str, tuple[int, int]] = {
-    "squeeze_excite": (65_536, 262_144),
-    "eca": (65_536, 262_144),
+    "squeeze_excite": (262_144, 262_144),
+    "eca": (262_144, 262_144),
     "frelu": (16_384, 131_072),
     "group_conv1x1": (8_192, 8_192),
 }
