@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 import machine
+import pages
 
 sys.path.insert(0, str(machine.ROOT))  # this tree's cellops, installed or not
 os.environ.pop("TRITON_INTERPRET", None)
@@ -75,20 +76,7 @@ def markdown(measured: list[Record]) -> str:
                     _operations(kernel.products),
                 ]
             )
-    return f"{_table(calls)}\n\nKernel by kernel, for the first shape of each op:\n\n{_table(kernels)}"
-
-
-def updated(page: str, tables: str) -> str:
-    """The page with the text between the markers replaced.
-
-    Raises:
-        ValueError: a marker is missing.
-    """
-    before, _, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not end:
-        raise ValueError(f"{PAGE.name} has no lines {BEGIN!r} and {END!r}")
-    return f"{before}{BEGIN}\n\n{tables}\n\n{END}{after}"
+    return f"{pages.table(calls)}\n\nKernel by kernel, for the first shape of each op:\n\n{pages.table(kernels)}"
 
 
 def results() -> list[Record]:
@@ -114,11 +102,6 @@ def _operations(count: int) -> str:
     return f"{count / 1e9:.1f} GFLOP" if count else "–"
 
 
-def _table(cells: list[list[str]]) -> str:
-    head, *rows = [f"| {' | '.join(row)} |" for row in cells]
-    return "\n".join([head, "|" + "---|" * len(cells[0]), *rows])
-
-
 def main() -> int:
     """Returns 1 where --check finds an old page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -132,7 +115,7 @@ def main() -> int:
         return 0
     page = Path(PAGE)
     old = page.read_text(encoding="utf-8")
-    new = updated(old, tables)
+    new = pages.updated(old, tables + "\n", BEGIN, END)
     if options.check:
         name = page.relative_to(machine.ROOT)
         print(f"{name} agrees" if old == new else f"{name} is old: run python benchmarks/bounds.py")

@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pages
 from machine import ROOT, describe, load, slug
 
 sys.path.insert(0, str(ROOT))  # run as a script, beside the package
@@ -203,7 +204,7 @@ def _costs(records: list[dict[str, Any]]) -> str:
         above = record["peak"] - record["before"]
         cells.append([f"`{record['network']}`", RUNTIMES[record["runtime"]], _mebi(record["bytes"]),
                       f"{1e3 * record['latency']:.1f}", f"{record['peak'] / 2**20:.0f}", _mebi(above)])  # fmt: skip
-    return _table(cells)
+    return pages.table(cells)
 
 
 def _paper(records: list[dict[str, Any]]) -> str:
@@ -227,7 +228,7 @@ def _paper(records: list[dict[str, Any]]) -> str:
             + " less than ResNet-50's; without the libraries "
             + ", ".join(f"{1 - part:.0%}" for part in above)
         )
-    return f"{text}.\n\n{_table(cells)}"
+    return f"{text}.\n\n{pages.table(cells)}"
 
 
 def _accuracy(records: list[dict[str, Any]]) -> str:
@@ -242,7 +243,7 @@ def _accuracy(records: list[dict[str, Any]]) -> str:
         shares = [f"{100 * record[key]:.1f} %" for key in ("float32", "int8", "agreement")]
         sizes = [_mebi(record["float32_bytes"]), _mebi(record["int8_bytes"])]
         cells.append([f"`{record['network']}`", recipe, images, *shares, *sizes])
-    return f"Accuracy before and after, with ranges from 128 training images:\n\n{_table(cells)}"
+    return f"Accuracy before and after, with ranges from 128 training images:\n\n{pages.table(cells)}"
 
 
 def _above(record: dict[str, Any]) -> int:
@@ -251,24 +252,6 @@ def _above(record: dict[str, Any]) -> int:
 
 def _mebi(count: float) -> str:
     return f"{count / 2**20:.1f}"
-
-
-def _table(cells: list[list[str]]) -> str:
-    head, *rows = [f"| {' | '.join(row)} |" for row in cells]
-    return "\n".join([head, "|" + "---|" * len(cells[0]), *rows])
-
-
-def updated(page: str, text: str) -> str:
-    """The page with what is between its markers replaced.
-
-    Raises:
-        ValueError: a marker is missing.
-    """
-    before, _, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not end:
-        raise ValueError(f"{PAGE} has no lines {BEGIN!r} and {END!r}")
-    return f"{before}{BEGIN}\n\n{text}\n{END}{after}"
 
 
 def recorded() -> str:
@@ -289,7 +272,7 @@ def main() -> int:
         parser.error("a table of some networks is not kept: --print")
     page = PAGE.read_text()
     if options.check:
-        same = page == updated(page, recorded())
+        same = page == pages.updated(page, recorded(), BEGIN, END)
         print("docs/deploy.md agrees with the results" if same else "docs/deploy.md is old: run benchmarks/deploy.py")
         return int(not same)
     path = RESULTS / f"{slug()}.json"
@@ -310,7 +293,7 @@ def main() -> int:
             return 0
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(results, indent=1) + "\n")
-    PAGE.write_text(updated(page, recorded()))
+    PAGE.write_text(pages.updated(page, recorded(), BEGIN, END))
     return 0
 
 

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pages
 from on_gpu.targets import ours, trusted
 from targets import Record, Results, geometric_mean, median_ratio, select
 
@@ -29,19 +30,6 @@ def markdown(folder: Path = RESULTS) -> str:
     if not machines:
         return "No results have been recorded yet: `pytest benchmarks --benchmark-only` records them.\n"
     return "\n".join(_machine(results) for results in machines)
-
-
-def updated(readme: str, tables: str) -> str:
-    """The README with the text between the markers replaced.
-
-    Raises:
-        ValueError: a marker is missing.
-    """
-    before, _, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not end:
-        raise ValueError(f"the README has no lines {BEGIN!r} and {END!r}")
-    return f"{before}{BEGIN}\n\n{tables}\n{END}{after}"
 
 
 def _machine(results: dict[str, Any]) -> str:
@@ -83,7 +71,7 @@ def _gpu(results: dict[str, Any]) -> str:
     zoo = [one for row in select(records, kind="benchmarks") if row["key"].startswith("zoo") for one in row["records"]]
     text = (
         "bfloat16, channels_last; forward is evaluation, forward+backward training with batch statistics. Medians in a "
-        "CUDA graph, speed over each peer (below 1 is slower).\n\n" + _table(cells)
+        "CUDA graph, speed over each peer (below 1 is slower).\n\n" + pages.table(cells)
     )
     return (
         "\n\n".join(part for part in (head, *_targets(results["targets"]), text, _models(zoo, full=True)) if part)
@@ -107,7 +95,7 @@ def _targets(rows: Results) -> list[str]:
     cells = [["target (geometric mean over the shapes)", "limit", "measured", ""]]
     for row in rows:
         cells.append([f"{row['op']} {row['target']}", row["limit"], row["value"] or "–", words[row["reached"]]])
-    return [_table(cells)]
+    return [pages.table(cells)]
 
 
 def _summary(op: str, records: Results) -> str:
@@ -125,7 +113,7 @@ def _summary(op: str, records: Results) -> str:
                 cells.append([f"`{op}`", "cpu", dtype, layout, direction, *figures, percent])
     return (
         "Speed over the peers (times faster than each; below 1 is slower). The dense convolution has the same size and "
-        "layout and samples nothing; the bound is its faster layout.\n\n" + _table(cells)
+        "layout and samples nothing; the bound is its faster layout.\n\n" + pages.table(cells)
     )
 
 
@@ -150,7 +138,7 @@ def _shapes(op: str, records: Results) -> str:
             cells.append([*row, *(_milliseconds(variants.get(peer)) for peer in PEERS)])
     return (
         f"`{op}`, float32, 3x3, padding 1, as many output as input channels, mask and bias: median milliseconds "
-        "(peers with NCHW input).\n\n" + _table(cells)
+        "(peers with NCHW input).\n\n" + pages.table(cells)
     )
 
 
@@ -169,7 +157,7 @@ def _speed(op: str, records: Results) -> str:
         cells[-1].append(f"{ours / medians['copy']:.1f}")
     return (
         f"`{op}`: speed over each peer (below 1 is slower), and its time in copies of the input. The peer's grid is "
-        "ready-made.\n\n" + _table(cells)
+        "ready-made.\n\n" + pages.table(cells)
     )
 
 
@@ -182,7 +170,7 @@ def _overhead(records: Results) -> str:
     for name in chosen[0]["variants"]:
         figures = [record["variants"].get(name) for record in chosen]
         cells.append([name, *("–" if figure is None else f"{1e6 * figure['median']:.1f}" for figure in figures)])
-    return _table(cells)
+    return pages.table(cells)
 
 
 def _memory(records: Results) -> str:
@@ -194,7 +182,7 @@ def _memory(records: Results) -> str:
     for name in chosen[0]["variants"]:
         figures = [record["variants"].get(name) for record in chosen]
         cells.append([name, *map(_extra, figures)])
-    return _table(cells)
+    return pages.table(cells)
 
 
 def _copies(records: Results) -> str:
@@ -212,7 +200,7 @@ def _copies(records: Results) -> str:
     shape = ", ".join(dict.fromkeys(record["case"].split("_")[-1] for record in chosen))
     return (
         f"Time in copies (`x.clone()` of the input in the same turns) at {shape}; forward is evaluation.\n\n"
-        + _table(cells)
+        + pages.table(cells)
     )
 
 
@@ -228,7 +216,7 @@ def _compiled(records: Results) -> str:
         cells[-1] += [f"{1e3 * ours:.3f}", f"{1e3 * theirs:.3f}", f"{theirs / ours:.2f}x"]
     return (
         "A compiled block (normalisation, the module, a sum and a ReLU) beside the same block of PyTorch's ops, "
-        f"compiled too, at {chosen[0]['case']} in float32.\n\n" + _table(cells)
+        f"compiled too, at {chosen[0]['case']} in float32.\n\n" + pages.table(cells)
     )
 
 
@@ -247,7 +235,7 @@ def _models(records: Results, *, full: bool = False) -> str:
         cells[-1] += [f"{peaks[name] / 2**20:.0f}" if name in peaks else "–" for name in names]
     return (
         "Whole networks beside their plain twins (the same weights on PyTorch's own ops); memory is above the weights."
-        "\n\n" + _table(cells)
+        "\n\n" + pages.table(cells)
     )
 
 
@@ -267,7 +255,7 @@ def _accelerated(records: Results) -> str:
     batch, _, height, width = chosen[0]["images"]
     return (
         "Networks of other libraries before and after `cellops.accelerate` and `cellops.fuse`: "
-        f"{batch} images of {height}x{width} in float32.\n\n" + _table(cells)
+        f"{batch} images of {height}x{width} in float32.\n\n" + pages.table(cells)
     )
 
 
@@ -277,11 +265,6 @@ def _extra(used: Record | None) -> str:
 
 def _milliseconds(timing: Record | None) -> str:
     return "–" if timing is None else f"{1e3 * timing['median']:.2f}"
-
-
-def _table(cells: list[list[str]]) -> str:
-    head, *rows = [f"| {' | '.join(row)} |" for row in cells]
-    return "\n".join([head, "|" + "---|" * len(cells[0]), *rows])
 
 
 def main() -> int:
@@ -296,7 +279,7 @@ def main() -> int:
         print(tables)
         return 0
     old = README.read_text()
-    new = updated(old, tables)
+    new = pages.updated(old, tables, BEGIN, END)
     if options.check:
         print("README.md agrees with the results" if old == new else "README.md is old: run python benchmarks/table.py")
         return int(old != new)

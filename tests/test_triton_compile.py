@@ -6,6 +6,7 @@ import importlib.util
 
 import pytest
 
+from cellops import _backend
 from cellops.testing import compile_kernels
 from cellops.testing._compile_kernels import LIMITS
 
@@ -55,19 +56,6 @@ def test_deformable_convolution_multiplies_by_the_architectures_own_instructions
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("arch", LIMITS)
-@pytest.mark.parametrize(
-    "op",
-    [
-        "deform_conv2d",
-        "offset_sample2d",
-        "frelu",
-        "frelu_batch_norm",
-        "squeeze_excite",
-        "eca",
-        "group_conv1x1",
-        "group_conv1x1_batch_norm",
-        "spatial_attention",
-    ],
-)
+@pytest.mark.parametrize("op", _backend.OPS)
 def test_every_kernel(op: str, arch: str, dtype: str) -> None:
     check(arch, op, (dtype,))

@@ -10,6 +10,7 @@ import re
 import shutil
 from functools import partial
 
+from cellops import _backend
 from on_gpu import process
 from on_gpu.progress import Record, Row, Setup, Skipped, Step
 
@@ -32,17 +33,6 @@ PARTS = {
 SMALL_TESTS = ("tests/test_gpu.py", "tests/test_flops.py")
 """Two of the files, for `--small`."""
 
-SANITIZED = (
-    "deform_conv2d",
-    "offset_sample2d",
-    "frelu",
-    "frelu_batch_norm",
-    "squeeze_excite",
-    "eca",
-    "group_conv1x1",
-    "group_conv1x1_batch_norm",
-    "spatial_attention",
-)
 TOOLS = ("memcheck", "racecheck")
 
 
@@ -86,7 +76,7 @@ def _has_slow(file: str) -> bool:
 def sanitizer(setup: Setup) -> Step:
     """Each tool on each op: forward and backward of its small cases, with atomics and without."""
     tools = ("none",) if setup.device != "cuda" else TOOLS
-    ops = SANITIZED[-2:] if setup.small else SANITIZED
+    ops = tuple(_backend.OPS)[-2:] if setup.small else tuple(_backend.OPS)
     rows = [Row(f"sanitizer {tool} {op}", 20.0, partial(_sanitize, tool, op, setup)) for tool in tools for op in ops]
     return Step("sanitizer", rows, parallel=max(1, setup.jobs // 2))
 
