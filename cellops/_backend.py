@@ -129,11 +129,6 @@ def gpu_launcher(backend: str, op: str, direction: str) -> Any:
     return getattr(module, f"{op}_{direction}_{backend}")
 
 
-def triton_launcher(op: str, direction: str) -> Any:
-    """`gpu_launcher` of Triton."""
-    return gpu_launcher("triton", op, direction)
-
-
 def _why_no_triton() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"

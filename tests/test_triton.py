@@ -57,9 +57,9 @@ def atomics() -> None:
 def test_every_op_has_launchers_like_its_formula() -> None:
     for op in TRITON_OPS:
         module = importlib.import_module(f"cellops.reference.{op.removesuffix('_batch_norm')}")
-        launcher = _backend.triton_launcher(op, "forward")
+        launcher = _backend.gpu_launcher("triton", op, "forward")
         assert [*inspect.signature(launcher).parameters] == [*inspect.signature(getattr(module, op)).parameters]
-        assert "wanted" in inspect.signature(_backend.triton_launcher(op, "backward")).parameters
+        assert "wanted" in inspect.signature(_backend.gpu_launcher("triton", op, "backward")).parameters
 
 
 @pytest.mark.parametrize("op", TRITON_OPS)
@@ -254,7 +254,7 @@ def test_64_bit_offsets_where_sizes_need_them(op: str) -> None:
             for name, value in drawn.items()
         }
         with noted_launches() as launches:
-            _backend.triton_launcher(op, "forward")(**to_channels_last(arguments))
+            _backend.gpu_launcher("triton", op, "forward")(**to_channels_last(arguments))
         flags = [launch.constants["WIDE"] for launch in launches if "WIDE" in launch.constants]
         assert flags and (any(flags) == expected)
 

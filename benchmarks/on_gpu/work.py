@@ -114,11 +114,11 @@ def of_triton(case: Case, arguments: dict[str, Any], direction: str, factor: int
 
     seen: list[Kernel] = []
     with noted_launches() as launches, _noted_ops(seen, launches):
-        forward = _backend.triton_launcher(case.op, "forward")
+        forward = _backend.gpu_launcher("triton", case.op, "forward")
         found = forward(**arguments)
         output, *statistics = found if isinstance(found, tuple) else (found,)
         if direction != "forward":
-            backward = _backend.triton_launcher(case.op, "backward")
+            backward = _backend.gpu_launcher("triton", case.op, "backward")
             given = {**arguments, "grad_output": torch.empty_like(output), "wanted": [True] * 5}
             given.update(zip(("mean", "var"), statistics, strict=False))
             taken = inspect.signature(backward).parameters

@@ -107,7 +107,7 @@ def _meta(value: Any, dtype: torch.dtype, memory_format: torch.memory_format, sc
 
 def _call(case: Case, arguments: dict[str, Any], deterministic: bool) -> None:
     """Forward and backward as the op would call the launchers."""
-    forward, backward = (_backend.triton_launcher(case.op, direction) for direction in ("forward", "backward"))
+    forward, backward = (_backend.gpu_launcher("triton", case.op, direction) for direction in ("forward", "backward"))
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(deterministic)
     try:
