@@ -130,7 +130,7 @@ def _save(config: pytest.Config, head: dict[str, Any], records: list[dict[str, A
     path.parent.mkdir(exist_ok=True)
     results = {"format": 1, **head, "full": config.getoption("full"), "targets": judge_all(records), "records": records}
     path.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-    return f"results written to {path}; `python benchmarks/table.py` puts them in the README"
+    return f"results written to {path}; `python benchmarks/table.py` puts them in README.md and docs/speed.md"
 
 
 def _why_not_saved(config: pytest.Config) -> str | None:

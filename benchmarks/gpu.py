@@ -9,9 +9,9 @@ python benchmarks/gpu.py all --device cpu --small --output /tmp/x # walk through
 
 csrc/ is compiled in place first where the library is missing or old. The steps run in their order, each to its end.
 Results are in one JSON, results/<gpu>.json, written after every row. Copied to benchmarks/results/, it is what
-`python benchmarks/table.py` makes the README's table from, and `python benchmarks/bounds.py` docs/gpu.md's.
-The exit code is 0 when all that can run here is done and nothing failed, 1 after a failure, 3 when rows are left for
-another call.
+`python benchmarks/table.py` makes the tables of README and docs/speed.md from, `python benchmarks/bounds.py` that of
+docs/gpu.md. The exit code is 0 when all that can run here is done and nothing failed, 1 after a failure, 3 when rows
+are left for another call.
 """
 
 from __future__ import annotations

@@ -40,11 +40,12 @@ def steady_environment(threads: int) -> dict[str, str]:
 
 
 def slug() -> str:
-    """The machine's name as a file name, like "amd-epyc-9354-2-cores"."""
+    """The machine's name as a file name, like "amd-epyc-9354-avx2-2-cores": some systems tell no model's number."""
+    from cellops import _native
     from cellops.models.doctor import cpu_model
 
     words = re.sub(r"\((R|TM)\)|CPU|Processor|@.*|\d+-Core", " ", cpu_model())
-    return as_file_name(f"{words} {cores()} cores")
+    return as_file_name(f"{words} {_native.library().isa()} {cores()} cores")
 
 
 def as_file_name(text: str) -> str:

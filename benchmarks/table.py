@@ -1,7 +1,7 @@
-"""Writes the README's speed tables from benchmarks/results/*.json, between its two markers.
+"""Writes the speed tables from benchmarks/results/*.json: targets to README.md, everything to docs/speed.md.
 
-python benchmarks/table.py             # update README.md
-python benchmarks/table.py --check     # fail where README.md is not what the results say
+python benchmarks/table.py             # update both, between their markers
+python benchmarks/table.py --check     # fail where one is not what the results say
 python benchmarks/table.py --print     # to the terminal
 """
 
@@ -18,29 +18,40 @@ from on_gpu.targets import ours, trusted
 from targets import Record, Results, geometric_mean, median_ratio, select
 
 RESULTS = Path(__file__).resolve().parent / "results"
-README = RESULTS.parent.parent / "README.md"
+README, PAGE = RESULTS.parent.parent / "README.md", RESULTS.parent.parent / "docs" / "speed.md"
 BEGIN, END = "<!-- speed: begin (written by benchmarks/table.py) -->", "<!-- speed: end -->"
 PEERS = ("torchvision", "ONNX Runtime", "OpenVINO")
 DTYPES, LAYOUTS, DIRECTIONS = ("float32", "bfloat16"), ("NCHW", "channels_last"), ("forward", "forward+backward")
 
 
-def markdown(folder: Path = RESULTS) -> str:
-    """The tables of every machine in the folder."""
-    machines = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    if not machines:
-        return "No results have been recorded yet: `pytest benchmarks --benchmark-only` records them.\n"
-    return "\n".join(_machine(results) for results in machines)
+def machines(folder: Path = RESULTS) -> list[dict[str, Any]]:
+    """The results of every machine in the folder."""
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
 
 
-def _machine(results: dict[str, Any]) -> str:
-    if "gpu" in results["machine"]:
-        return _gpu(results)
+def summary(results: list[dict[str, Any]]) -> str:
+    """What each target is and what each machine reached: the CPUs side by side, each GPU by itself."""
+    cpus, gpus = ([one for one in results if ("gpu" in one["machine"]) == gpu] for gpu in (False, True))
+    parts = [_head(one) for one in cpus]
+    if cpus:
+        parts += [_by_peer(cpus), _targets(cpus, [_short_name(one) for one in cpus])]
+    for one in gpus:
+        parts += [_head_of_gpu(one), _targets([one], ["measured"])]
+    return "\n\n".join(parts) + "\n"
+
+
+def details(results: list[dict[str, Any]]) -> str:
+    """Every figure of every machine."""
+    return "\n".join(_gpu(one) if "gpu" in one["machine"] else _cpu(one) for one in results)
+
+
+def _cpu(results: dict[str, Any]) -> str:
     records: Results = results["records"]
-    parts = [_head(results), *_targets(results["targets"])]
+    parts = [f"## {_short_name(results)}", _head(results)]
     for op in dict.fromkeys(record["op"] for record in records):
         own = [record for record in records if record["op"] == op]
         if select(own, kind="time"):
-            parts += [_summary(op, own), _shapes(op, own)]
+            parts += [_over_peers(op, own), _shapes(op, own)]
         parts += [_speed(op, own), _overhead(own), _memory(own)]
     parts += [_copies(records), _compiled(records), _models(records), _accelerated(records)]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -48,9 +59,6 @@ def _machine(results: dict[str, Any]) -> str:
 
 def _gpu(results: dict[str, Any]) -> str:
     """What `benchmarks/gpu.py` measured: ops in bfloat16 and channels_last, networks, runs on real cells."""
-    computer, versions, commit = results["machine"], results["versions"], results["commit"]
-    listed = ", ".join(f"{name} {versions[name]}" for name in ("torch", "torchvision", "cuda"))
-    head = f"**{computer['gpu']}** ({listed}; commit {commit['hash'][:10]}, {results['date'][:10]})"
     records = results["records"]
     shown = {"dtype": "bfloat16", "layout": "channels_last", "sweep": False}
     rows = [row for row in select(records, kind="gpu", **shown) if trusted(row)]
@@ -73,10 +81,19 @@ def _gpu(results: dict[str, Any]) -> str:
         "bfloat16, channels_last; forward is evaluation, forward+backward training with batch statistics. Medians in a "
         "CUDA graph, speed over each peer (below 1 is slower).\n\n" + pages.table(cells)
     )
-    return (
-        "\n\n".join(part for part in (head, *_targets(results["targets"]), text, _models(zoo, full=True)) if part)
-        + "\n"
-    )
+    head = [f"## {results['machine']['gpu']}", _head_of_gpu(results)]
+    return "\n\n".join(part for part in (*head, text, _models(zoo, full=True)) if part) + "\n"
+
+
+def _short_name(results: dict[str, Any]) -> str:
+    computer = results["machine"]
+    return f"{computer['cpu']}, {computer['instruction_set']}"
+
+
+def _head_of_gpu(results: dict[str, Any]) -> str:
+    computer, versions, commit = results["machine"], results["versions"], results["commit"]
+    listed = ", ".join(f"{name} {versions[name]}" for name in ("torch", "torchvision", "cuda"))
+    return f"**{computer['gpu']}** ({listed}; commit {commit['hash'][:10]}, {results['date'][:10]})"
 
 
 def _head(results: dict[str, Any]) -> str:
@@ -90,15 +107,51 @@ def _head(results: dict[str, Any]) -> str:
     )
 
 
-def _targets(rows: Results) -> list[str]:
-    words = {True: "reached", False: "**not reached**", None: "not measured"}
-    cells = [["target (geometric mean over the shapes)", "limit", "measured", ""]]
-    for row in rows:
-        cells.append([f"{row['op']} {row['target']}", row["limit"], row["value"] or "–", words[row["reached"]]])
-    return [pages.table(cells)]
+def _by_peer(results: list[dict[str, Any]]) -> str:
+    """How many times faster than each peer an op is in float32; a column for each machine and layout."""
+    rows: dict[tuple[str, ...], list[str]] = {}
+    columns = [(one, layout) for one in results for layout in LAYOUTS]
+    for i, (one, layout) in enumerate(columns):
+        for key, ratios in _ratios(one["records"], layout).items():
+            mean = geometric_mean(ratios)
+            rows.setdefault(key, ["–"] * len(columns))[i] = "–" if mean is None else f"{mean:.2f}x"
+    head = ["op", "direction", "over", *(f"{_short_name(one)}, {layout}" for one, layout in columns)]
+    text = "Speed in float32 over each peer, geometric means over the shapes; below 1 is slower. "
+    text += "Forward is inference; forward+backward is training, with batch statistics where there are any."
+    return text + "\n\n" + pages.table([head, *([*key, *figures] for key, figures in rows.items())])
 
 
-def _summary(op: str, records: Results) -> str:
+def _ratios(records: Results, layout: str) -> dict[tuple[str, ...], list[float]]:
+    """By op, direction and peer: the peer's time over ours, a figure for each shape that the peer ran."""
+    found: dict[tuple[str, ...], list[float]] = {}
+    for kind in ("time", "speed", "copies"):
+        for record in select(records, kind=kind, dtype="float32", layout=layout):
+            medians = {name: timing["median"] for name, timing in record["variants"].items()}
+            for name in medians:
+                if name not in ("cellops", "copy") and not name.startswith(("dense", "cellops")):
+                    key = (f"`{record['op']}`", record["direction"], name)
+                    found.setdefault(key, []).append(medians[name] / medians["cellops"])
+    return found
+
+
+def _targets(results: list[dict[str, Any]], columns: list[str]) -> str:
+    """A row for each target, a column for each machine."""
+    rows: dict[tuple[str, str], list[str]] = {}
+    for i, one in enumerate(results):
+        for row in one["targets"]:
+            key = f"{row['op']} {row['target']}", row["limit"]
+            rows.setdefault(key, ["–"] * len(results))[i] = _judged(row)
+    head = ["target (geometric mean over the shapes)", "limit", *columns]
+    return pages.table([head, *([*key, *figures] for key, figures in rows.items())])
+
+
+def _judged(row: Record) -> str:
+    if row["reached"] is None:
+        return "not measured"
+    return row["value"] if row["reached"] else f"**{row['value']}, not reached**"
+
+
+def _over_peers(op: str, records: Results) -> str:
     """One line per backend, dtype, layout and direction: how many times faster than each peer."""
     cells = [["op", "backend", "dtype", "layout", "direction", *PEERS, "dense conv", "of the bound"]]
     for dtype in DTYPES:
@@ -268,23 +321,25 @@ def _milliseconds(timing: Record | None) -> str:
 
 
 def main() -> int:
-    """Returns 1 where --check finds an old README."""
+    """Returns 1 where --check finds an old page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--check", action="store_true", help="change nothing")
     mode.add_argument("--print", action="store_true", help="print the tables")
     options = parser.parse_args()
-    tables = markdown()
-    if options.print:
-        print(tables)
-        return 0
-    old = README.read_text()
-    new = pages.updated(old, tables, BEGIN, END)
-    if options.check:
-        print("README.md agrees with the results" if old == new else "README.md is old: run python benchmarks/table.py")
-        return int(old != new)
-    README.write_text(new)
-    return 0
+    results, old_pages = machines(), 0
+    for page, text in ((README, summary(results)), (PAGE, details(results))):
+        if options.print:
+            print(text)
+            continue
+        old = page.read_text()
+        new = pages.updated(old, text, BEGIN, END)
+        if options.check:
+            print(f"{page.name} agrees with the results" if old == new else f"{page.name} is old: run table.py")
+            old_pages += old != new
+        else:
+            page.write_text(new)
+    return int(old_pages > 0)
 
 
 if __name__ == "__main__":

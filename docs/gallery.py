@@ -40,15 +40,15 @@ def draw_all(folder: Path) -> list[Path]:
     import gallery_offsets
 
     folder.mkdir(parents=True, exist_ok=True)
-    runs = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
-    sweeps = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("sweep/*.json"))]
+    swept = min(RESULTS.glob("sweep/*.json"))  # a machine that has both
+    run, sweeping = (json.loads(path.read_text()) for path in (RESULTS / swept.name, swept))
     pictures: dict[str, Callable[[], Figure]] = {
-        "deform_conv2d": lambda: deform_conv2d(runs[0]),
-        "copies": lambda: copies(runs[0]),
-        "memory": lambda: memory(runs[0]),
-        "accelerate": lambda: accelerate(runs[0]),
-        "channels": lambda: sweep(sweeps[0], "channels", "channels, at 28x28 pixels"),
-        "map_size": lambda: sweep(sweeps[0], "size", "rows and columns of the map, with 64 channels"),
+        "deform_conv2d": lambda: deform_conv2d(run),
+        "copies": lambda: copies(run),
+        "memory": lambda: memory(run),
+        "accelerate": lambda: accelerate(run),
+        "channels": lambda: sweep(sweeping, "channels", "channels, at 28x28 pixels"),
+        "map_size": lambda: sweep(sweeping, "size", "rows and columns of the map, with 64 channels"),
         "offsets": gallery_offsets.draw,
     }
     files = []

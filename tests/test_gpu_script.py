@@ -326,8 +326,10 @@ def test_table_of_a_gpu(tmp_path: Path) -> None:
     versions = {"torch": "2.11", "torchvision": "0.26", "onnxruntime": "-", "openvino": "-", "cuda": "13.0"}
     results = {**HEAD, "machine": machine, "versions": versions, "date": "2026-11-21 10:00 UTC", "threads": 16}
     (tmp_path / "nvidia-h200.json").write_text(json.dumps({**results, "records": rows, "targets": judge_all(rows)}))
-    text = table.markdown(tmp_path)
+    machines = table.machines(tmp_path)
+    text = table.details(machines)
     assert "**NVIDIA H200**" in text
+    assert "| deform_conv2d forward: time over cuDNN's dense conv |" in table.summary(machines)
     assert "| `deform_conv2d` | 1024x64x56x56 | forward | triton | 1.000 | 2.000 |" in text
 
 
