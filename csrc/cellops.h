@@ -232,17 +232,20 @@ struct FreluTileForward {
   void* output;  // [N, C, H, W]
 };
 
-// With grad_output: sums of the gradient that goes through the convolution, and of it times (convolution - mean).
-// Without: sums of (convolution - first) and of its square.
+struct FreluTileStatistics {
+  const void* input;
+  const void* weight;
+  void* statistics;  // [parts, 3, C] float32: number of results, their mean, and squared distances from it
+};
+
 struct FreluTileSums {
-  const void* grad_output;  // or null
+  const void* grad_output;
   const void* input;
   const void* weight;
   const void* mean;
   const void* scale;
   const void* shift;
-  void* first;  // [C] float32: some value of each channel's convolution; null with grad_output
-  void* sums;   // [parts, 2, C] float32
+  void* sums;  // [parts, 2, C] float32: of the gradient through the convolution, and of it times (convolution - mean)
 };
 
 // The convolution's gradient is scale * (what goes through it) + (convolution - mean) * by_value + by_one.

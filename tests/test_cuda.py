@@ -323,6 +323,22 @@ def test_frelu_moves_16_bytes_at_a_time(
 @needs_compiler
 def test_frelu_refuses_a_window_that_does_not_fit(host: HostLibrary) -> None:
     forward = _backend.gpu_launcher("cuda", "frelu", "forward")
+@needs_compiler
+@pytest.mark.parametrize("memory_format", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_the_variance_survives_an_outlier(host: HostLibrary, memory_format: torch.memory_format, kernel: int) -> None:
+    """Each channel's first value lies ten thousand deviations of the others away: what is summed around it is lost."""
+    input = torch.randn(2, 3, 60, 70).contiguous(memory_format=memory_format)
+    input[0, :, 0, 0] = 1e4
+    weight = torch.rand(3, 1, kernel, kernel)
+    forward = _backend.gpu_launcher("cuda", "frelu_batch_norm", "forward")
+    _, mean, variance = forward(input, weight, None, None, 1e-5)
+    convolved = torch.nn.functional.conv2d(input.double(), weight.double(), padding=kernel // 2, groups=3)
+    expected = convolved.var((0, 2, 3), correction=0)
+    torch.testing.assert_close(variance, expected.float(), rtol=1e-5, atol=0)
+    assert ((mean - convolved.mean((0, 2, 3))).abs() < 1e-5 * expected.sqrt()).all()
+
+
     with pytest.raises(ValueError, match=r"weight must have a window that fits in 48 KiB .* 181 x 181"):
         forward(torch.zeros(1, 1, 200, 200), torch.zeros(1, 1, 181, 181))
 

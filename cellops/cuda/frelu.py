@@ -71,7 +71,7 @@ def _shared_bytes(input: Tensor, tile: Tile, kernel: int, backward: bool) -> int
 
     half, size = kernel // 2, input.element_size()
     if not backward:
-        return max(elements(half, 16 // size) * size, 2 * THREADS * 4)
+        return max(elements(half, 16 // size) * size, 3 * THREADS * 4)
     return -(-elements(2 * half, 16 // size) // 8) * 8 * size + 4 * (elements(half, 1) + elements(0, 1) + THREADS)
 
 
@@ -129,11 +129,13 @@ def frelu_batch_norm_forward_cuda(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """[N, C, H, W], mean and biased variance; arguments as in `cellops.ops.frelu.frelu_batch_norm`."""
     params, parts = _params(input, weight)
-    first = input.new_zeros(input.shape[1], dtype=torch.float32)
-    sums = input.new_zeros(parts, 2, input.shape[1], dtype=torch.float32)
-    launch("frelu_sums", params, None, input, weight, None, None, None, first, sums)
-    distance, square = sums.sum(0, dtype=torch.float64) / (input.numel() // input.shape[1])
-    mean, variance = (first + distance).float(), (square - distance.square()).clamp(min=0).float()
+    found = input.new_zeros(parts, 3, input.shape[1], dtype=torch.float32)
+    launch("frelu_statistics", params, input, weight, found)
+    counts, means, squares = found.double().unbind(1)
+    count = input.numel() // input.shape[1]
+    center = (counts * means).sum(0) / count
+    mean = center.float()
+    variance = ((squares + counts * (means - center).square()).sum(0) / count).float()
     scale = (variance + eps).rsqrt() * (1.0 if gamma is None else gamma.float())
     return _forward(input, weight, mean, scale, _wide(beta)), mean, variance
 
@@ -187,7 +189,7 @@ def frelu_batch_norm_backward_cuda(
     affine = (mean, inverse * (1.0 if gamma is None else gamma.float()), _wide(beta))
     params, parts = _params(input, weight)
     sums = input.new_zeros(parts, 2, input.shape[1], dtype=torch.float32)
-    launch("frelu_sums", params, grad_output, input, weight, *affine, None, sums)
+    launch("frelu_sums", params, grad_output, input, weight, *affine, sums)
     grad_beta, products = sums.sum(0)
     count = max(input.numel() // input.shape[1], 1)
     by = (-affine[1] * inverse.square() * products / count, -affine[1] * grad_beta / count)
