@@ -135,6 +135,13 @@ def _rows(images: Tensor) -> Tensor:
     return images.permute(0, 2, 3, 1).reshape(-1, images.shape[1])
 
 
+def refuses(shapes: Sequence[Any], dtype: torch.dtype, channels_last: bool) -> str | None:
+    """Why the kernels cannot take these sizes: they number output pixels in 32 bits, and the samples of a tile."""
+    _, channels, height, width = shapes[1]
+    too_many = height * width >= 2**32 or channels // 2 > MOST_SAMPLES
+    return "its CUDA kernels take images of fewer than 2^32 output pixels, of 2^27 samples each" if too_many else None
+
+
 def deform_conv2d_forward_cuda(
     input: Tensor,
     offset: Tensor,

@@ -31,11 +31,10 @@ class Tile(NamedTuple):
     columns: int
 
 
-def tile_of(input: Tensor, kernel: int, backward: bool) -> Tile:
+def tile_of(input: Tensor, kernel: int, backward: bool) -> Tile | None:
     """The largest tile of 64 channels x 64 pixels (channels_last) or 2048 pixels (NCHW) that fits in shared memory.
 
-    Raises:
-        ValueError: not even one pixel's window does.
+    None where not even one pixel's window does.
     """
     channels, height, width = input.shape[1:]
     pack = 16 // input.element_size()
@@ -52,11 +51,26 @@ def tile_of(input: Tensor, kernel: int, backward: bool) -> Tile:
         elif columns > 1:
             columns = -(-columns // 2)
         else:
-            raise ValueError(
-                f"weight must have a window that fits in {SHARED_BYTES >> 10} KiB of shared memory with "
-                f"backend='cuda', got {kernel} x {kernel}"
-            )
+            return None
     return Tile(block, rows, columns)
+
+
+def refuses(shapes: Sequence[Any], dtype: torch.dtype, channels_last: bool) -> str | None:
+    """Why the kernels cannot take these sizes; what backward cannot is not begun by forward."""
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    input = torch.empty(shapes[0], dtype=dtype, device="meta", memory_format=memory_format)
+    tile = tile_of(input, shapes[1][2], backward=True)
+    if tile is None:
+        return "with backward, the window of its weight does not fit in 48 KiB of shared memory"
+    if _tiles(input, tile) * -(-shapes[0][1] // tile.channels) >= 2**31:
+        return "its CUDA kernels take fewer than 2^31 tiles"
+    return None
+
+
+def _tiles(input: Tensor, tile: Tile) -> int:
+    """Of one block of channels."""
+    batch, _, height, width = input.shape
+    return batch * -(-height // tile.rows) * -(-width // tile.columns)
 
 
 def _shared_bytes(input: Tensor, tile: Tile, kernel: int, backward: bool) -> int:
@@ -89,8 +103,12 @@ def _params(input: Tensor, weight: Tensor, backward: bool = False) -> tuple[Any,
     """The library's parameters, and the number of parts."""
     (batch, channels, height, width), kernel = input.shape, weight.shape[2]
     tile = tile_of(input, kernel, backward)
-    tiles = batch * -(-height // tile.rows) * -(-width // tile.columns)
-    parts = max(min(tiles, BLOCKS // -(-channels // tile.channels)), 1)
+    if tile is None:
+        raise ValueError(
+            f"weight must have a window that fits in {SHARED_BYTES >> 10} KiB of shared memory with backend='cuda', "
+            f"got {kernel} x {kernel}"
+        )
+    parts = max(min(_tiles(input, tile), BLOCKS // -(-channels // tile.channels)), 1)
     params = _native.library().FreluTileParams(
         batch=batch,
         channels=channels,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,15 @@ from torch import Tensor
 from cellops import _native
 from cellops.cuda._fixed_point import exponents_for, largest_finite, round_sums
 from cellops.cuda._launch import launch, storage
+
+MOST_ELEMENTS = 0xFFF00000
+"""Of an image: csrc/cuda/offset_sample2d.h numbers them in 32 bits, with room for a block beyond the last."""
+
+
+def refuses(shapes: Sequence[Any], dtype: torch.dtype, channels_last: bool) -> str | None:
+    """Why the kernels cannot take these sizes."""
+    too_large = math.prod(shapes[0][1:]) > MOST_ELEMENTS
+    return "its CUDA kernels take images of fewer than 2^32 elements" if too_large else None
 
 
 def _params(input: Tensor, offset: Tensor, layout: str) -> Any:

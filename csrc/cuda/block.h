@@ -5,8 +5,8 @@
 // block whose threads take turns from one barrier to the next.
 //
 // Its kThreads are those of a block. With kBlocks, that many must fit on a multiprocessor: a limit on registers below
-// which the compiler may take more than it would by itself, which keeps FreluBackwardBody from spilling and makes
-// others spill (nvcc 13.0); they have 0. kBarriers says whether a thread waits for others.
+// which the compiler may take more than it would by itself, which keeps those of FReLU's bodies from spilling that sum
+// up and makes others spill (nvcc 13.0); they have 0. kBarriers says whether a thread waits for others.
 //
 //   block.thread()         number of this thread in the block, below the body's kThreads
 //   block.index()          number of the block

@@ -60,7 +60,7 @@ struct FreluForwardBody {
 // outlier is: the distance from the mean that its tile starts from counts among the squared distances too.
 template <class T, int Kernel>
 struct FreluStatisticsBody {
-  static constexpr int kThreads = kFreluThreads, kBlocks = 0;
+  static constexpr int kThreads = kFreluThreads, kBlocks = 6;
   static constexpr bool kBarriers = true;
   FreluView view;
   const T *input, *weight;
@@ -126,7 +126,7 @@ struct FreluStatisticsBody {
 // z - mean.
 template <class T, int Kernel>
 struct FreluSumsBody {
-  static constexpr int kThreads = kFreluThreads, kBlocks = 4;
+  static constexpr int kThreads = kFreluThreads, kBlocks = 5;
   static constexpr bool kBarriers = true;
   FreluView view;
   const T *grad_output, *input, *weight;
