@@ -471,20 +471,20 @@ def test_sizes_beyond_its_kernels_take_the_reference(
 def test_deterministic_mode_gives_the_same_bits_in_any_order(
     host: HostLibrary, op: str, dtype: str, layout: str
 ) -> None:
+    chosen = [case for case in cases(op, "small", "edge") if case.elements <= 4_000]
     differs = False
-    for case in cases(op, "small")[:4]:
+    for case in chosen:
         arguments = case.make(DTYPES[dtype], memory_format=FORMATS[layout])
         grad_output = drawn_gradient(case, arguments, DTYPES[dtype])
         for deterministic in (False, True):
             torch.use_deterministic_algorithms(deterministic)
             found = agrees(case, arguments)
             host.reverse(True)
-            again = run(case, arguments, grad_output)
+            again = run(case, arguments, grad_output)["input"].to(DTYPES[dtype])
             host.reverse(False)
-            for name, tensor in found.items():
-                if deterministic:
-                    assert torch.equal(again[name].to(tensor.dtype), tensor), f"{case}: {name}"
-                differs |= not deterministic and not torch.equal(again[name].to(tensor.dtype), tensor)
+            if deterministic:
+                torch.testing.assert_close(again, found["input"].to(DTYPES[dtype]), rtol=0, atol=0, equal_nan=True)
+            differs |= not deterministic and not torch.equal(again, found["input"].to(DTYPES[dtype]))
     assert host.called.count("fixed_point") > 0
     assert differs or DTYPES[dtype].itemsize == 2, "the order of additions never showed: equal bits prove nothing"
 
