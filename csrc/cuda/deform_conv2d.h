@@ -152,9 +152,9 @@ struct DeformConv2dColumnsBody {
 // Sum is the type that the gradient of the input is added up in: float, or int64_t for fixed point.
 template <class T, class Sum>
 struct DeformConv2dCornersBody {
-  static constexpr int kThreads = 128, kBlocks = 0;
-  static constexpr bool kBarriers = true;  // threads add up among neighbours
   static constexpr bool kFixed = !std::is_same_v<Sum, float>;
+  static constexpr int kThreads = 128, kBlocks = kFixed ? 5 : 0;
+  static constexpr bool kBarriers = true;  // threads add up among neighbours
   DeformConv2dView view;
   const T* input;
   const void* offset;
