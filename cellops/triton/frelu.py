@@ -236,9 +236,10 @@ def frelu_backward_convolution_kernel(
         exists, pixel, offset = pixel_elements(index, count, image_pixels, image_elements, pixel_stride, WIDE)
         element = channel[:, None] * channel_stride + offset[None, :]
         valid = known[:, None] & exists[None, :]
+        z = _convolved(input, element, pixel, valid, weight, channel, channels, height, width, pixel_stride, K, 1)
+        # Loaded after the convolution, whose registers they would take.
         x = tl.load(input + element, valid, 0.0).to(tl.float32)
         grad = tl.load(grad_output + element, valid, 0.0).to(tl.float32)
-        z = _convolved(input, element, pixel, valid, weight, channel, channels, height, width, pixel_stride, K, 1)
         scale = channel_values(inverse, channel, known, 1.0)
         normalized = (z - channel_values(mean, channel, known, 0.0)) * scale
         scale *= channel_values(gamma, channel, known, 1.0)
@@ -354,7 +355,7 @@ def _convolution(
     input, weight = arguments[1:3]
     kernel = weight.shape[2]
     taps = power_of_2(kernel * kernel)
-    parts = tiles(input, 2048)  # with half as many the assembler takes fewer registers and spills
+    parts = tiles(input, 2048)
     grad_convolved = torch.empty_like(input, dtype=torch.float32)
     grad_weights = torch.empty(parts.parts, parts.channels, taps, dtype=torch.float32, device=input.device)
     launch(
@@ -364,6 +365,9 @@ def _convolution(
         K=kernel,
         TAPS=taps,
         **parts.constants,
+        # 16 elements a thread in channels_last, where pixels share the numbers of their channels; in NCHW each has masks
+        # of its own at every tap, and 16 take up to 226 registers, or fewer and spill: half as many for each thread.
+        num_warps=8 if input.is_contiguous() else 4,
     )
     sizes, constants = _sizes(input, layout), {"K": kernel, **layout.constants}
     grad_input = torch.empty_like(input)
