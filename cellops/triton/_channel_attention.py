@@ -41,6 +41,8 @@ def channel_sums_kernel(
     """sums[n, part, c] = sum over the part's pixels of input[n, c, p]; products of grad_output * input."""
     index = tl.program_id(0)
     image, part = index // parts, index % parts
+    if WIDE:
+        part = part.to(tl.int64)
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     base = image.to(tl.int64) * channels * pixels
     sum_of_inputs = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
@@ -123,7 +125,7 @@ def _layout(image: Tensor) -> _Layout:
     """
     _, channels, height, width = image.shape
     pixels, elements = height * width, 8192 // image.element_size()
-    wide = channels * pixels >= 2**31
+    wide = max(channels, 2) * pixels >= 2**31  # the last part may end beyond the image
     if image.is_contiguous():
         block_p = power_of_2(pixels, 16, 1024)
         return _Layout(channels, pixels, (pixels, 1), power_of_2(channels, 1, elements // block_p), block_p, wide)

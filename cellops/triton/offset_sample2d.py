@@ -20,7 +20,7 @@ from torch import Tensor
 
 from cellops.triton._launch import ceil_div, launch, power_of_2
 from cellops.triton._numerics import narrow
-from cellops.triton._pixels import pixel_elements, tiles
+from cellops.triton._pixels import pixel_elements, tile_elements, tiles
 
 
 @triton.jit
@@ -167,14 +167,14 @@ def offset_sample2d_forward_kernel(
     known, _, _, top, left, below, right = _locate(
         dy, dx, (pixel // width)[None, :], (pixel % width)[None, :], height, width
     )
-    plane = channel[:, None] * channel_stride + (image * image_elements)[None, :]
+    plane = tile_elements(channel, image * image_elements, channel_stride)
     y = tl.where(known, 0.0, float("nan"))
     for corner in tl.static_range(4):
         value, _, _ = _corner(
             input, plane, valid, top + corner // 2, left + corner % 2, height, width, pixel_stride, WIDE
         )
         y += value * (below if corner // 2 else 1 - below) * (right if corner % 2 else 1 - right)
-    tl.store(output + channel[:, None] * channel_stride + place[None, :], narrow(y, output.dtype.element_ty), valid)
+    tl.store(output + tile_elements(channel, place, channel_stride), narrow(y, output.dtype.element_ty), valid)
 
 
 @triton.jit
@@ -223,9 +223,9 @@ def offset_sample2d_backward_kernel(
     known, free_y, free_x, top, left, below, right = _locate(
         dy, dx, (pixel // width)[None, :], (pixel % width)[None, :], height, width
     )
-    grad = tl.load(grad_output + channel[:, None] * channel_stride + place[None, :], valid, 0.0).to(tl.float32)
+    grad = tl.load(grad_output + tile_elements(channel, place, channel_stride), valid, 0.0).to(tl.float32)
     grad = tl.where(known, grad, 0.0)
-    plane = channel[:, None] * channel_stride + (image * image_elements)[None, :]
+    plane = tile_elements(channel, image * image_elements, channel_stride)
     grad_y = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
     grad_x = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
     for corner in tl.static_range(4):
@@ -296,12 +296,13 @@ def offset_sample2d_backward_input_kernel(
         )
         near = known & exists[None, :] & (top + 1 >= first // width) & (top <= (first + BLOCK_Q - 1) // width)
         if tl.max(tl.max(near.to(tl.int32), 1), 0) > 0:
-            grad = tl.load(grad_output + plane + pixel * pixel_stride, exists, 0.0).to(tl.float32)
+            grad = tl.load(grad_output + plane + pixel.to(plane.dtype) * pixel_stride, exists, 0.0).to(tl.float32)
             down, aside = own_row[:, None] - top, own_column[:, None] - left
             weight = tl.where(down == 0, 1 - below, tl.where(down == 1, below, 0.0))
             weight *= tl.where(aside == 0, 1 - right, tl.where(aside == 1, right, 0.0))
             sum += tl.sum(tl.where(near, weight * grad[None, :], 0.0), 1)
-    tl.store(grad_input + plane + own * pixel_stride, narrow(sum, grad_input.dtype.element_ty), own < image_pixels)
+    element = plane + own.to(plane.dtype) * pixel_stride
+    tl.store(grad_input + element, narrow(sum, grad_input.dtype.element_ty), own < image_pixels)
 
 
 def _offset_strides(offset: Tensor) -> tuple[int, int]:
