@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import os
 import warnings
+from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -47,7 +48,12 @@ class Choice(NamedTuple):
 
 @cache
 def choose(
-    op: str, device_type: str, dtype: torch.dtype, backend: str | None = None, refused: str | None = None
+    op: str,
+    device_type: str,
+    dtype: torch.dtype,
+    backend: str | None = None,
+    refused: str | None = None,
+    refused_by_cuda: str | None = None,
 ) -> Choice:
     """Choose the backend of one call. The answer is cached: a repeated call costs about 0.1 µs.
 
@@ -58,6 +64,7 @@ def choose(
         backend: what the caller asked for; None leaves the choice open.
         refused: a reason why no kernel can take these very tensors (a size limit, say), or None. A constant string, or
             the cache grows.
+        refused_by_cuda: the same of the CUDA kernels alone, as `refused_by_cuda` finds it.
 
     Returns:
         The backend and why not the others.
@@ -70,20 +77,22 @@ def choose(
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))} or None, got {backend!r}")
     if backend is None:
-        choice = preferred(op, device_type, dtype, refused)
+        choice = preferred(op, device_type, dtype, refused, refused_by_cuda)
         if choice.name == "reference" and device_type == "cpu" and "cpu" in OPS[op] and _native.error is not None:
             _warn_library_missing()
         return choice
-    error = why_not(backend, op, device_type, dtype, refused)
+    error = why_not(backend, op, device_type, dtype, refused, refused_by_cuda)
     if error is not None:
         what = f"backend={backend!r} cannot run {op} on {device_type} with {_short(dtype)}: {error}"
         raise type(error)(what) from error
     return Choice(backend, {other: "another backend was asked for" for other in BACKENDS if other != backend})
 
 
-def preferred(op: str, device_type: str, dtype: torch.dtype, refused: str | None = None) -> Choice:
+def preferred(
+    op: str, device_type: str, dtype: torch.dtype, refused: str | None = None, refused_by_cuda: str | None = None
+) -> Choice:
     """What `backend=None` takes, without a warning. Arguments as for `choose`."""
-    reasons = {name: why_not(name, op, device_type, dtype, refused) for name in BACKENDS}
+    reasons = {name: why_not(name, op, device_type, dtype, refused, refused_by_cuda) for name in BACKENDS}
     kernels = [name for name in OPS[op] if reasons[name] is None and not (name == "triton" and device_type == "cpu")]
     taken = (*kernels, "reference")[0]
     texts = {name: str(reason or f"{taken} is preferred here") for name, reason in reasons.items() if name != taken}
@@ -93,7 +102,12 @@ def preferred(op: str, device_type: str, dtype: torch.dtype, refused: str | None
 
 
 def why_not(
-    backend: str, op: str, device_type: str, dtype: torch.dtype, refused: str | None = None
+    backend: str,
+    op: str,
+    device_type: str,
+    dtype: torch.dtype,
+    refused: str | None = None,
+    refused_by_cuda: str | None = None,
 ) -> Exception | None:
     """The error that an explicit `backend` would raise for the arguments of `choose`; None if it can run."""
     if backend == "reference":
@@ -114,7 +128,25 @@ def why_not(
         return RuntimeError(f"the library was built without CUDA ({built})")
     if backend == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability() < _OLDEST_GPU:
         return RuntimeError("its kernels need compute capability 8.0 or newer")
+    if backend == "cuda" and refused_by_cuda:
+        return RuntimeError(refused_by_cuda)
     return RuntimeError(refused) if refused else None
+
+
+def refused_by_cuda(
+    op: str, device_type: str, shapes: Sequence[Any], dtype: torch.dtype, channels_last: bool
+) -> str | None:
+    """The reason, a constant, why the op's CUDA kernels cannot take tensors of these sizes; None where they can.
+
+    Args:
+        op, device_type, dtype: as for `choose`.
+        shapes: of the op's tensors in order, the input's first; None for an absent one.
+        channels_last: the input's memory format.
+    """
+    if device_type != "cuda" or "cuda" not in OPS[op]:
+        return None
+    module = importlib.import_module(f"cellops.cuda.{op.removesuffix('_batch_norm')}")
+    return module.refuses(shapes, dtype, channels_last)
 
 
 def gpu_launcher(backend: str, op: str, direction: str) -> Any:

@@ -119,9 +119,10 @@ struct DeformConv2dCorners {
   const void* offset;
   const void* mask;
   const void* grad_columns;
-  void* grad_input;   // [N, H, W, C] float32, added to; or null
-  void* grad_offset;  // as offset; or null
-  void* grad_mask;    // as mask; or null
+  const void* exponents;  // as in FixedPoint; or null
+  void* grad_input;       // [N, H, W, C] float32, or with exponents int64, added to; or null
+  void* grad_offset;      // as offset; or null
+  void* grad_mask;        // as mask; or null
 };
 
 // Every plane sampled at its own offsets, bilinearly, coordinates clamped to the image.
@@ -149,6 +150,30 @@ struct OffsetSample2dBackward {
   const void* offset;
   void* grad_input;   // or null
   void* grad_offset;  // or null
+};
+
+// The same on a GPU.
+struct OffsetSample2dGradients {
+  const void* grad_output;
+  const void* input;
+  const void* offset;
+  const void* exponents;  // as in FixedPoint; or null
+  void* grad_input;       // float32, or with exponents int64, added to; or null
+  void* grad_offset;      // or null
+};
+
+// Sums in fixed point on a GPU, which do not depend on the order of additions: output = sum * 2^-exponent.
+struct FixedPointParams {
+  int64_t batch, channels, pixels;
+  Dtype dtype;         // output
+  bool channels_last;  // sums and output
+  static constexpr const char* kFields[] = {"batch", "channels", "pixels", "dtype", "channels_last"};
+};
+
+struct FixedPoint {
+  const void* sums;       // [N, C, pixels] int64
+  const void* exponents;  // [N, C] int32, from -250 to 250
+  void* output;           // [N, C, pixels]
 };
 
 // The funnel activation: output = max(input, scale * dwconv(input) + shift), the convolution kernel x kernel (odd),
@@ -232,17 +257,20 @@ struct FreluTileForward {
   void* output;  // [N, C, H, W]
 };
 
-// With grad_output: sums of the gradient that goes through the convolution, and of it times (convolution - mean).
-// Without: sums of (convolution - first) and of its square.
+struct FreluTileStatistics {
+  const void* input;
+  const void* weight;
+  void* statistics;  // [parts, 3, C] float32: number of results, their mean, and squared distances from it
+};
+
 struct FreluTileSums {
-  const void* grad_output;  // or null
+  const void* grad_output;
   const void* input;
   const void* weight;
   const void* mean;
   const void* scale;
   const void* shift;
-  void* first;  // [C] float32: some value of each channel's convolution; null with grad_output
-  void* sums;   // [parts, 2, C] float32
+  void* sums;  // [parts, 2, C] float32: of the gradient through the convolution, and of it times (convolution - mean)
 };
 
 // The convolution's gradient is scale * (what goes through it) + (convolution - mean) * by_value + by_one.

@@ -107,12 +107,13 @@ def _widest(instruction: str, ptx: str) -> int:
 
 def _named(symbol: str) -> tuple[str, str]:
     """The body's name and its template's arguments, from a kernel's mangled name."""
-    found = re.search(r"\d([A-Z][A-Za-z0-9]*Body)I(f|NS\d*_\d+b?float16E)(?:L([ib])(\d+)E)?E", symbol)
+    found = re.search(r"\d([A-Z][A-Za-z0-9]*Body)I(f|NS\d*_\d+b?float16E)([fl])?(?:L([ib])(\d+)E)?E", symbol)
     assert found is not None, symbol
     dtype = {"f": "float32"}.get(found[2], "bfloat16" if "bfloat16" in found[2] else "float16")
-    meaning = {"i": "any size" if found[4] == "0" else f"{found[4]}x{found[4]}", None: ""}
-    meaning["b"] = "channels_last" if found[4] == "1" else "nchw"
-    return found[1], f"{dtype} {meaning[found[3]]}".strip()
+    meaning = {"i": "any size" if found[5] == "0" else f"{found[5]}x{found[5]}", None: ""}
+    meaning["b"] = "channels_last" if found[5] == "1" else "nchw"
+    sums = "fixed point" if found[3] == "l" else ""
+    return found[1], " ".join(word for word in (dtype, meaning[found[4]], sums) if word)
 
 
 def table(rows: list[Row]) -> str:

@@ -109,6 +109,8 @@ struct HostBlock {
     return total;
   }
   void add(float* to, float value) const { *to += value; }
+  void add(int64_t* to, int64_t value) const { *to = int64_t(uint64_t(*to) + uint64_t(value)); }
+  void put(int64_t* to, int64_t value) const { *to = value; }
   void add4(float* to, const float* values) const {
     if (reinterpret_cast<uintptr_t>(to) % 16) throw std::logic_error("an addition of 16 bytes is not aligned");
     for (int i = 0; i < 4; ++i) to[i] += values[i];

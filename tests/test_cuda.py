@@ -30,6 +30,9 @@ from cellops.testing.frelu import frelu_case
 ROOT = Path(__file__).resolve().parent.parent
 COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
 CUDA_OPS = [op for op, backends in _backend.OPS.items() if "cuda" in backends]
+SAMPLING_OPS = [op for op in CUDA_OPS if not op.startswith("frelu")]
+"""Their backward adds up by atomics."""
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 MOST_ELEMENTS = 300_000
@@ -190,7 +193,7 @@ def test_the_order_of_threads_changes_nothing_but_sums(host: HostLibrary, op: st
         backward = run(case, arguments, grad_output)
         host.reverse(False)
         for name, tensor in forward.items():
-            if name == "input" and op in ("offset_sample2d", "deform_conv2d"):
+            if name == "input" and op in SAMPLING_OPS:
                 torch.testing.assert_close(backward[name], tensor, rtol=1e-5, atol=1e-5)
             else:
                 assert torch.equal(backward[name], tensor), f"{case}: {name}"
@@ -321,73 +324,125 @@ def test_frelu_moves_16_bytes_at_a_time(
 
 
 @needs_compiler
+@pytest.mark.parametrize("memory_format", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_the_variance_survives_an_outlier(host: HostLibrary, memory_format: torch.memory_format, kernel: int) -> None:
+    """Each channel's first value lies ten thousand deviations of the others away: what is summed around it is lost."""
+    input = torch.randn(2, 3, 60, 70).contiguous(memory_format=memory_format)
+    input[0, :, 0, 0] = 1e4
+    weight = torch.rand(3, 1, kernel, kernel)
+    forward = _backend.gpu_launcher("cuda", "frelu_batch_norm", "forward")
+    _, mean, variance = forward(input, weight, None, None, 1e-5)
+    convolved = torch.nn.functional.conv2d(input.double(), weight.double(), padding=kernel // 2, groups=3)
+    expected = convolved.var((0, 2, 3), correction=0)
+    torch.testing.assert_close(variance, expected.float(), rtol=1e-5, atol=0)
+    assert ((mean - convolved.mean((0, 2, 3))).abs() < 1e-5 * expected.sqrt()).all()
+
+
+@needs_compiler
 def test_frelu_refuses_a_window_that_does_not_fit(host: HostLibrary) -> None:
     forward = _backend.gpu_launcher("cuda", "frelu", "forward")
     with pytest.raises(ValueError, match=r"weight must have a window that fits in 48 KiB .* 181 x 181"):
         forward(torch.zeros(1, 1, 200, 200), torch.zeros(1, 1, 181, 181))
 
 
-# The choice
-
-
-@pytest.mark.parametrize("op", CUDA_OPS)
-def test_launchers_are_called_like_tritons(op: str) -> None:
-    for direction in ("forward", "backward"):
-        parameters = [*inspect.signature(_backend.gpu_launcher("cuda", op, direction)).parameters]
-        module = importlib.import_module(f"cellops.reference.{op.removesuffix('_batch_norm')}")
-        if direction == "forward":
-            assert parameters == [*inspect.signature(getattr(module, op)).parameters]
-        else:
-            assert parameters[0] == "grad_output" and "wanted" in parameters
-
-
-@pytest.mark.parametrize("op", CUDA_OPS)
-def test_it_stands_in_where_triton_is_missing(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    class WithCuda:
-        def build_info(self) -> dict[str, str]:
-            return {"cuda": "nvcc 13.0: sm_90"}
-
-    monkeypatch.setattr(_native, "library", WithCuda)
-    monkeypatch.setattr(_backend, "_why_no_triton", lambda: None)
-    choice = _backend.preferred(op, "cuda", torch.float16)
-    assert choice.name == "triton"
-    assert choice.reasons["cuda"] == "triton is preferred here; which of the two is faster is not measured yet"
-    monkeypatch.setattr(_backend, "_why_no_triton", lambda: "triton is not installed")
-    assert _backend.preferred(op, "cuda", torch.float16).name == "cuda"
-    assert _backend.preferred(op, "cuda", torch.float64).name == "reference"
-
-
-@pytest.mark.parametrize("op", CUDA_OPS)
-def test_what_cannot_run_says_why(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(RuntimeError, match=f"backend='cuda' cannot run {op} on cpu .*: its kernels take tensors on a"):
-        _backend.choose(op, "cpu", torch.float32, "cuda")
-    with pytest.raises(RuntimeError, match="its dtypes are float32, bfloat16, float16"):
-        _backend.choose(op, "cuda", torch.float64, "cuda")
-
-    class WithoutCuda:
-        def build_info(self) -> dict[str, str]:
-            return {"cuda": "off: no nvcc was found when the library was built"}
-
-    monkeypatch.setattr(_native, "library", WithoutCuda)
-    _backend.choose.cache_clear()
-    with pytest.raises(RuntimeError, match=r"built without CUDA \(off: no nvcc was found when the library was built\)"):
-        _backend.choose(op, "cuda", torch.float32, "cuda")
-    monkeypatch.setattr(_native, "error", ImportError("the library was taken away"))
-    _backend.choose.cache_clear()
-    with pytest.raises(ImportError, match="the library was taken away"):
-        _backend.choose(op, "cuda", torch.float32, "cuda")
-    _backend.choose.cache_clear()
+# Deterministic mode
 
 
 @needs_compiler
-@pytest.mark.parametrize("op", [op for op in ("offset_sample2d", "deform_conv2d") if op in CUDA_OPS])
-def test_deterministic_mode_is_refused_where_atomics_add_up(host: HostLibrary, op: str) -> None:
-    case = cases(op, "small")[0]
-    arguments = case.make()
-    grad_output = drawn_gradient(case, arguments, torch.float32)
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("op", SAMPLING_OPS)
+def test_deterministic_mode_gives_the_same_bits_in_any_order(
+    host: HostLibrary, op: str, dtype: str, layout: str
+) -> None:
+    chosen = [case for case in cases(op, "small", "edge") if case.elements <= 4_000]
+    differs = False
+    for case in chosen:
+        arguments = case.make(DTYPES[dtype], memory_format=FORMATS[layout])
+        grad_output = drawn_gradient(case, arguments, DTYPES[dtype])
+        for deterministic in (False, True):
+            torch.use_deterministic_algorithms(deterministic)
+            found = agrees(case, arguments)
+            host.reverse(True)
+            again = run(case, arguments, grad_output)["input"].to(DTYPES[dtype])
+            host.reverse(False)
+            if deterministic:
+                torch.testing.assert_close(again, found["input"].to(DTYPES[dtype]), rtol=0, atol=0, equal_nan=True)
+            differs |= not deterministic and not torch.equal(again, found["input"].to(DTYPES[dtype]))
+    assert host.called.count("fixed_point") > 0
+    assert differs or DTYPES[dtype].itemsize == 2, "the order of additions never showed: equal bits prove nothing"
+
+
+def gradients_in_both_orders(host: HostLibrary, op: str, *arguments: Any) -> Tensor:
+    """The input's gradient of a backward launcher in deterministic mode, in float64; the order changes no bit."""
     torch.use_deterministic_algorithms(True)
-    with pytest.raises(RuntimeError, match="backend='triton' has a deterministic variant"):
-        run(case, arguments, grad_output)
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    with pytest.warns(UserWarning, match="not deterministic"):
-        run(case, arguments, grad_output)
+    backward = _backend.gpu_launcher("cuda", op, "backward")
+    found = backward(*arguments)[0]
+    host.reverse(True)
+    again = backward(*arguments)[0]
+    host.reverse(False)
+    torch.testing.assert_close(again, found, rtol=0, atol=0, equal_nan=True)
+    return found.double()
+
+
+def agrees_by_plane(found: Tensor, wanted: Tensor) -> None:
+    """Equal to float32's digits of the plane's largest, and NaN just where the other is not finite."""
+    finite = wanted.isfinite()
+    assert torch.equal(found.isnan(), ~finite) and 0 < finite.sum() < finite.numel()
+    found, wanted = (torch.where(finite, tensor, 0.0) for tensor in (found, wanted))
+    assert ((found - wanted).abs() <= 1e-6 * wanted.abs().amax((2, 3), keepdim=True)).all()
+
+
+MAGNITUDES = (1e-38, 1e-20, 1.0, 1e20)
+"""Of planes: each has its own unit."""
+
+
+@needs_compiler
+@pytest.mark.parametrize("memory_format", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("size", [(5, 7), (8, 4)])
+def test_offset_sample2d_in_fixed_point(
+    host: HostLibrary, size: tuple[int, int], memory_format: torch.memory_format
+) -> None:
+    """Planes of very different sizes, numbers that are not finite, also where a NaN offset samples nothing."""
+    shape = (2, 4, *size)
+    input = torch.randn(shape).contiguous(memory_format=memory_format)
+    offset = torch.randn(2, 8, *size)
+    grad_output = torch.randn(shape).contiguous(memory_format=memory_format)
+    grad_output *= torch.tensor(MAGNITUDES)[:, None, None]
+    grad_output[0, 1, 2, 2], grad_output[1, 2, 0, 1], grad_output[1, 3, 3, 3] = torch.nan, torch.inf, -torch.inf
+    offset[0, 4, 3, 1], grad_output[0, 2, 3, 1] = torch.nan, torch.nan
+    found = gradients_in_both_orders(host, "offset_sample2d", grad_output, input, offset, "planar", (True, True))
+    wide = [tensor.double().contiguous() for tensor in (grad_output, input, offset)]
+    agrees_by_plane(found, cellops.reference.offset_sample2d.offset_sample2d_backward(*wide, "planar")[0])
+
+
+@needs_compiler
+@pytest.mark.parametrize("memory_format", FORMATS.values(), ids=FORMATS)
+def test_all_points_in_one_pixel_do_not_overflow(host: HostLibrary, memory_format: torch.memory_format) -> None:
+    grad_output = torch.full((1, 2, 30, 40), 2e35).contiguous(memory_format=memory_format)
+    offset = torch.full((1, 4, 30, 40), -1e6)
+    found = gradients_in_both_orders(
+        host, "offset_sample2d", grad_output, torch.zeros_like(grad_output), offset, "planar", (True, False)
+    )
+    assert found.count_nonzero() == 2
+    torch.testing.assert_close(found[:, :, 0, 0], torch.full((1, 2), 1200 * 2e35).double(), rtol=1e-6, atol=0)
+
+
+@needs_compiler
+@pytest.mark.parametrize("memory_format", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("groups", [1, 2, 8], ids=["groups1", "groups2", "depthwise"])
+def test_deform_conv2d_in_fixed_point(host: HostLibrary, groups: int, memory_format: torch.memory_format) -> None:
+    """Images of very different sizes, and numbers that are not finite in the gradient and in the mask."""
+    case = deform_conv2d_case("fixed", "", batch=4, in_channels=8, out_channels=8, groups=groups, offset_groups=2)
+    arguments = case.make(memory_format=memory_format)
+    grad_output = drawn_gradient(case, arguments, torch.float32) * torch.tensor(MAGNITUDES)[:, None, None, None]
+    grad_output = grad_output.contiguous(memory_format=memory_format)
+    grad_output[2, 3, 1, 1], arguments["mask"][3, 2, 0, 0] = torch.nan, torch.inf
+    pairs = [arguments[name] for name in ("stride", "padding", "dilation")]
+    tensors = [grad_output, *(arguments[name] for name in ("input", "offset", "weight"))]
+    wanted = (True, False, False, False, False)
+    found = gradients_in_both_orders(host, "deform_conv2d", *tensors, *pairs, arguments["mask"], wanted)
+    wide = [tensor.double().contiguous() for tensor in (*tensors, arguments["mask"])]
+    reference = cellops.reference.deform_conv2d.deform_conv2d_backward(*wide[:4], *pairs, wide[4], wanted)[0]
+    agrees_by_plane(found, reference)

@@ -18,18 +18,21 @@ def check(rows: list[Row]) -> None:
         assert row.registers <= 128, row  # four blocks of 128 threads on a multiprocessor of 65536
         assert row.load_bytes == 16, row
         # FReLU's threads walk down columns: a warp's results lie side by side, not a thread's.
-        if row.kernel.startswith("OffsetSample2d") or row.kernel == "DeformConv2dColumnsBody":
+        if row.kernel.startswith("OffsetSample2d") or row.kernel in ("DeformConv2dColumnsBody", "FixedPointBody"):
             assert row.store_bytes == 16, row
-        if row.kernel == "DeformConv2dCornersBody":
+        if "fixed point" in row.arguments:
+            assert row.addition_bytes == 8, row
+        elif row.kernel == "DeformConv2dCornersBody":
             assert row.addition_bytes == (16 if int(row.architecture) >= 90 else 4), row
-        if row.kernel == "OffsetSample2dBackwardBody":
+        elif row.kernel == "OffsetSample2dBackwardBody":
             assert row.addition_bytes == 4, row
 
 
 def test_deformable_convolution_adds_16_bytes_at_a_time_from_sm_90_on() -> None:
     rows = compile_file("deform_conv2d", "90")
     check(rows)
-    assert {row.arguments for row in rows} == {"float32", "bfloat16", "float16"}
+    dtypes = {"float32", "bfloat16", "float16"}
+    assert {row.arguments for row in rows} == dtypes | {f"{dtype} fixed point" for dtype in dtypes}
     assert "DeformConv2dCorners" in table(rows)
 
 

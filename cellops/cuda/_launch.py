@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
@@ -34,20 +33,3 @@ def launch(entry: str, params: Any, *tensors: Tensor | None) -> None:
 def storage(tensor: Tensor) -> int:
     """The library's code of the tensor's dtype."""
     return _native.DTYPE_CODES[tensor.dtype]
-
-
-def alert_not_deterministic(op: str) -> None:
-    """Say that the order of additions to the input's gradient varies from run to run, as torch's own kernels do.
-
-    Raises:
-        RuntimeError: under `torch.use_deterministic_algorithms(True)`; with `warn_only=True` it is a warning.
-    """
-    if not torch.are_deterministic_algorithms_enabled():
-        return
-    text = (
-        f"{op} with backend='cuda' adds up the input's gradient by atomics and is not deterministic; "
-        "backend='triton' has a deterministic variant, and backend='reference' is one"
-    )
-    if not torch.is_deterministic_algorithms_warn_only_enabled():
-        raise RuntimeError(text)
-    warnings.warn(text, stacklevel=2)

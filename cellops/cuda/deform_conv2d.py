@@ -2,7 +2,8 @@
 
 Tiles of output pixels: forward samples columns into scratch and multiplies them with the weight; backward multiplies
 grad_output with the weight and lets the corners of every sample give and receive. Scratch is a tile of columns, at most
-4 MiB or a 32nd of the columns, beside the images that must be copied: NCHW ones, and float32 gradients of half types.
+4 MiB or a 32nd of the columns, beside the images that must be copied: NCHW ones, float32 gradients of half types, and
+gradients in fixed point.
 
 Shapes: P pixels of a tile, G column groups, K taps; a column is [K, C / G]. Depthwise, all channels are one group.
 """
@@ -16,7 +17,8 @@ import torch
 from torch import Tensor
 
 from cellops import _native
-from cellops.cuda._launch import alert_not_deterministic, launch, storage
+from cellops.cuda._fixed_point import exponents_for, largest_finite, round_sums
+from cellops.cuda._launch import launch, storage
 
 SCRATCH_BYTES = 4 << 20
 """Of columns, and of images that must be copied; more where there are many, see `_Call`."""
@@ -133,6 +135,13 @@ def _rows(images: Tensor) -> Tensor:
     return images.permute(0, 2, 3, 1).reshape(-1, images.shape[1])
 
 
+def refuses(shapes: Sequence[Any], dtype: torch.dtype, channels_last: bool) -> str | None:
+    """Why the kernels cannot take these sizes: they number output pixels in 32 bits, and the samples of a tile."""
+    _, channels, height, width = shapes[1]
+    too_many = height * width >= 2**32 or channels // 2 > MOST_SAMPLES
+    return "its CUDA kernels take images of fewer than 2^32 output pixels, of 2^27 samples each" if too_many else None
+
+
 def deform_conv2d_forward_cuda(
     input: Tensor,
     offset: Tensor,
@@ -181,30 +190,28 @@ def deform_conv2d_backward_cuda(
 ) -> tuple[Tensor | None, ...]:
     """Gradients to (input, offset, weight, bias, mask), each only where `wanted`.
 
-    The input's is added up in float32 by atomics.
-
-    Raises:
-        RuntimeError: under `torch.use_deterministic_algorithms(True)`, if the input's gradient is wanted.
+    The input's is added up by atomics, in float32, and under `torch.use_deterministic_algorithms(True)` in fixed point.
     """
     want_input, want_offset, want_weight, want_bias, want_mask = wanted
     want_mask = want_mask and mask is not None
-    if want_input:
-        alert_not_deterministic("deform_conv2d")
+    fixed = want_input and torch.are_deterministic_algorithms_enabled()
     grad_input = torch.empty_like(input) if want_input else None
     grad_offset = torch.empty_like(offset) if want_offset else None
     grad_mask = torch.empty_like(mask) if want_mask else None
     grad_weight: Tensor | None = None
     in_place = input.is_contiguous(memory_format=torch.channels_last)
-    adds_in_place = in_place and input.dtype == torch.float32
-    copied = 0 if adds_in_place or (in_place and not want_input) else 4 * input[:1].numel()
+    adds_in_place = in_place and input.dtype == torch.float32 and not fixed
+    copied = 0 if adds_in_place or (in_place and not want_input) else (8 if fixed else 4) * input[:1].numel()
     wants_corners = want_input or want_offset or want_mask
     for images, call in _calls(input, offset, weight, mask, (*stride, *padding, *dilation), copied):
         rows, columns = _rows(grad_output[images]), call.columns()
+        exponents = _exponents(grad_output[images], weight, call) if fixed else None
         sums = None
         if want_input:
-            sums = grad_input[images] if adds_in_place else torch.empty_like(call.input, dtype=torch.float32)
+            dtype = torch.int64 if fixed else torch.float32
+            sums = grad_input[images] if adds_in_place else torch.empty_like(call.input, dtype=dtype)
             sums.zero_()
-        targets = (sums, *(None if one is None else one[images] for one in (grad_offset, grad_mask)))
+        targets = (exponents, sums, *(None if one is None else one[images] for one in (grad_offset, grad_mask)))
         for pixels in call.tiles():
             grad = rows[pixels]
             if wants_corners:
@@ -215,12 +222,29 @@ def deform_conv2d_backward_cuda(
                 call.sample(columns, pixels)
                 found = _grad_weights(call, grad, call.of_tile(columns, pixels))
                 grad_weight = found if grad_weight is None else grad_weight + found
-        if want_input and not adds_in_place:
+        if fixed:
+            result = grad_input[images] if in_place else torch.empty_like(call.input)
+            round_sums(sums, exponents, result)
+            if not in_place:
+                grad_input[images].copy_(result)
+        elif want_input and not adds_in_place:
             grad_input[images].copy_(sums)
     if want_weight:
         grad_weight = torch.zeros_like(weight) if grad_weight is None else _as_weight(grad_weight, weight)
     grad_bias = grad_output.sum((0, 2, 3), dtype=torch.float32) if want_bias else None
     return grad_input, grad_offset, grad_weight, grad_bias, grad_mask
+
+
+def _exponents(grad_output: Tensor, weight: Tensor, call: _Call) -> Tensor:
+    """Of the gradients to the images: a column's gradient is a sum over output channels, then times the mask."""
+    out_channels, group_in = weight.shape[:2]
+    groups = call.input.shape[1] // group_in
+    sizes = weight.float().nan_to_num(0.0, 0.0, 0.0).abs().unflatten(0, (groups, out_channels // groups))
+    twice = 2 * sizes.sum(1).amax((2, 3)).flatten()  # of each input channel, with room for rounding
+    factors = [largest_finite(grad_output, (1, 2, 3))[:, None], twice.clamp(max=torch.finfo(torch.float32).max)]
+    if call.mask is not None:
+        factors.append(largest_finite(call.mask, (1, 2, 3))[:, None])
+    return exponents_for(call.taps * grad_output.shape[2] * grad_output.shape[3], *factors)
 
 
 def _by_group(call: _Call, grad: Tensor) -> Tensor:

@@ -31,11 +31,10 @@ class Tile(NamedTuple):
     columns: int
 
 
-def tile_of(input: Tensor, kernel: int, backward: bool) -> Tile:
+def tile_of(input: Tensor, kernel: int, backward: bool) -> Tile | None:
     """The largest tile of 64 channels x 64 pixels (channels_last) or 2048 pixels (NCHW) that fits in shared memory.
 
-    Raises:
-        ValueError: not even one pixel's window does.
+    None where not even one pixel's window does.
     """
     channels, height, width = input.shape[1:]
     pack = 16 // input.element_size()
@@ -52,11 +51,26 @@ def tile_of(input: Tensor, kernel: int, backward: bool) -> Tile:
         elif columns > 1:
             columns = -(-columns // 2)
         else:
-            raise ValueError(
-                f"weight must have a window that fits in {SHARED_BYTES >> 10} KiB of shared memory with "
-                f"backend='cuda', got {kernel} x {kernel}"
-            )
+            return None
     return Tile(block, rows, columns)
+
+
+def refuses(shapes: Sequence[Any], dtype: torch.dtype, channels_last: bool) -> str | None:
+    """Why the kernels cannot take these sizes; what backward cannot is not begun by forward."""
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    input = torch.empty(shapes[0], dtype=dtype, device="meta", memory_format=memory_format)
+    tile = tile_of(input, shapes[1][2], backward=True)
+    if tile is None:
+        return "with backward, the window of its weight does not fit in 48 KiB of shared memory"
+    if _tiles(input, tile) * -(-shapes[0][1] // tile.channels) >= 2**31:
+        return "its CUDA kernels take fewer than 2^31 tiles"
+    return None
+
+
+def _tiles(input: Tensor, tile: Tile) -> int:
+    """Of one block of channels."""
+    batch, _, height, width = input.shape
+    return batch * -(-height // tile.rows) * -(-width // tile.columns)
 
 
 def _shared_bytes(input: Tensor, tile: Tile, kernel: int, backward: bool) -> int:
@@ -71,7 +85,7 @@ def _shared_bytes(input: Tensor, tile: Tile, kernel: int, backward: bool) -> int
 
     half, size = kernel // 2, input.element_size()
     if not backward:
-        return max(elements(half, 16 // size) * size, 2 * THREADS * 4)
+        return max(elements(half, 16 // size) * size, 3 * THREADS * 4)
     return -(-elements(2 * half, 16 // size) // 8) * 8 * size + 4 * (elements(half, 1) + elements(0, 1) + THREADS)
 
 
@@ -89,8 +103,12 @@ def _params(input: Tensor, weight: Tensor, backward: bool = False) -> tuple[Any,
     """The library's parameters, and the number of parts."""
     (batch, channels, height, width), kernel = input.shape, weight.shape[2]
     tile = tile_of(input, kernel, backward)
-    tiles = batch * -(-height // tile.rows) * -(-width // tile.columns)
-    parts = max(min(tiles, BLOCKS // -(-channels // tile.channels)), 1)
+    if tile is None:
+        raise ValueError(
+            f"weight must have a window that fits in {SHARED_BYTES >> 10} KiB of shared memory with backend='cuda', "
+            f"got {kernel} x {kernel}"
+        )
+    parts = max(min(_tiles(input, tile), BLOCKS // -(-channels // tile.channels)), 1)
     params = _native.library().FreluTileParams(
         batch=batch,
         channels=channels,
@@ -129,11 +147,13 @@ def frelu_batch_norm_forward_cuda(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """[N, C, H, W], mean and biased variance; arguments as in `cellops.ops.frelu.frelu_batch_norm`."""
     params, parts = _params(input, weight)
-    first = input.new_zeros(input.shape[1], dtype=torch.float32)
-    sums = input.new_zeros(parts, 2, input.shape[1], dtype=torch.float32)
-    launch("frelu_sums", params, None, input, weight, None, None, None, first, sums)
-    distance, square = sums.sum(0, dtype=torch.float64) / (input.numel() // input.shape[1])
-    mean, variance = (first + distance).float(), (square - distance.square()).clamp(min=0).float()
+    found = input.new_zeros(parts, 3, input.shape[1], dtype=torch.float32)
+    launch("frelu_statistics", params, input, weight, found)
+    counts, means, squares = found.double().unbind(1)
+    count = input.numel() // input.shape[1]
+    center = (counts * means).sum(0) / count
+    mean = center.float()
+    variance = ((squares + counts * (means - center).square()).sum(0) / count).float()
     scale = (variance + eps).rsqrt() * (1.0 if gamma is None else gamma.float())
     return _forward(input, weight, mean, scale, _wide(beta)), mean, variance
 
@@ -187,7 +207,7 @@ def frelu_batch_norm_backward_cuda(
     affine = (mean, inverse * (1.0 if gamma is None else gamma.float()), _wide(beta))
     params, parts = _params(input, weight)
     sums = input.new_zeros(parts, 2, input.shape[1], dtype=torch.float32)
-    launch("frelu_sums", params, grad_output, input, weight, *affine, None, sums)
+    launch("frelu_sums", params, grad_output, input, weight, *affine, sums)
     grad_beta, products = sums.sum(0)
     count = max(input.numel() // input.shape[1], 1)
     by = (-affine[1] * inverse.square() * products / count, -affine[1] * grad_beta / count)

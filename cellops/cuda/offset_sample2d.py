@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +10,17 @@ import torch
 from torch import Tensor
 
 from cellops import _native
-from cellops.cuda._launch import alert_not_deterministic, launch, storage
+from cellops.cuda._fixed_point import exponents_for, largest_finite, round_sums
+from cellops.cuda._launch import launch, storage
+
+MOST_ELEMENTS = 0xFFF00000
+"""Of an image: csrc/cuda/offset_sample2d.h numbers them in 32 bits, with room for a block beyond the last."""
+
+
+def refuses(shapes: Sequence[Any], dtype: torch.dtype, channels_last: bool) -> str | None:
+    """Why the kernels cannot take these sizes."""
+    too_large = math.prod(shapes[0][1:]) > MOST_ELEMENTS
+    return "its CUDA kernels take images of fewer than 2^32 elements" if too_large else None
 
 
 def _params(input: Tensor, offset: Tensor, layout: str) -> Any:
@@ -37,17 +48,23 @@ def offset_sample2d_forward_cuda(input: Tensor, offset: Tensor, layout: str) -> 
 def offset_sample2d_backward_cuda(
     grad_output: Tensor, input: Tensor, offset: Tensor, layout: str, wanted: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients to input and offset; the input's is added up in float32 by atomics, and comes back so.
+    """Gradients to input and offset.
 
-    Raises:
-        RuntimeError: under `torch.use_deterministic_algorithms(True)`, if the input's gradient is wanted.
+    The input's is added up by atomics, in float32, and comes back so. Under `torch.use_deterministic_algorithms(True)`
+    it is added up in fixed point.
     """
     want_input, want_offset = wanted[:2]
-    if want_input:
-        alert_not_deterministic("offset_sample2d")
-    grad_input = torch.zeros_like(input, dtype=torch.float32) if want_input else None
+    fixed = want_input and torch.are_deterministic_algorithms_enabled()
+    exponents = None
+    if fixed:  # a point adds to an element once, and no more than its gradient
+        exponents = exponents_for(input.shape[2] * input.shape[3], largest_finite(grad_output, (2, 3)))
+    sums = torch.zeros_like(input, dtype=torch.int64 if fixed else torch.float32) if want_input else None
     grad_offset = torch.empty_like(offset) if want_offset else None
     if want_input or want_offset:
         params = _params(input, offset, layout)
-        launch("offset_sample2d_backward", params, grad_output, input, offset, grad_input, grad_offset)
+        launch("offset_sample2d_backward", params, grad_output, input, offset, exponents, sums, grad_offset)
+    if exponents is None:
+        return sums, grad_offset
+    grad_input = torch.empty_like(input)
+    round_sums(sums, exponents, grad_input)
     return grad_input, grad_offset

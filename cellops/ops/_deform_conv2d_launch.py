@@ -155,7 +155,8 @@ def _plan(
     check_dtypes(input_dtype, offset_dtype, weight_dtype, bias_dtype, mask_dtype)
     sizes = check_shapes(input, offset, weight, bias, mask, config)
     refused = "an image has 2^31 pixels or more" if input[2] * input[3] >= 2**31 else None
-    backend = _backend.choose("deform_conv2d", device_type, input_dtype, config[6], refused).name
+    by_cuda = _backend.refused_by_cuda("deform_conv2d", device_type, (input, offset), input_dtype, layouts[0])
+    backend = _backend.choose("deform_conv2d", device_type, input_dtype, config[6], refused, by_cuda).name
     memory_format = torch.channels_last if layouts[0] else torch.contiguous_format
     strides = torch.empty(sizes.output, device="meta", memory_format=memory_format).stride()
     if backend != "cpu":

@@ -199,7 +199,8 @@ class Operator:
         output_shape = self._check_shapes(shapes, config[:-1])
         assert dtypes[0] is not None
         call = Call(shapes, config[:-1])
-        backend = _backend.choose(self.name, device_type, dtypes[0], config[-1], self.refuses(call)).name
+        by_cuda = _backend.refused_by_cuda(self.name, device_type, shapes, dtypes[0], channels_last[0])
+        backend = _backend.choose(self.name, device_type, dtypes[0], config[-1], self.refuses(call), by_cuda).name
         params = None
         if backend == "cpu":
             codes = [None if dtype is None else _native.DTYPE_CODES[dtype] for dtype in dtypes]

@@ -29,7 +29,6 @@ from torch import Tensor
 
 import cellops
 from cellops import _backend
-from cellops.testing._case import Case
 
 CAPABILITIES = {"sm_80": 80, "sm_90": 90, "sm_100": 100, "sm_120": 120}
 LIMITS = {"sm_80": (108, 166912), "sm_90": (132, 232448), "sm_100": (148, 232448), "sm_120": (170, 101376)}
@@ -93,7 +92,7 @@ def noted(op: str, arch: str, dtypes: Sequence[torch.dtype] = DTYPES) -> Iterato
                 for name, value in drawn.items()
             }
             with noted_launches(Limits(*LIMITS[arch])) as launches:
-                _call(case, arguments, deterministic)
+                call_launchers(op, arguments, deterministic)
             yield from ((f"{case.name} x{scale}", dtype, launch) for launch in launches)
 
 
@@ -105,9 +104,9 @@ def _meta(value: Any, dtype: torch.dtype, memory_format: torch.memory_format, sc
     return tensor.contiguous(memory_format=memory_format) if tensor.dim() == 4 else tensor
 
 
-def _call(case: Case, arguments: dict[str, Any], deterministic: bool) -> None:
+def call_launchers(op: str, arguments: dict[str, Any], deterministic: bool) -> None:
     """Forward and backward as the op would call the launchers."""
-    forward, backward = (_backend.gpu_launcher("triton", case.op, direction) for direction in ("forward", "backward"))
+    forward, backward = (_backend.gpu_launcher("triton", op, direction) for direction in ("forward", "backward"))
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(deterministic)
     try:

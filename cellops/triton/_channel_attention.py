@@ -41,6 +41,8 @@ def channel_sums_kernel(
     """sums[n, part, c] = sum over the part's pixels of input[n, c, p]; products of grad_output * input."""
     index = tl.program_id(0)
     image, part = index // parts, index % parts
+    if WIDE:
+        part = part.to(tl.int64)
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     base = image.to(tl.int64) * channels * pixels
     sum_of_inputs = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
@@ -117,15 +119,18 @@ class _Layout(NamedTuple):
 
 
 def _layout(image: Tensor) -> _Layout:
-    """Blocks of 4096 elements, 16-byte loads by 128 threads, as wide as the layout allows."""
+    """Blocks of 64 bytes for each of 128 threads, in loads of 16 as far as the layout allows.
+
+    That is 16 numbers a thread in float32; of twice as many some spill.
+    """
     _, channels, height, width = image.shape
-    pixels = height * width
-    wide = channels * pixels >= 2**31
+    pixels, elements = height * width, 8192 // image.element_size()
+    wide = max(channels, 2) * pixels >= 2**31  # the last part may end beyond the image
     if image.is_contiguous():
         block_p = power_of_2(pixels, 16, 1024)
-        return _Layout(channels, pixels, (pixels, 1), power_of_2(channels, 1, 4096 // block_p), block_p, wide)
+        return _Layout(channels, pixels, (pixels, 1), power_of_2(channels, 1, elements // block_p), block_p, wide)
     block_c = power_of_2(channels, 16, 128)
-    return _Layout(channels, pixels, (1, channels), block_c, power_of_2(pixels, 1, 4096 // block_c), wide)
+    return _Layout(channels, pixels, (1, channels), block_c, power_of_2(pixels, 1, elements // block_c), wide)
 
 
 def channel_sums(input: Tensor, grad_output: Tensor | None = None) -> tuple[Tensor, Tensor]:

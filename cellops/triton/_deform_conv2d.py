@@ -26,7 +26,7 @@ def locate(offset, base, channel_stride, exists, row, column, tap, offset_group,
 
     Points that are not inside, infinite and huge ones too, come back as (0, 0), so that no index is made of them.
     """
-    first = (offset_group * CONV[0] * CONV[1] + tap) * 2
+    first = ((offset_group * CONV[0] * CONV[1] + tap) * 2).to(base.dtype)  # 64 bits wherever the pixels' places are
     y = tl.load(offset + base + first * channel_stride, exists, 0.0).to(tl.float32)
     x = tl.load(offset + base + (first + 1) * channel_stride, exists, 0.0).to(tl.float32)
     y += (row * CONV[2] - CONV[4] + tap // CONV[1] * CONV[6]).to(tl.float32)
@@ -114,5 +114,5 @@ def mask_values(mask, base, channel_stride, exists, tap, offset_group, CONV: tl.
     if mask is None:
         return tl.full(exists.shape, 1.0, tl.float32)
     else:
-        channel = offset_group * CONV[0] * CONV[1] + tap
+        channel = (offset_group * CONV[0] * CONV[1] + tap).to(base.dtype)
         return tl.load(mask + base + channel * channel_stride, exists, 0.0).to(tl.float32)

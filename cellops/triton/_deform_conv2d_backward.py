@@ -42,14 +42,14 @@ def grad_columns(
     sum = tl.zeros([base.shape[0], group_channel.shape[0]], tl.float32)
     for start in range(0, group_out, 1 if DEPTHWISE else BLOCK_O):
         if DEPTHWISE:
-            out = group_channel * group_out + start
+            out = (group_channel * group_out + start).to(base.dtype)
             valid = exists[:, None] & known[None, :]
             grad = tl.load(grad_output + base[:, None] + out[None, :] * channel_stride, valid, 0.0).to(tl.float32)
             sum += grad * tl.load(weight + out * TAPS + tap, known, 0.0).to(tl.float32)[None, :]
         else:
             out = start + tl.arange(0, BLOCK_O)
             out_known = out < group_out
-            out += group * group_out
+            out = (out + group * group_out).to(base.dtype)
             valid = exists[:, None] & out_known[None, :]
             grad = tl.load(grad_output + base[:, None] + out[None, :] * channel_stride, valid, 0.0)
             element = (out[:, None] * TAPS + tap) * group_in + group_channel[None, :]
@@ -192,12 +192,13 @@ def deform_conv2d_backward_data_kernel(
     if grad_mask is not None:
         sampled = (sum00 * (1 - right) + sum01 * right) * (1 - down) + (sum10 * (1 - right) + sum11 * right) * down
         sampled = tl.where(unknown, float("nan"), tl.where(inside, sampled, 0.0))
-        target = grad_mask + mask_base + (offset_group * TAPS + tap) * mask_channel_stride
+        target = grad_mask + mask_base + (offset_group * TAPS + tap).to(mask_base.dtype) * mask_channel_stride
         tl.store(target, narrow(sampled, grad_mask.dtype.element_ty), exists)
     if grad_offset is not None:
         grad_y = ((sum10 - sum00) * (1 - right) + (sum11 - sum01) * right) * factor
         grad_x = ((sum01 - sum00) * (1 - down) + (sum11 - sum10) * down) * factor
-        target = grad_offset + offset_base + (offset_group * TAPS + tap) * 2 * offset_channel_stride
+        first = ((offset_group * TAPS + tap) * 2).to(offset_base.dtype)
+        target = grad_offset + offset_base + first * offset_channel_stride
         tl.store(target, narrow(tl.where(inside, grad_y, 0.0), grad_offset.dtype.element_ty), exists)
         grad_x = narrow(tl.where(inside, grad_x, 0.0), grad_offset.dtype.element_ty)
         tl.store(target + offset_channel_stride, grad_x, exists)
@@ -259,7 +260,7 @@ def deform_conv2d_backward_input_kernel(
     first_row = tl.program_id(0) % tiles * BLOCK_Q // width
     last_row = (tl.program_id(0) % tiles * BLOCK_Q + BLOCK_Q - 1) // width
     if WIDE:
-        image = image.to(tl.int64)
+        image, own = image.to(tl.int64), own.to(tl.int64)
     within = tl.program_id(1) % BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)
     known = within < segment
     first = tl.program_id(1) // BLOCKS * segment
@@ -273,6 +274,8 @@ def deform_conv2d_backward_input_kernel(
             pixel = start + tl.arange(0, BLOCK_P)
             exists = pixel < out_height * out_width
             row, column = pixel // out_width, pixel % out_width
+            if WIDE:
+                pixel = pixel.to(tl.int64)
             offset_base = image * offset_image_stride + pixel * offset_pixel_stride
             inside, _, top, left, down, right = locate(
                 offset, offset_base, offset_channel_stride, exists, row, column, tap, offset_group, height, width, CONV
@@ -306,7 +309,7 @@ def deform_conv2d_backward_input_kernel(
                 sum = dot(share, tl.where(inside[:, None], grad, 0.0), sum, "tf32x3")
     element = image * image_elements + own * grad_pixel_stride
     tl.store(
-        grad_input + element[:, None] + channel[None, :] * grad_channel_stride,
+        grad_input + element[:, None] + channel.to(element.dtype)[None, :] * grad_channel_stride,
         narrow(sum, grad_input.dtype.element_ty),
         (own < height * width)[:, None] & known[None, :],
     )
@@ -399,13 +402,14 @@ def deform_conv2d_backward_weight_kernel(
         )
         columns = narrow(columns, input.dtype.element_ty)
         base = image * out_height * out_width * out_channels + pixel * output_pixel_stride
+        place = out.to(base.dtype) * output_channel_stride
         if DEPTHWISE:
             valid = exists[:, None] & known[None, :]
-            grad = tl.load(grad_output + base[:, None] + out[None, :] * output_channel_stride, valid, 0.0)
+            grad = tl.load(grad_output + base[:, None] + place[None, :], valid, 0.0)
             sum += tl.sum(grad.to(tl.float32) * columns.to(tl.float32), 0)
         else:
             valid = out_known[:, None] & exists[None, :]
-            grad = tl.load(grad_output + base[None, :] + out[:, None] * output_channel_stride, valid, 0.0)
+            grad = tl.load(grad_output + base[None, :] + place[:, None], valid, 0.0)
             sum = dot(grad, columns, sum, PRECISION)
 
     if DEPTHWISE:

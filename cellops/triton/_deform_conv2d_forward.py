@@ -104,7 +104,7 @@ def deform_conv2d_forward_kernel(
         sum += tl.load(bias + out, out_known, 0.0).to(tl.float32)[None, :]
     element = image * out_height * out_width * out_channels + pixel * output_pixel_stride
     tl.store(
-        output + element[:, None] + out[None, :] * output_channel_stride,
+        output + element[:, None] + out.to(element.dtype)[None, :] * output_channel_stride,
         narrow(sum, output.dtype.element_ty),
         exists[:, None] & out_known[None, :],
     )
@@ -185,7 +185,7 @@ def deform_conv2d_depthwise_forward_kernel(
         sum += tl.load(bias + out, known, 0.0).to(tl.float32)[None, :]
     element = image * out_height * out_width * out_channels + pixel * output_pixel_stride
     tl.store(
-        output + element[:, None] + out[None, :] * output_channel_stride,
+        output + element[:, None] + out.to(element.dtype)[None, :] * output_channel_stride,
         narrow(sum, output.dtype.element_ty),
         exists[:, None] & known[None, :],
     )

@@ -65,6 +65,12 @@ def _pixels(index, image_pixels, channels, out_channels, pixel_stride, out_pixel
 
 
 @triton.jit
+def _elements(place, channel, channel_stride):
+    """Offsets [P, C] of channels, in the bits that the pixels' have: a single image may have 2^31 elements."""
+    return place[:, None] + channel.to(place.dtype)[None, :] * channel_stride
+
+
+@triton.jit
 def _convolved(
     input,
     place,
@@ -83,7 +89,7 @@ def _convolved(
     for start in range(0, group_in, BLOCK_C):
         channel = start + tl.arange(0, BLOCK_C)
         inside = channel < group_in
-        element = place[:, None] + (group * group_in + channel)[None, :] * channel_stride
+        element = _elements(place, group * group_in + channel, channel_stride)
         x = tl.load(input + element, exists[:, None] & inside[None, :], 0.0)
         kernel = tl.load(weight + out[None, :] * group_in + channel[:, None], inside[:, None] & known[None, :], 0.0)
         sum = dot(x, kernel, sum, PRECISION)
@@ -114,7 +120,7 @@ def _grad_of_affine(
     SHUFFLE: tl.constexpr,
 ):
     """The gradient [P, O] to what the activation was given."""
-    element = out_place[:, None] + _shuffled(out, groups, group_out, SHUFFLE)[None, :] * out_channel_stride
+    element = _elements(out_place, _shuffled(out, groups, group_out, SHUFFLE), out_channel_stride)
     valid = exists[:, None] & known[None, :]
     grad = tl.load(grad_output + element, valid, 0.0).to(tl.float32)
     return tl.where(valid, grad * _slope(before, ACTIVATION), 0.0)
@@ -181,7 +187,7 @@ def group_conv1x1_forward_kernel(
     z = _convolved(input, place, exists, weight, group, out, known, group_in, channel_stride, BLOCK_C, PRECISION)
     normalized = (z - _row(mean, out, known, 0.0)) * _row(inverse, out, known, 1.0)
     before = normalized * _row(gamma, out, known, 1.0) + _row(beta, out, known, 0.0)
-    element = out_place[:, None] + _shuffled(out, groups, group_out, SHUFFLE)[None, :] * out_channel_stride
+    element = _elements(out_place, _shuffled(out, groups, group_out, SHUFFLE), out_channel_stride)
     y = narrow(_activated(before, ACTIVATION), output.dtype.element_ty)
     tl.store(output + element, y, exists[:, None] & known[None, :])
 
@@ -321,7 +327,7 @@ def group_conv1x1_backward_input_kernel(
         )
         kernel = tl.load(weight + out[:, None] * group_in + channel[None, :], known[:, None] & inside[None, :], 0.0)
         sum = dot(grad, kernel.to(tl.float32), sum, GRAD_PRECISION)
-    element = place[:, None] + (group * group_in + channel)[None, :] * channel_stride
+    element = _elements(place, group * group_in + channel, channel_stride)
     tl.store(grad_input + element, narrow(sum, grad_input.dtype.element_ty), exists[:, None] & inside[None, :])
 
 
@@ -375,7 +381,7 @@ def group_conv1x1_backward_weight_kernel(
             BLOCK_C,
             PRECISION,
         )
-        element = place[:, None] + (group * group_in + channel)[None, :] * channel_stride
+        element = _elements(place, group * group_in + channel, channel_stride)
         x = tl.load(input + element, exists[:, None] & inside[None, :], 0.0).to(tl.float32)
         sum = dot(tl.trans(grad), x, sum, GRAD_PRECISION)
     element = (tl.program_id(0) * out_channels + out[:, None]) * group_in + channel[None, :]

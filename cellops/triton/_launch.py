@@ -30,9 +30,10 @@ _limits_of_notes = H200
 
 
 class Launch(NamedTuple):
-    """One launch: the kernel, its arguments in order, its compile-time constants, and how it is compiled."""
+    """One launch: the kernel, its grid, its arguments in order, its compile-time constants, and how it is compiled."""
 
     kernel: Any
+    grid: tuple[int, ...]
     arguments: tuple[Any, ...]
     constants: dict[str, Any]
     num_warps: int
@@ -54,7 +55,7 @@ def launch(
     if 0 in grid:
         return
     if _notes is not None:
-        _notes.append(Launch(kernel, arguments, constants, num_warps, num_stages))
+        _notes.append(Launch(kernel, grid, arguments, constants, num_warps, num_stages))
         return
     kernel[grid](*arguments, **constants, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True)
 

@@ -23,6 +23,12 @@ def pixel_elements(index, count, image_pixels, image_elements, pixel_stride, WID
 
 
 @triton.jit
+def tile_elements(channel, place, channel_stride):
+    """Offsets [C, P] of a tile, in the bits that the pixels' have: a single image may have 2^31 elements."""
+    return channel.to(place.dtype)[:, None] * channel_stride + place[None, :]
+
+
+@triton.jit
 def channel_values(values, channel, valid, ABSENT: tl.constexpr):
     """Numbers of the channels in float32 as a column, ABSENT for an absent tensor."""
     if values is None:
@@ -92,7 +98,7 @@ def tiles(image: Tensor, elements: int = 1024) -> Tiles:
         pixel_stride=strides[1],
         block_c=block_c,
         block_p=block_p,
-        wide=needs_int64(image),
+        wide=needs_int64(image) or 2 * count >= 2**31,  # the last part may end beyond, and there may be two maps
         parts=ceil_div(count, part_pixels),
         part_pixels=part_pixels,
     )

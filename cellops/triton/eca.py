@@ -44,7 +44,7 @@ def eca_scale_kernel(
 
     grad_logits[n, c] = products[n, c] * scale * (1 - scale).
     """
-    image = tl.program_id(0)
+    image = tl.program_id(0).to(tl.int64)
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     logits = tl.zeros([BLOCK_C], tl.float32)
     for tap in range(TAPS):
@@ -72,7 +72,7 @@ def eca_backward_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """grad_mean[n, c] = sum over taps of weight[tap] * grad_logits[n, c - tap + taps // 2]; the weight's gradient."""
-    image = tl.program_id(0)
+    image = tl.program_id(0).to(tl.int64)
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     known = channel < channels
     grad = tl.load(grad_logits + image * channels + channel, known, 0.0)

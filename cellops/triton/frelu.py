@@ -22,7 +22,7 @@ from torch import Tensor
 
 from cellops.triton._launch import launch, power_of_2
 from cellops.triton._numerics import narrow
-from cellops.triton._pixels import Tiles, channel_values, combined_statistics, pixel_elements, tiles
+from cellops.triton._pixels import Tiles, channel_values, combined_statistics, pixel_elements, tile_elements, tiles
 
 
 @triton.jit
@@ -91,7 +91,7 @@ def frelu_forward_kernel(
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     index = tl.program_id(0).to(tl.int64 if WIDE else tl.int32) * BLOCK_P + tl.arange(0, BLOCK_P)
     exists, pixel, offset = pixel_elements(index, count, image_pixels, image_elements, pixel_stride, WIDE)
-    element = channel[:, None] * channel_stride + offset[None, :]
+    element = tile_elements(channel, offset, channel_stride)
     known = channel < channels
     valid = known[:, None] & exists[None, :]
     x = tl.load(input + element, valid, 0.0).to(tl.float32)
@@ -132,7 +132,7 @@ def frelu_statistics_kernel(
     for start in range(0, part_pixels, BLOCK_P):
         index = first + start + tl.arange(0, BLOCK_P)
         exists, pixel, offset = pixel_elements(index, count, image_pixels, image_elements, pixel_stride, WIDE)
-        element = channel[:, None] * channel_stride + offset[None, :]
+        element = tile_elements(channel, offset, channel_stride)
         valid = known[:, None] & exists[None, :]
         z = _convolved(input, element, pixel, valid, weight, channel, channels, height, width, pixel_stride, K, 1)
         size = tl.sum(exists.to(tl.float32), 0)
@@ -182,7 +182,7 @@ def frelu_backward_sums_kernel(
     for start in range(0, part_pixels, BLOCK_P):
         index = first + start + tl.arange(0, BLOCK_P)
         exists, pixel, offset = pixel_elements(index, count, image_pixels, image_elements, pixel_stride, WIDE)
-        element = channel[:, None] * channel_stride + offset[None, :]
+        element = tile_elements(channel, offset, channel_stride)
         valid = known[:, None] & exists[None, :]
         x = tl.load(input + element, valid, 0.0).to(tl.float32)
         grad = tl.load(grad_output + element, valid, 0.0).to(tl.float32)
@@ -234,11 +234,12 @@ def frelu_backward_convolution_kernel(
     for start in range(0, part_pixels, BLOCK_P):
         index = first + start + tl.arange(0, BLOCK_P)
         exists, pixel, offset = pixel_elements(index, count, image_pixels, image_elements, pixel_stride, WIDE)
-        element = channel[:, None] * channel_stride + offset[None, :]
+        element = tile_elements(channel, offset, channel_stride)
         valid = known[:, None] & exists[None, :]
+        z = _convolved(input, element, pixel, valid, weight, channel, channels, height, width, pixel_stride, K, 1)
+        # Loaded after the convolution, whose registers they would take.
         x = tl.load(input + element, valid, 0.0).to(tl.float32)
         grad = tl.load(grad_output + element, valid, 0.0).to(tl.float32)
-        z = _convolved(input, element, pixel, valid, weight, channel, channels, height, width, pixel_stride, K, 1)
         scale = channel_values(inverse, channel, known, 1.0)
         normalized = (z - channel_values(mean, channel, known, 0.0)) * scale
         scale *= channel_values(gamma, channel, known, 1.0)
@@ -285,7 +286,7 @@ def frelu_backward_input_kernel(
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     index = tl.program_id(0).to(tl.int64 if WIDE else tl.int32) * BLOCK_P + tl.arange(0, BLOCK_P)
     exists, pixel, offset = pixel_elements(index, count, image_pixels, image_elements, pixel_stride, WIDE)
-    element = channel[:, None] * channel_stride + offset[None, :]
+    element = tile_elements(channel, offset, channel_stride)
     known = channel < channels
     valid = known[:, None] & exists[None, :]
     x = tl.load(input + element, valid, 0.0).to(tl.float32)
@@ -354,7 +355,7 @@ def _convolution(
     input, weight = arguments[1:3]
     kernel = weight.shape[2]
     taps = power_of_2(kernel * kernel)
-    parts = tiles(input, 2048)  # with half as many the assembler takes fewer registers and spills
+    parts = tiles(input, 2048)
     grad_convolved = torch.empty_like(input, dtype=torch.float32)
     grad_weights = torch.empty(parts.parts, parts.channels, taps, dtype=torch.float32, device=input.device)
     launch(
@@ -364,6 +365,9 @@ def _convolution(
         K=kernel,
         TAPS=taps,
         **parts.constants,
+        # 16 elements a thread in channels_last, where pixels share the numbers of their channels. In NCHW each has its
+        # own masks at every tap, and 16 take up to 226 registers, or fewer and spill: half as many for each thread.
+        num_warps=8 if input.is_contiguous() else 4,
     )
     sizes, constants = _sizes(input, layout), {"K": kernel, **layout.constants}
     grad_input = torch.empty_like(input)

@@ -59,7 +59,7 @@ def _geometry(input: Tensor, weight: Tensor, groups: int) -> _Geometry:
         strides = (1, channels, 1, out_channels)
     block_o, block_c = power_of_2(group_out, 16, 64), power_of_2(group_in, 16, 64)
     block_p = 128 if max(block_o, block_c) <= 32 and input.element_size() == 2 else 64  # 128 of float32 spill
-    wide = needs_int64(input) or batch * out_channels * pixels >= 2**31
+    wide = needs_int64(input) or batch * max(out_channels, 2) * pixels >= 2**31  # the last part may end beyond
     return _Geometry(
         sizes=(batch * pixels, pixels, channels, out_channels, groups, group_in, group_out, *strides),
         total=batch * pixels,

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from cellops.triton._launch import ceil_div, launch, power_of_2
 from cellops.triton._numerics import narrow
-from cellops.triton._pixels import pixel_elements, tiles
+from cellops.triton._pixels import pixel_elements, tile_elements, tiles
 
 
 @triton.jit
@@ -63,15 +63,53 @@ def _offset_elements(
 
 
 @triton.jit
-def _pair_elements(
-    first, pixel, exists, image, channels, image_pixels, pixel_stride, BLOCK_C: tl.constexpr, WIDE: tl.constexpr
+def _load_offsets(
+    offset,
+    channel,
+    pixel,
+    exists,
+    image,
+    channels,
+    image_pixels,
+    channel_stride,
+    pixel_stride,
+    INTERLEAVED: tl.constexpr,
+    PAIRS: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
-    """Of channels_last offsets: where the pairs of a block of channels lie, [P, 2C] side by side, and which exist."""
-    if WIDE:
-        pixel = pixel.to(tl.int64)
-    channel = 2 * first + tl.arange(0, 2 * BLOCK_C)
-    base = image * channels * image_pixels * 2 + pixel * pixel_stride
-    return base[:, None] + channel[None, :], exists[:, None] & (channel < 2 * channels)[None, :]
+    """dy and dx [C, P] of a block; and for `_store_offsets` where each of them lies, and which exist.
+
+    With PAIRS a pixel's pairs lie side by side and are read as [P, 2C], in 16-byte loads; both places are the pairs'.
+    """
+    if PAIRS:
+        BLOCK_C: tl.constexpr = channel.shape[0]
+        BLOCK_P: tl.constexpr = pixel.shape[0]
+        if WIDE:
+            pixel = pixel.to(tl.int64)
+        number = 2 * BLOCK_C * tl.program_id(1) + tl.arange(0, 2 * BLOCK_C)
+        place = (image * channels * image_pixels * 2 + pixel * pixel_stride)[:, None] + number[None, :]
+        valid = exists[:, None] & (number < 2 * channels)[None, :]
+        dy, dx = tl.split(tl.reshape(tl.load(offset + place, valid, 0.0), [BLOCK_P, BLOCK_C, 2]))
+        return tl.trans(dy), tl.trans(dx), place, place, valid
+    else:
+        dy_place, dx_place = _offset_elements(
+            channel, pixel, image, channels, image_pixels, channel_stride, pixel_stride, INTERLEAVED, WIDE
+        )
+        valid = (channel < channels)[:, None] & exists[None, :]
+        dy, dx = tl.load(offset + dy_place, valid, 0.0), tl.load(offset + dx_place, valid, 0.0)
+        return dy, dx, dy_place, dx_place, valid
+
+
+@triton.jit
+def _store_offsets(grad_offset, grad_y, grad_x, dy_place, dx_place, valid, PAIRS: tl.constexpr):
+    """Gradients to dy and dx [C, P], to where `_load_offsets` found these."""
+    grad_y, grad_x = narrow(grad_y, grad_offset.dtype.element_ty), narrow(grad_x, grad_offset.dtype.element_ty)
+    if PAIRS:
+        pairs = tl.reshape(tl.join(tl.trans(grad_y), tl.trans(grad_x)), valid.shape)
+        tl.store(grad_offset + dy_place, pairs, valid)
+    else:
+        tl.store(grad_offset + dy_place, grad_y, valid)
+        tl.store(grad_offset + dx_place, grad_x, valid)
 
 
 @triton.jit
@@ -112,37 +150,31 @@ def offset_sample2d_forward_kernel(
     exists, pixel, place = pixel_elements(index, count, image_pixels, image_elements, pixel_stride, WIDE)
     image = index // image_pixels
     valid = (channel < channels)[:, None] & exists[None, :]
-    if PAIRS:
-        place_of_pairs, pairs_exist = _pair_elements(
-            tl.program_id(1) * BLOCK_C,
-            pixel,
-            exists,
-            image,
-            channels,
-            image_pixels,
-            offset_pixel_stride,
-            BLOCK_C,
-            WIDE,
-        )
-        pairs = tl.load(offset + place_of_pairs, pairs_exist, 0.0)
-        dy, dx = tl.split(tl.reshape(pairs, [BLOCK_P, BLOCK_C, 2]))
-        dy, dx = tl.trans(dy), tl.trans(dx)
-    else:
-        dy_element, dx_element = _offset_elements(
-            channel, pixel, image, channels, image_pixels, offset_channel_stride, offset_pixel_stride, INTERLEAVED, WIDE
-        )
-        dy, dx = tl.load(offset + dy_element, valid, 0.0), tl.load(offset + dx_element, valid, 0.0)
+    dy, dx, _, _, _ = _load_offsets(
+        offset,
+        channel,
+        pixel,
+        exists,
+        image,
+        channels,
+        image_pixels,
+        offset_channel_stride,
+        offset_pixel_stride,
+        INTERLEAVED,
+        PAIRS,
+        WIDE,
+    )
     known, _, _, top, left, below, right = _locate(
         dy, dx, (pixel // width)[None, :], (pixel % width)[None, :], height, width
     )
-    plane = channel[:, None] * channel_stride + (image * image_elements)[None, :]
+    plane = tile_elements(channel, image * image_elements, channel_stride)
     y = tl.where(known, 0.0, float("nan"))
     for corner in tl.static_range(4):
         value, _, _ = _corner(
             input, plane, valid, top + corner // 2, left + corner % 2, height, width, pixel_stride, WIDE
         )
         y += value * (below if corner // 2 else 1 - below) * (right if corner % 2 else 1 - right)
-    tl.store(output + channel[:, None] * channel_stride + place[None, :], narrow(y, output.dtype.element_ty), valid)
+    tl.store(output + tile_elements(channel, place, channel_stride), narrow(y, output.dtype.element_ty), valid)
 
 
 @triton.jit
@@ -174,32 +206,26 @@ def offset_sample2d_backward_kernel(
     exists, pixel, place = pixel_elements(index, count, image_pixels, image_elements, pixel_stride, WIDE)
     image = index // image_pixels
     valid = (channel < channels)[:, None] & exists[None, :]
-    if PAIRS:
-        place_of_pairs, pairs_exist = _pair_elements(
-            tl.program_id(1) * BLOCK_C,
-            pixel,
-            exists,
-            image,
-            channels,
-            image_pixels,
-            offset_pixel_stride,
-            BLOCK_C,
-            WIDE,
-        )
-        pairs = tl.load(offset + place_of_pairs, pairs_exist, 0.0)
-        dy, dx = tl.split(tl.reshape(pairs, [BLOCK_P, BLOCK_C, 2]))
-        dy, dx = tl.trans(dy), tl.trans(dx)
-    else:
-        dy_element, dx_element = _offset_elements(
-            channel, pixel, image, channels, image_pixels, offset_channel_stride, offset_pixel_stride, INTERLEAVED, WIDE
-        )
-        dy, dx = tl.load(offset + dy_element, valid, 0.0), tl.load(offset + dx_element, valid, 0.0)
+    dy, dx, dy_place, dx_place, offsets_exist = _load_offsets(
+        offset,
+        channel,
+        pixel,
+        exists,
+        image,
+        channels,
+        image_pixels,
+        offset_channel_stride,
+        offset_pixel_stride,
+        INTERLEAVED,
+        PAIRS,
+        WIDE,
+    )
     known, free_y, free_x, top, left, below, right = _locate(
         dy, dx, (pixel // width)[None, :], (pixel % width)[None, :], height, width
     )
-    grad = tl.load(grad_output + channel[:, None] * channel_stride + place[None, :], valid, 0.0).to(tl.float32)
+    grad = tl.load(grad_output + tile_elements(channel, place, channel_stride), valid, 0.0).to(tl.float32)
     grad = tl.where(known, grad, 0.0)
-    plane = channel[:, None] * channel_stride + (image * image_elements)[None, :]
+    plane = tile_elements(channel, image * image_elements, channel_stride)
     grad_y = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
     grad_x = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
     for corner in tl.static_range(4):
@@ -212,14 +238,8 @@ def offset_sample2d_backward_kernel(
         if grad_input is not None:
             tl.atomic_add(grad_input + element, grad * weight_y * weight_x, inside, sem="relaxed")
     if grad_offset is not None:
-        grad_y = narrow(tl.where(free_y, grad_y, 0.0), grad_offset.dtype.element_ty)
-        grad_x = narrow(tl.where(free_x, grad_x, 0.0), grad_offset.dtype.element_ty)
-        if PAIRS:
-            pairs = tl.reshape(tl.join(tl.trans(grad_y), tl.trans(grad_x)), [BLOCK_P, 2 * BLOCK_C])
-            tl.store(grad_offset + place_of_pairs, pairs, pairs_exist)
-        else:
-            tl.store(grad_offset + dy_element, grad_y, valid)
-            tl.store(grad_offset + dx_element, grad_x, valid)
+        grad_y, grad_x = tl.where(free_y, grad_y, 0.0), tl.where(free_x, grad_x, 0.0)
+        _store_offsets(grad_offset, grad_y, grad_x, dy_place, dx_place, offsets_exist, PAIRS)
 
 
 @triton.jit
@@ -257,33 +277,32 @@ def offset_sample2d_backward_input_kernel(
     for start in range(0, image_pixels, BLOCK_P):
         pixel = start + tl.arange(0, BLOCK_P)
         exists = pixel < image_pixels
-        dy, dx = _offset_elements(
+        dy, dx, _, _, _ = _load_offsets(
+            offset,
             channel,
             pixel,
+            exists,
             image + tl.zeros([BLOCK_P], tl.int64),
             channels,
             image_pixels,
             offset_channel_stride,
             offset_pixel_stride,
             INTERLEAVED,
+            False,
             WIDE,
         )
         known, _, _, top, left, below, right = _locate(
-            tl.load(offset + dy, exists[None, :], 0.0),
-            tl.load(offset + dx, exists[None, :], 0.0),
-            (pixel // width)[None, :],
-            (pixel % width)[None, :],
-            height,
-            width,
+            dy, dx, (pixel // width)[None, :], (pixel % width)[None, :], height, width
         )
         near = known & exists[None, :] & (top + 1 >= first // width) & (top <= (first + BLOCK_Q - 1) // width)
         if tl.max(tl.max(near.to(tl.int32), 1), 0) > 0:
-            grad = tl.load(grad_output + plane + pixel * pixel_stride, exists, 0.0).to(tl.float32)
+            grad = tl.load(grad_output + plane + pixel.to(plane.dtype) * pixel_stride, exists, 0.0).to(tl.float32)
             down, aside = own_row[:, None] - top, own_column[:, None] - left
             weight = tl.where(down == 0, 1 - below, tl.where(down == 1, below, 0.0))
             weight *= tl.where(aside == 0, 1 - right, tl.where(aside == 1, right, 0.0))
             sum += tl.sum(tl.where(near, weight * grad[None, :], 0.0), 1)
-    tl.store(grad_input + plane + own * pixel_stride, narrow(sum, grad_input.dtype.element_ty), own < image_pixels)
+    element = plane + own.to(plane.dtype) * pixel_stride
+    tl.store(grad_input + element, narrow(sum, grad_input.dtype.element_ty), own < image_pixels)
 
 
 def _offset_strides(offset: Tensor) -> tuple[int, int]:

@@ -23,7 +23,7 @@ from torch import Tensor
 from cellops.triton._channel_attention import chunks
 from cellops.triton._launch import ceil_div, launch, power_of_2
 from cellops.triton._numerics import narrow
-from cellops.triton._pixels import Tiles, pixel_elements, tiles
+from cellops.triton._pixels import Tiles, pixel_elements, tile_elements, tiles
 
 
 @triton.jit
@@ -81,7 +81,7 @@ def _scale(
         for start in range(0, channels, BLOCK_C):
             channel = start + tl.arange(0, BLOCK_C)
             known = channel < channels
-            element = channel[:, None] * channel_stride + place[None, :]
+            element = tile_elements(channel, place, channel_stride)
             sum = tl.zeros(element.shape, tl.float32)
             for tap in tl.range(0, K * K, loop_unroll_factor=K):
                 inside, step = _beside(pixel, tap, 1, height, width, K)
@@ -108,7 +108,7 @@ def spatial_attention_pool_kernel(
     for start in range(0, channels, BLOCK_C):
         channel = start + tl.arange(0, BLOCK_C)
         valid = (channel < channels)[:, None] & exists[None, :]
-        x = tl.load(input + channel[:, None] * channel_stride + place[None, :], valid, float("-inf")).to(tl.float32)
+        x = tl.load(input + tile_elements(channel, place, channel_stride), valid, float("-inf")).to(tl.float32)
         largest = tl.where(x > largest, x, largest)
         unknown = tl.where(x != x, 1, unknown)
         sum += tl.where(valid, x, 0.0)
@@ -153,7 +153,7 @@ def spatial_attention_forward_kernel(
     for start in range(0, channels, BLOCK_C):
         channel = start + tl.arange(0, BLOCK_C)
         valid = (channel < channels)[:, None] & exists[None, :]
-        element = channel[:, None] * channel_stride + place[None, :]
+        element = tile_elements(channel, place, channel_stride)
         y = tl.load(input + element, valid, 0.0).to(tl.float32) * scale[None, :]
         tl.store(output + element, narrow(y, output.dtype.element_ty), valid)
 
@@ -198,7 +198,7 @@ def spatial_attention_backward_logits_kernel(
     for start in range(0, channels, BLOCK_C):
         channel = start + tl.arange(0, BLOCK_C)
         valid = (channel < channels)[:, None] & exists[None, :]
-        element = channel[:, None] * channel_stride + place[None, :]
+        element = tile_elements(channel, place, channel_stride)
         x = tl.load(input + element, valid, 0.0).to(tl.float32)
         product += tl.load(grad_output + element, valid, 0.0).to(tl.float32) * x
         if POOL:
@@ -236,7 +236,7 @@ def spatial_attention_backward_input_kernel(
         channel = start + tl.arange(0, BLOCK_C)
         known = channel < channels
         valid = known[:, None] & exists[None, :]
-        element = channel[:, None] * channel_stride + place[None, :]
+        element = tile_elements(channel, place, channel_stride)
         grad = tl.load(grad_output + element, valid, 0.0).to(tl.float32) * scale[None, :]
         if POOL:
             x = tl.load(input + element, valid, 0.0).to(tl.float32)
@@ -270,7 +270,7 @@ def spatial_attention_backward_weight_kernel(
         grad = tl.load(grad_logits + index, exists, 0.0)
         for tap in range(K * K):
             inside, step = _beside(pixel, tap, 1, height, width, K)
-            element = channel[:, None] * channel_stride + (place + step * pixel_stride)[None, :]
+            element = tile_elements(channel, place + step * pixel_stride, channel_stride)
             value = tl.load(source + element, known[:, None] & (exists & inside)[None, :], 0.0).to(tl.float32)
             sums += tl.where(taps == tap, tl.sum(value * grad[None, :], 1)[:, None], 0.0)
     row = (tl.program_id(0) * channels + channel)[:, None] * TAPS + taps

@@ -85,7 +85,7 @@ def squeeze_excite_scale_kernel(
     BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """scale[n] = gate(weight2 @ act(weight1 @ mean[n] + bias1) + bias2), an image for each program."""
-    image = tl.program_id(0)
+    image = tl.program_id(0).to(tl.int64)
     channel = tl.arange(0, BLOCK_C)
     mean = _mean(sums, channel, image, channels, pixels, parts, BLOCK_C)
     logits = _logits(weight1, bias1, weight2, bias2, mean, channel, channels, hidden, SILU, BLOCK_C, BLOCK_R)
@@ -112,7 +112,7 @@ def squeeze_excite_backward_kernel(
     BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """grad_logits = gate' * sum of grad_output * x, grad_mean = weight1^T (act' * weight2^T grad_logits)."""
-    image = tl.program_id(0)
+    image = tl.program_id(0).to(tl.int64)
     channel = tl.arange(0, BLOCK_C)
     known = channel < channels
     mean = _mean(sums, channel, image, channels, pixels, parts, BLOCK_C)

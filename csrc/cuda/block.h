@@ -5,8 +5,8 @@
 // block whose threads take turns from one barrier to the next.
 //
 // Its kThreads are those of a block. With kBlocks, that many must fit on a multiprocessor: a limit on registers below
-// which the compiler may take more than it would by itself, which keeps FreluBackwardBody from spilling and makes
-// others spill (nvcc 13.0); they have 0. kBarriers says whether a thread waits for others.
+// which the compiler may take more than it would by itself, which keeps those of FReLU's bodies from spilling that sum
+// up and makes others spill (nvcc 13.0); they have 0. kBarriers says whether a thread waits for others.
 //
 //   block.thread()         number of this thread in the block, below the body's kThreads
 //   block.index()          number of the block
@@ -14,6 +14,7 @@
 //   block.sync()           the barrier of all its threads
 //   block.sum(value, n)    sum of the values of n neighbouring threads, n a power of two up to 32; for all of a warp
 //   block.add(to, value)   an addition that other threads may do to the same number at the same time
+//   block.put(to, value)   a store that may come between such additions
 #pragma once
 #include <cstdint>
 
@@ -150,6 +151,12 @@ struct DeviceBlock {
   }
   __device__ void add(float* to, float value) const {
     asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(__cvta_generic_to_global(to)), "f"(value) : "memory");
+  }
+  __device__ void add(int64_t* to, int64_t value) const {
+    asm volatile("red.relaxed.gpu.global.add.u64 [%0], %1;" ::"l"(__cvta_generic_to_global(to)), "l"(value) : "memory");
+  }
+  __device__ void put(int64_t* to, int64_t value) const {
+    asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(__cvta_generic_to_global(to)), "l"(value) : "memory");
   }
   __device__ void add4(float* to, const float* values) const {
 #if __CUDA_ARCH__ >= 900

@@ -11,9 +11,11 @@
 //              bound
 #pragma once
 #include <stdexcept>
+#include <type_traits>
 
 #include "../common/bilinear.h"
 #include "block.h"
+#include "fixed_point.h"
 
 namespace cellops::CELLOPS_ISA {
 
@@ -147,18 +149,21 @@ struct DeformConv2dColumnsBody {
   }
 };
 
-template <class T>
+// Sum is the type that the gradient of the input is added up in: float, or int64_t for fixed point.
+template <class T, class Sum>
 struct DeformConv2dCornersBody {
-  static constexpr int kThreads = 128, kBlocks = 0;
+  static constexpr bool kFixed = !std::is_same_v<Sum, float>;
+  static constexpr int kThreads = 128, kBlocks = kFixed ? 5 : 0;
   static constexpr bool kBarriers = true;  // threads add up among neighbours
   DeformConv2dView view;
   const T* input;
   const void* offset;
   const T* mask;
   const T* grad_columns;
-  float* grad_input;  // added to; or null
-  void* grad_offset;  // or null
-  T* grad_mask;       // or null
+  const int32_t* exponents;  // of fixed point
+  Sum* grad_input;           // added to; or null
+  void* grad_offset;         // or null
+  T* grad_mask;              // or null
 
   template <class Block>
   CELLOPS_BODY void operator()(const Block& block) const {
@@ -188,7 +193,13 @@ struct DeformConv2dCornersBody {
             float share[count];
             CELLOPS_UNROLL
             for (int i = 0; i < count; ++i) share[i] = grad[i] * weight;
-            if constexpr (count == 1) {
+            if constexpr (kFixed) {
+              const uint64_t plane = (view.first + p.pixel) / view.out_pixels * view.channels + p.channel + c;
+              CELLOPS_UNROLL
+              for (int i = 0; i < count; ++i) {
+                add_fixed(block, grad_input + element + i, share[i], exponents[plane + i]);
+              }
+            } else if constexpr (count == 1) {
               block.add(grad_input + element, share[0]);
             } else {
               add_packs<count>(block, grad_input + element, share);
@@ -262,12 +273,16 @@ template <class Launcher>
 void deform_conv2d_corners(const DeformConv2dTileParams& p, const DeformConv2dCorners& io, const Launcher& launcher) {
   with_storage_type("deform_conv2d", p.dtype, [&](auto type) {
     using T = decltype(type);
-    const DeformConv2dView view = deform_conv2d_view<T>(p, aligned(io.input, io.grad_columns, io.grad_input));
-    launcher.run(
-        blocks_of(int64_t(view.items) * view.lanes, 128), 0,
-        DeformConv2dCornersBody<T>{view, static_cast<const T*>(io.input), io.offset, static_cast<const T*>(io.mask),
-                                   static_cast<const T*>(io.grad_columns), static_cast<float*>(io.grad_input),
-                                   io.grad_offset, static_cast<T*>(io.grad_mask)});
+    const auto launch = [&](auto body) {
+      body.view = deform_conv2d_view<T>(p, aligned(io.input, io.grad_columns, io.grad_input));
+      body.input = static_cast<const T*>(io.input), body.offset = io.offset;
+      body.mask = static_cast<const T*>(io.mask), body.grad_columns = static_cast<const T*>(io.grad_columns);
+      body.exponents = static_cast<const int32_t*>(io.exponents);
+      body.grad_input = static_cast<decltype(body.grad_input)>(io.grad_input);
+      body.grad_offset = io.grad_offset, body.grad_mask = static_cast<T*>(io.grad_mask);
+      launcher.run(blocks_of(int64_t(body.view.items) * body.view.lanes, 128), 0, body);
+    };
+    io.exponents ? launch(DeformConv2dCornersBody<T, int64_t>{}) : launch(DeformConv2dCornersBody<T, float>{});
   });
 }
 

@@ -5,7 +5,8 @@
 // columns of eight rows; a window of 3x3 moves along in registers: three reads from shared memory for each result.
 //
 //   forward    reads x, writes y: 2 E bytes an element, for E bytes of storage
-//   sums       reads x, or x and grad_output, and writes two sums a channel and part
+//   statistics reads x and writes three numbers a channel and part: E bytes an element
+//   sums       reads x and grad_output and writes two
 //   backward   reads x and grad_output, writes the gradient of x and sums: 3 E bytes an element. The gradient of the
 //              convolution stays in shared memory; it is computed again where halos overlap.
 #pragma once
@@ -37,108 +38,140 @@ struct FreluForwardBody {
     const FreluTaps<Kernel, T> taps(view, weight, channel);
     const float m = channel_value(mean, channel, 0), s = channel_value(scale, channel, 1),
                 b = channel_value(shift, channel, 0);
-    for (int item = own.item; item < view.columns * ((view.rows + kFreluSegment - 1) / kFreluSegment);
-         item += own.step) {
-      const int x = item % view.columns, first = item / view.columns * kFreluSegment;
-      const uint32_t column = place.column + x, row = place.row + first;
-      if (column >= view.width || row >= view.height) continue;
-      const int most = view.rows - first < kFreluSegment ? view.rows - first : kFreluSegment;
-      const int count = view.height - row < uint32_t(most) ? int(view.height - row) : most;
-      T* to = output + place.image + view.element(channel, row, column);
+    each_segment_inside(view, place, own, [&](int row, int column, int count) {
+      T* to = output + place.image + view.element(channel, place.row + row, place.column + column);
       const uint64_t stride = view.channels_last ? uint64_t(view.width) * view.channels : view.width;
-      walk_down<Kernel>(tile + grid.at(own.channel, first, x), grid, view.kernel, count,
+      walk_down<Kernel>(tile + grid.at(own.channel, row, column), grid, view.kernel, count,
                         [&](int, const FreluWindow<Kernel, T>& window) {
                           const float value = window.middle();
                           const float other = (taps.template convolve<false>(window) - m) * s + b;
                           store_one(to, value > other || value != value ? value : other);
                           to += stride;
                         });
-    }
+    });
   }
 };
 
-// Sums over the results of a part of the tiles. Without grad_output: of z - z0 and of its square, z0 being the
-// channel's first convolution. With it: of the gradient that goes through the convolution, and of it times z - mean.
+// Number, mean and squared distances from the mean of the convolution's results in a part of the tiles.
+//
+// A thread measures a tile's results from its mean so far, at first from its first result, and then moves the mean:
+// with s and q the sums of those distances and of their squares, and n the results up to here, the mean moves by s / n
+// and the squared distances grow by q - s * s / n (Chan et al. 1979). That difference loses few digits wherever an
+// outlier is: the distance from the mean that its tile starts from counts among the squared distances too.
 template <class T, int Kernel>
-struct FreluSumsBody {
-  static constexpr int kThreads = kFreluThreads, kBlocks = 0;
+struct FreluStatisticsBody {
+  static constexpr int kThreads = kFreluThreads, kBlocks = 6;
   static constexpr bool kBarriers = true;
   FreluView view;
-  const T *grad_output, *input, *weight;
-  const float *mean, *scale, *shift;
-  float* first;  // [C], z0
-  float* sums;   // [parts, 2, C]
+  const T *input, *weight;
+  float* statistics;  // [parts, 3, C]
 
   template <class Block>
   CELLOPS_BODY void operator()(const Block& block) const {
     const FreluGrid grid(view, view.half, kPack<T>);
     T* tile = block.template shared<T>();
-    const uint32_t channel_block = block.index() % view.channel_blocks, part = block.index() / view.channel_blocks;
-    const FreluThread own(view, block.thread());
-    const uint32_t channel = channel_block * view.channel_block + own.channel;
-    const bool exists = channel < view.channels;
-    const uint32_t safe = exists ? channel : 0;
-    const FreluTaps<Kernel, T> taps(view, weight, safe);
-    const float s = channel_value(scale, safe, 1), b = channel_value(shift, safe, 0);
-    const float m = grad_output ? channel_value(mean, safe, 0) : first_convolution(safe);
-    float sum = 0, product = 0;
-    for (uint32_t index = part; index < view.tiles(); index += view.parts) {
-      const FreluPlace place = place_of(view, index, channel_block);
-      block.sync();
-      load_tile(block, view, place, input, view.half, grid, tile);
-      block.sync();
-      for (int item = own.item; item < view.columns * ((view.rows + kFreluSegment - 1) / kFreluSegment);
-           item += own.step) {
-        const int x = item % view.columns, start = item / view.columns * kFreluSegment;
-        const uint32_t column = place.column + x, row = place.row + start;
-        if (!exists || column >= view.width || row >= view.height) continue;
-        const int most = view.rows - start < kFreluSegment ? view.rows - start : kFreluSegment;
-        const int count = view.height - row < uint32_t(most) ? int(view.height - row) : most;
-        walk_down<Kernel>(tile + grid.at(own.channel, start, x), grid, view.kernel, count,
+    const FreluPart part(view, block.index(), block.thread());
+    const FreluTaps<Kernel, T> taps(view, weight, part.channel);
+    float count = 0, mean = 0, squares = 0;
+    each_tile(block, view, part, input, view.half, grid, tile, [&](const FreluPlace& place) {
+      float sum = 0, square = 0, found = count;
+      each_segment_inside(view, place, part.own, [&](int row, int column, int results) {
+        const bool first = found == 0;
+        walk_down<Kernel>(tile + grid.at(part.own.channel, row, column), grid, view.kernel, results,
                           [&](int r, const FreluWindow<Kernel, T>& window) {
-                            const float z = taps.template convolve<false>(window) - m;
-                            float factor = z;
-                            if (grad_output) {
-                              const T grad = grad_output[place.image + view.element(channel, row + r, column)];
-                              factor = gradient_of_first(to_compute(grad), z * s + b, window.middle());
-                            }
-                            sum += factor;
-                            product += factor * z;
+                            const float z = taps.template convolve<false>(window);
+                            if (first && r == 0) mean = z;
+                            const float distance = z - mean;
+                            sum += distance;
+                            square += distance * distance;
                           });
-      }
+        found += float(results);
+      });
+      if (found == count) return;
+      const float step = sum / found;
+      count = found;
+      mean += step;
+      squares += square - sum * step;
+    });
+    block.sync();
+    float* values = block.template shared<float>();
+    values[block.thread()] = count;
+    values[kThreads + block.thread()] = mean;
+    values[2 * kThreads + block.thread()] = squares;
+    block.sync();
+    if (part.exists && part.own.item == 0) put_total(values, part);
+  }
+
+  // Of the threads that keep to a channel, in their order.
+  CELLOPS_BODY void put_total(const float* values, const FreluPart& part) const {
+    const float start = values[kThreads + FreluThread::of(view, part.own.channel, 0)];
+    float count = 0, sum = 0, squares = 0;
+    for (int i = 0; i < part.own.step; ++i) {
+      const int thread = FreluThread::of(view, part.own.channel, i);
+      count += values[thread];
+      sum += values[thread] * (values[kThreads + thread] - start);
     }
+    const float step = sum / count;
+    for (int i = 0; i < part.own.step; ++i) {
+      const int thread = FreluThread::of(view, part.own.channel, i);
+      const float distance = values[kThreads + thread] - start - step;
+      squares += values[2 * kThreads + thread] + values[thread] * distance * distance;
+    }
+    float* to = statistics + uint64_t(part.part) * 3 * view.channels + part.channel;
+    to[0] = count, to[view.channels] = start + step, to[2 * uint64_t(view.channels)] = squares;
+  }
+};
+
+// Sums over the results of a part of the tiles: of the gradient that goes through the convolution, and of it times
+// z - mean.
+template <class T, int Kernel>
+struct FreluSumsBody {
+  static constexpr int kThreads = kFreluThreads, kBlocks = 5;
+  static constexpr bool kBarriers = true;
+  FreluView view;
+  const T *grad_output, *input, *weight;
+  const float *mean, *scale, *shift;
+  float* sums;  // [parts, 2, C]
+
+  template <class Block>
+  CELLOPS_BODY void operator()(const Block& block) const {
+    const FreluGrid grid(view, view.half, kPack<T>);
+    T* tile = block.template shared<T>();
+    const FreluPart part(view, block.index(), block.thread());
+    const FreluTaps<Kernel, T> taps(view, weight, part.channel);
+    const float m = channel_value(mean, part.channel, 0), s = channel_value(scale, part.channel, 1),
+                b = channel_value(shift, part.channel, 0);
+    float sum = 0, product = 0;
+    each_tile(block, view, part, input, view.half, grid, tile, [&](const FreluPlace& place) {
+      if (!part.exists) return;
+      each_segment_inside(view, place, part.own, [&](int row, int column, int count) {
+        walk_down<Kernel>(tile + grid.at(part.own.channel, row, column), grid, view.kernel, count,
+                          [&](int r, const FreluWindow<Kernel, T>& window) {
+                            const uint64_t element =
+                                view.element(part.channel, place.row + row + r, place.column + column);
+                            const float grad = to_compute(grad_output[place.image + element]);
+                            const float z = taps.template convolve<false>(window) - m;
+                            const float through = gradient_of_first(grad, z * s + b, window.middle());
+                            sum += through;
+                            product += through * z;
+                          });
+      });
+    });
     block.sync();
     float* values = block.template shared<float>();
     values[block.thread()] = sum;
     values[kThreads + block.thread()] = product;
     block.sync();
-    const int which = block.thread() / view.channel_block, within = block.thread() % view.channel_block;
-    const uint32_t target = channel_block * view.channel_block + within;
-    if (which < 2 && target < view.channels) {
-      sums[(uint64_t(part) * 2 + which) * view.channels + target] =
-          total_of_channel(view, values + which * kThreads, within);
-    }
-    if (!grad_output && part == 0 && exists && own.item == 0) first[channel] = m;
-  }
-
-  CELLOPS_BODY float first_convolution(uint32_t channel) const {
-    float sum = 0;
-    for (int t = 0; t < view.kernel * view.kernel; ++t) {
-      const int row = t / view.kernel - view.half, column = t % view.kernel - view.half;
-      if (row < 0 || row >= int64_t(view.height) || column < 0 || column >= int64_t(view.width)) continue;
-      sum += to_compute(weight[uint64_t(channel) * view.kernel * view.kernel + t]) *
-             to_compute(input[view.element(channel, row, column)]);
-    }
-    return sum;
+    if (!part.exists || part.own.item != 0) return;
+    float* to = sums + uint64_t(part.part) * 2 * view.channels + part.channel;
+    to[0] = total_of_channel(view, values, part.own.channel);
+    to[view.channels] = total_of_channel(view, values + kThreads, part.own.channel);
   }
 
   // Of the values of the threads that keep to a channel, in their order.
   static CELLOPS_BODY float total_of_channel(const FreluView& view, const float* values, int channel) {
-    const int threads = kFreluThreads / view.channel_block;
     float total = 0;
-    for (int i = 0; i < threads; ++i) {
-      total += values[view.channels_last ? i * view.channel_block + channel : channel * threads + i];
-    }
+    for (int i = 0; i < kFreluThreads / view.channel_block; ++i) total += values[FreluThread::of(view, channel, i)];
     return total;
   }
 };
@@ -164,28 +197,21 @@ struct FreluBackwardBody {
     float* gradients = reinterpret_cast<float*>(tile + (wide.size + 7) / 8 * 8);
     float* direct = gradients + near.size;
     float* values = direct + inner.size;
-    const uint32_t channel_block = block.index() % view.channel_blocks, part = block.index() / view.channel_blocks;
-    const FreluThread own(view, block.thread());
-    const uint32_t channel = channel_block * view.channel_block + own.channel;
-    const bool exists = channel < view.channels;
-    const uint32_t safe = exists ? channel : 0;
-    const FreluTaps<Kernel, T> taps(view, weight, safe);
-    const float m = channel_value(mean, safe, 0), s = channel_value(scale, safe, 1), b = channel_value(shift, safe, 0),
-                bv = channel_value(by_value, safe, 0), bo = channel_value(by_one, safe, 0);
+    const FreluPart part(view, block.index(), block.thread());
+    const FreluThread& own = part.own;
+    const uint32_t channel = part.channel;
+    const bool exists = part.exists;
+    const FreluTaps<Kernel, T> taps(view, weight, channel);
+    const float m = channel_value(mean, channel, 0), s = channel_value(scale, channel, 1),
+                b = channel_value(shift, channel, 0), bv = channel_value(by_value, channel, 0),
+                bo = channel_value(by_one, channel, 0);
     float tap_sums[Kernel ? kTaps : 1] = {}, sum = 0, product = 0;
-    float* own_sums = sums + (uint64_t(part) * view.channels + safe) * (taps_count + 2);
+    float* own_sums = sums + (uint64_t(part.part) * view.channels + channel) * (taps_count + 2);
 
-    for (uint32_t index = part; index < view.tiles(); index += view.parts) {
-      const FreluPlace place = place_of(view, index, channel_block);
-      block.sync();
-      load_tile(block, view, place, input, 2 * half, wide, tile);
-      block.sync();
-      const int width = view.columns + 2 * half, height = view.rows + 2 * half;
-      for (int item = own.item; item < width * ((height + kFreluSegment - 1) / kFreluSegment); item += own.step) {
-        const int x = item % width, start = item / width * kFreluSegment;
+    each_tile(block, view, part, input, 2 * half, wide, tile, [&](const FreluPlace& place) {
+      each_segment(own, view.rows + 2 * half, view.columns + 2 * half, [&](int start, int x, int count) {
         const int64_t column = int64_t(place.column) + x - half, row = int64_t(place.row) + start - half;
         const bool inside = exists && column >= 0 && column < int64_t(view.width);
-        const int count = height - start < kFreluSegment ? height - start : kFreluSegment;
         walk_down<Kernel>(
             tile + wide.at(own.channel, start, x), wide, view.kernel, count,
             [&](int r, const FreluWindow<Kernel, T>& window) {
@@ -209,21 +235,18 @@ struct FreluBackwardBody {
               }
               gradients[near.at(own.channel, start + r, x)] = result;
             });
-      }
+      });
       block.sync();
-      for (int item = own.item; item < view.columns * ((view.rows + kFreluSegment - 1) / kFreluSegment);
-           item += own.step) {
-        const int x = item % view.columns, start = item / view.columns * kFreluSegment;
-        const uint32_t column = place.column + x, row = place.row + start;
-        if (!exists || column >= view.width || row >= view.height) continue;
-        const int most = view.rows - start < kFreluSegment ? view.rows - start : kFreluSegment;
-        const int count = view.height - row < uint32_t(most) ? int(view.height - row) : most;
-        walk_down<Kernel>(gradients + near.at(own.channel, start, x), near, view.kernel, count,
-                          [&](int r, const FreluWindow<Kernel, float>& window) {
-                            const float through = taps.template convolve<true>(window);
-                            store_one(grad_input + place.image + view.element(channel, row + r, column),
-                                      direct[inner.at(own.channel, start + r, x)] + through);
-                          });
+      if (exists) {
+        each_segment_inside(view, place, own, [&](int row, int column, int count) {
+          walk_down<Kernel>(
+              gradients + near.at(own.channel, row, column), near, view.kernel, count,
+              [&](int r, const FreluWindow<Kernel, float>& window) {
+                const float through = taps.template convolve<true>(window);
+                store_one(grad_input + place.image + view.element(channel, place.row + row + r, place.column + column),
+                          direct[inner.at(own.channel, row + r, column)] + through);
+              });
+        });
       }
       if constexpr (Kernel == 0) {
         for (int t = 0; t < taps_count; ++t) {
@@ -232,7 +255,7 @@ struct FreluBackwardBody {
           if (exists && own.item == 0) own_sums[t] += all;
         }
       }
-    }
+    });
     block.sync();
     CELLOPS_UNROLL
     for (int t = 0; t < kTaps; ++t) {
@@ -295,6 +318,14 @@ inline int64_t checked_shared(int64_t bytes) {
   return bytes;
 }
 
+// Bytes of a tile, and after it of so many numbers for each thread.
+template <class T>
+int64_t shared_of_sums(const FreluView& view, int numbers) {
+  const int64_t tile = int64_t(sizeof(T)) * FreluGrid(view, view.half, kPack<T>).size;
+  const int64_t values = int64_t(sizeof(float)) * numbers * kFreluThreads;
+  return tile > values ? tile : values;
+}
+
 // work(Body) for the body of a template at the storage type and the kernel's size.
 template <template <class, int> class Body, class Launch>
 void with_frelu_body(const FreluTileParams& p, const Launch& launch) {
@@ -323,6 +354,18 @@ void frelu_forward(const FreluTileParams& p, const FreluTileForward& io, const L
 }
 
 template <class Launcher>
+void frelu_statistics(const FreluTileParams& p, const FreluTileStatistics& io, const Launcher& launcher) {
+  with_frelu_body<FreluStatisticsBody>(p, [&](auto body, auto type) {
+    using T = decltype(type);
+    body.view = frelu_view(p, kPack<T>, aligned(io.input));
+    body.input = static_cast<const T*>(io.input), body.weight = static_cast<const T*>(io.weight);
+    body.statistics = static_cast<float*>(io.statistics);
+    const int64_t bytes = shared_of_sums<T>(body.view, 3);
+    if (p.batch) launcher.run(p.parts * body.view.channel_blocks, checked_shared(bytes), body);
+  });
+}
+
+template <class Launcher>
 void frelu_sums(const FreluTileParams& p, const FreluTileSums& io, const Launcher& launcher) {
   with_frelu_body<FreluSumsBody>(p, [&](auto body, auto type) {
     using T = decltype(type);
@@ -331,11 +374,9 @@ void frelu_sums(const FreluTileParams& p, const FreluTileSums& io, const Launche
     body.input = static_cast<const T*>(io.input), body.weight = static_cast<const T*>(io.weight);
     body.mean = static_cast<const float*>(io.mean), body.scale = static_cast<const float*>(io.scale);
     body.shift = static_cast<const float*>(io.shift);
-    body.first = static_cast<float*>(io.first), body.sums = static_cast<float*>(io.sums);
-    const FreluView& view = body.view;
-    const int64_t tile = int64_t(sizeof(T)) * FreluGrid(view, view.half, kPack<T>).size;
-    const int64_t values = int64_t(sizeof(float)) * 2 * kFreluThreads;
-    if (p.batch) launcher.run(p.parts * view.channel_blocks, checked_shared(tile > values ? tile : values), body);
+    body.sums = static_cast<float*>(io.sums);
+    const int64_t bytes = shared_of_sums<T>(body.view, 2);
+    if (p.batch) launcher.run(p.parts * body.view.channel_blocks, checked_shared(bytes), body);
   });
 }
 

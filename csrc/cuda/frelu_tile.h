@@ -61,6 +61,25 @@ struct FreluThread {
     channel = view.channels_last ? thread % view.channel_block : thread / step;
     item = view.channels_last ? thread / view.channel_block : thread % step;
   }
+  // The thread that begins at an item of a channel.
+  static CELLOPS_BODY int of(const FreluView& view, int channel, int item) {
+    return view.channels_last ? item * view.channel_block + channel
+                              : channel * (kFreluThreads / view.channel_block) + item;
+  }
+};
+
+// What a block that sums up works on, a block of channels in a part of the tiles, and the channel of one of its
+// threads; one that is beyond the last reads from channel 0 and writes nothing.
+struct FreluPart {
+  uint32_t channel_block, part, channel;
+  FreluThread own;
+  bool exists;
+  CELLOPS_BODY FreluPart(const FreluView& view, uint32_t block, int thread)
+      : channel_block(block % view.channel_blocks), part(block / view.channel_blocks), own(view, thread) {
+    channel = channel_block * view.channel_block + own.channel;
+    exists = channel < view.channels;
+    if (!exists) channel = 0;
+  }
 };
 
 template <class T, class Block>
@@ -109,6 +128,39 @@ CELLOPS_BODY void load_tile(const Block& block, const FreluView& view, const Fre
     const int x = i % left, r = i / left % height;
     load_one(i / left / height, r, view.packed && x >= halo ? view.columns + x : x);
   }
+}
+
+// Calls work(place) for each tile of a part, with that tile in shared memory.
+template <class T, class Block, class Work>
+CELLOPS_BODY void each_tile(const Block& block, const FreluView& view, const FreluPart& part, const T* input, int halo,
+                            const FreluGrid& grid, T* tile, const Work& work) {
+  for (uint32_t index = part.part; index < view.tiles(); index += view.parts) {
+    const FreluPlace place = place_of(view, index, part.channel_block);
+    block.sync();
+    load_tile(block, view, place, input, halo, grid, tile);
+    block.sync();
+    work(place);
+  }
+}
+
+// Calls work(row, column, count) for a thread's share of rows x columns results: `count` down a column from that row.
+template <class Work>
+CELLOPS_BODY void each_segment(const FreluThread& own, int rows, int columns, const Work& work) {
+  for (int item = own.item; item < columns * ((rows + kFreluSegment - 1) / kFreluSegment); item += own.step) {
+    const int column = item % columns, row = item / columns * kFreluSegment;
+    work(row, column, rows - row < kFreluSegment ? rows - row : kFreluSegment);
+  }
+}
+
+// The same for a tile's results that lie in the image.
+template <class Work>
+CELLOPS_BODY void each_segment_inside(const FreluView& view, const FreluPlace& place, const FreluThread& own,
+                                      const Work& work) {
+  each_segment(own, view.rows, view.columns, [&](int row, int column, int count) {
+    if (place.column + column >= view.width || place.row + row >= view.height) return;
+    const uint32_t left = view.height - place.row - row;
+    work(row, column, left < uint32_t(count) ? int(left) : count);
+  });
 }
 
 // The Kernel x Kernel numbers around a result; Kernel is 0 for any other size.

@@ -4,5 +4,5 @@
 
 namespace cellops {
 CELLOPS_CUDA_ENTRY(offset_sample2d_forward, OffsetSample2dParams, OffsetSample2dForward)
-CELLOPS_CUDA_ENTRY(offset_sample2d_backward, OffsetSample2dParams, OffsetSample2dBackward)
+CELLOPS_CUDA_ENTRY(offset_sample2d_backward, OffsetSample2dParams, OffsetSample2dGradients)
 }  // namespace cellops

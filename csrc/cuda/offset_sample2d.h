@@ -5,12 +5,15 @@
 // that lie kThreads apart, so that neighbouring threads still read neighbours.
 //
 // For E bytes an element, forward must move 4 E a point (input, dy, dx, output), backward 7 E (input, dy, dx,
-// grad_output and three gradients), beside four float32 additions a point to the input's gradient in the L2 cache.
+// grad_output and three gradients), beside four float32 additions a point to the input's gradient in the L2 cache, or
+// as many of 64-bit integers.
 #pragma once
 #include <stdexcept>
+#include <type_traits>
 
 #include "../common/bilinear.h"
 #include "block.h"
+#include "fixed_point.h"
 
 namespace cellops::CELLOPS_ISA {
 
@@ -220,16 +223,18 @@ struct OffsetSample2dForwardBody {
   }
 };
 
-template <class T, bool ChannelsLast>
+// Sum is the type that the gradient of the input is added up in: float, or int64_t for fixed point.
+template <class T, class Sum, bool ChannelsLast>
 struct OffsetSample2dBackwardBody {
   static constexpr int kThreads = 128, kBlocks = 0, kCount = kPack<T>;
-  static constexpr bool kBarriers = false;
+  static constexpr bool kBarriers = false, kFixed = !std::is_same_v<Sum, float>;
   OffsetSample2dView view;
   const T* grad_output;
   const T* input;
   const void* offset;
-  float* grad_input;  // added to; or null
-  void* grad_offset;  // or null
+  const int32_t* exponents;  // of fixed point
+  Sum* grad_input;           // added to; or null
+  void* grad_offset;         // or null
 
   template <class Block>
   CELLOPS_BODY void point(const Block& block, const Position& at, uint32_t row, uint32_t column, float dy, float dx,
@@ -248,7 +253,13 @@ struct OffsetSample2dBackwardBody {
     for (int k = 0; k < 4; ++k) {
       const int32_t index = p.sample.index[k];
       if (index < 0) continue;
-      block.add(grad_input + plane + uint64_t(index) * (ChannelsLast ? view.channels : 1), grad * p.sample.weight[k]);
+      const uint64_t element = plane + uint64_t(index) * (ChannelsLast ? view.channels : 1);
+      const float share = grad * p.sample.weight[k];
+      if constexpr (kFixed) {
+        add_fixed(block, grad_input + element, share, exponents[uint64_t(at.image) * view.channels + at.channel]);
+      } else {
+        block.add(grad_input + element, share);
+      }
     }
   }
 
@@ -345,28 +356,30 @@ void offset_sample2d_forward(const OffsetSample2dParams& p, const OffsetSample2d
   });
 }
 
-// grad_input is float32, [N, C, H, W] in the input's memory format, and added to.
 template <class Launcher>
-void offset_sample2d_backward(const OffsetSample2dParams& p, const OffsetSample2dBackward& io,
+void offset_sample2d_backward(const OffsetSample2dParams& p, const OffsetSample2dGradients& io,
                               const Launcher& launcher) {
   with_storage_type("offset_sample2d_backward", p.dtype, [&](auto type) {
     using T = decltype(type);
     const bool fits = aligned(io.grad_output, io.offset, io.grad_offset);
     for_image_ranges<T>(p, fits, [&](const OffsetSample2dView& view, int64_t image) {
       const int64_t first = image * view.image_elements;
-      const int64_t blocks = blocks_of(view.elements, 128 * kPack<T>);
-      const T* grad_output = static_cast<const T*>(io.grad_output) + first;
-      const T* input = static_cast<const T*>(io.input) + first;
-      const void* offset = advanced<T>(io.offset, view.wide, 2 * first);
-      float* grad_input = io.grad_input ? static_cast<float*>(io.grad_input) + first : nullptr;
-      void* grad_offset =
-          io.grad_offset ? const_cast<void*>(advanced<T>(io.grad_offset, view.wide, 2 * first)) : nullptr;
+      const auto launch = [&](auto body) {
+        body.view = view;
+        body.grad_output = static_cast<const T*>(io.grad_output) + first;
+        body.input = static_cast<const T*>(io.input) + first;
+        body.offset = advanced<T>(io.offset, view.wide, 2 * first);
+        if (io.exponents) body.exponents = static_cast<const int32_t*>(io.exponents) + image * p.channels;
+        if (io.grad_input) body.grad_input = static_cast<decltype(body.grad_input)>(io.grad_input) + first;
+        if (io.grad_offset) body.grad_offset = const_cast<void*>(advanced<T>(io.grad_offset, view.wide, 2 * first));
+        launcher.run(blocks_of(view.elements, 128 * kPack<T>), 0, body);
+      };
       if (p.channels_last) {
-        launcher.run(blocks, 0,
-                     OffsetSample2dBackwardBody<T, true>{view, grad_output, input, offset, grad_input, grad_offset});
+        io.exponents ? launch(OffsetSample2dBackwardBody<T, int64_t, true>{})
+                     : launch(OffsetSample2dBackwardBody<T, float, true>{});
       } else {
-        launcher.run(blocks, 0,
-                     OffsetSample2dBackwardBody<T, false>{view, grad_output, input, offset, grad_input, grad_offset});
+        io.exponents ? launch(OffsetSample2dBackwardBody<T, int64_t, false>{})
+                     : launch(OffsetSample2dBackwardBody<T, float, false>{});
       }
     });
   });

@@ -1,0 +1,192 @@
+"""Where tensors have 2^31 elements and more, no kernel leaves them: a few programs run without memory behind it.
+
+Loads give zeros. A product of 32-bit integers that wraps around shows as an address outside the tensor.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from math import prod
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from conftest import INTERPRETER_ERROR
+from torch import Tensor
+
+from cellops import _backend
+from cellops.testing._compile_kernels import call_launchers
+
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
+    pytest.mark.skipif(INTERPRETER_ERROR is not None, reason=str(INTERPRETER_ERROR)),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is not used beside a GPU"),
+]
+
+REGION = 1 << 44  # addresses between two tensors
+
+
+class Address:
+    """A tensor as the interpreter takes it: a type and an address."""
+
+    def __init__(self, name: str, tensor: Tensor, start: int) -> None:
+        self.name, self.dtype, self.start = name, tensor.dtype, start
+        spans = (size - 1 for size in tensor.shape)
+        self.bytes = (sum(map(prod, zip(spans, tensor.stride(), strict=True))) + 1) * tensor.element_size()
+
+    def data_ptr(self) -> int:
+        return self.start
+
+
+class Memory:
+    """What the interpreter loads from and stores to: zeros, and what was touched outside the tensors."""
+
+    def __init__(self) -> None:
+        self.regions: list[Address] = []
+        self.outside: set[str] = set()
+
+    def arguments(self, launch: Any) -> list[Any]:
+        """The launch's arguments, each tensor at an address of its own."""
+        self.regions, found = [], []
+        for name, value in zip(launch.kernel.arg_names, launch.arguments, strict=False):
+            if isinstance(value, Tensor):
+                value = Address(name, value, (len(self.regions) + 1) * REGION + REGION // 2)
+                self.regions.append(value)
+            found.append(value)
+        return found
+
+    def touch(self, pointers: Any, mask: Any) -> None:
+        addresses = pointers.data[numpy.broadcast_to(mask.data, pointers.data.shape)].astype(numpy.int64)
+        for index in numpy.unique(addresses // REGION):
+            region = self.regions[min(max(int(index), 1), len(self.regions)) - 1]
+            reached = addresses[addresses // REGION == index] - region.start
+            if reached.min() < 0 or reached.max() >= region.bytes:
+                self.outside.add(f"{region.name}: bytes {reached.min()} to {reached.max()} of {region.bytes}")
+
+
+def touched_outside(launch: Any, monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """What the last program of a launch and the first beside it touch outside its tensors."""
+    from triton.runtime.interpreter import GridExecutor, TensorHandle, interpreter_builder
+
+    memory = Memory()
+
+    def load(pointers: Any, mask: Any, *_: Any) -> Any:
+        memory.touch(pointers, mask)
+        kind = pointers.get_element_ty()
+        bits = {8: numpy.uint8, 16: numpy.uint16, 32: numpy.int32, 64: numpy.int64}[kind.primitive_bitwidth]
+        zeros = {"fp16": numpy.float16, "fp32": numpy.float32}.get(str(kind), bits)
+        return TensorHandle(numpy.zeros(pointers.data.shape, zeros), kind)
+
+    def store(pointers: Any, _: Any, mask: Any, *__: Any) -> None:
+        memory.touch(pointers, mask)
+
+    def add(_: Any, pointers: Any, values: Any, mask: Any, *__: Any) -> Any:
+        memory.touch(pointers, mask)
+        return values
+
+    class Executor(GridExecutor):
+        def _init_args_hst(self, args_dev: Any, kwargs: Any) -> Any:
+            return args_dev, kwargs
+
+        def _restore_args_dev(self, *_: Any) -> None:
+            pass
+
+    count, *others = (*launch.grid, 1, 1)[:3]
+    programs = [(x, *(size - 1 for size in others)) for x in sorted({0, count - 1})]
+    with monkeypatch.context() as patch:
+        patch.setattr(interpreter_builder, "create_masked_load", load)
+        patch.setattr(interpreter_builder, "create_masked_store", store)
+        patch.setattr(interpreter_builder, "create_atomic_rmw", add)
+        patch.setattr(interpreter_builder, "set_grid_dim", lambda *_: None)
+        interpreter_builder.grid_dim = (*launch.grid, 1, 1)[:3]
+        chosen = lambda x, *_: setattr(interpreter_builder, "grid_idx", programs[x])  # noqa: E731
+        patch.setattr(interpreter_builder, "set_grid_idx", chosen)
+        executor = Executor(launch.kernel.fn, launch.kernel.arg_names, (len(programs),))
+        executor(*memory.arguments(launch), **launch.constants)
+    return {f"{launch.kernel.__name__}: {text}" for text in memory.outside}
+
+
+def empty(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.bfloat16, device="meta")
+
+
+def arguments_of(op: str, input: Tensor) -> dict[str, Any]:
+    """A call with 3x3 kernels, four input channels in each group, and one output channel of each where that is free."""
+    batch, channels, height, width = input.shape
+    outputs = empty(channels // 4, 4, 3, 3)
+    if op == "deform_conv2d":
+        pairs = dict.fromkeys(("stride", "padding", "dilation"), (1, 1))
+        more = {"offset": empty(batch, 18, height, width), "mask": empty(batch, 9, height, width)}
+        return {"input": input, "weight": outputs, "bias": empty(channels // 4), **more, **pairs}
+    if op == "offset_sample2d":
+        return {"input": input, "offset": empty(batch, 2 * channels, height, width), "layout": "planar"}
+    if op == "squeeze_excite":
+        weights = {"weight1": empty(2, channels, 1, 1), "weight2": empty(channels, 2, 1, 1)}
+        return {"input": input, **weights, "bias1": None, "bias2": None, "act": "relu", "gate": "sigmoid"}
+    if op == "eca":
+        return {"input": input, "weight": empty(1, 1, 3)}
+    if op == "spatial_attention":
+        return {"input": input, "weight": empty(1, channels, 3, 3), "bias": None, "mode": "conv"}
+    if op.startswith("frelu"):
+        more = {"weight": empty(channels, 1, 3, 3)}
+    else:
+        more = {"weight": empty(channels, 4, 1, 1), "groups": channels // 4, "activation": "relu", "shuffle": True}
+    if op.endswith("batch_norm"):
+        return {"input": input, **more, "gamma": None, "beta": None, "eps": 1e-5}
+    return {"input": input, **more, "scale": None, "shift": None}
+
+
+def check(op: str, arguments: dict[str, Any], deterministic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cellops.triton._launch import Limits, noted_launches
+
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        given = {
+            name: value.contiguous(memory_format=memory_format)
+            if isinstance(value, Tensor) and value.dim() == 4
+            else value
+            for name, value in arguments.items()
+        }
+        # Many programs, so that each has little to do; but these go through the sums of all parts.
+        multiprocessors = 50 if op in ("eca", "squeeze_excite") else 1 << 20
+        with noted_launches(Limits(multiprocessors, 232448)) as launches:
+            call_launchers(op, given, deterministic)
+        kernels = {(launch.kernel.__name__, str(launch.constants), launch.grid): launch for launch in launches}
+        assert kernels
+        outside = {text for launch in kernels.values() for text in touched_outside(launch, monkeypatch)}
+        assert not outside, "\n".join(sorted(outside))
+
+
+SIDE = 17600  # the eighth channel begins beyond 2^31
+MANY = 2**31 // (8 * 63) + 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(1, 8, SIDE, SIDE), (MANY, 8, 7, 9)], ids=["image", "batch"])
+@pytest.mark.parametrize("op", [op for op, backends in _backend.OPS.items() if "triton" in backends])
+def test_no_program_leaves_the_tensors(op: str, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    check(op, arguments_of(op, empty(*shape)), False, monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", ["deform_conv2d", "offset_sample2d"])
+def test_no_program_leaves_the_tensors_without_atomics(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few pixels, since each of these programs takes all of an image's, and as many channels as a grid may have."""
+    check(op, arguments_of(op, empty(1, 65532, 182, 182)), True, monkeypatch)
+
+
+@pytest.mark.slow
+def test_two_maps_have_twice_as_many_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = arguments_of("spatial_attention", empty(1, 1, 2**15, 2**15 + 2))
+    check("spatial_attention", arguments | {"weight": empty(1, 2, 3, 3), "mode": "pool"}, False, monkeypatch)
+
+
+def test_addresses_outside_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    from cellops.triton._launch import noted_launches
+
+    with noted_launches() as launches:
+        call_launchers("eca", arguments_of("eca", empty(2, 8, 7, 9)), False)
+    launch = launches[-1]
+    shorter = tuple(value[:1] if isinstance(value, Tensor) else value for value in launch.arguments)
+    assert not touched_outside(launch, monkeypatch)
+    assert touched_outside(launch._replace(arguments=shorter), monkeypatch)
