@@ -167,6 +167,19 @@ def test_non_contiguous(case: Case, backend: str, device: str, dtype: str, layou
         torch.testing.assert_close(tensor, wanted[key], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("place", [0, 2**15 - 1, 2**15, 2**16 - 1, -1])
+@pytest.mark.parametrize("wrong", [1.0, torch.nan, torch.inf])
+def test_one_wrong_value_is_found(place: int, wrong: float) -> None:
+    """Wherever it is: tensors are compared in blocks. The same NaN or infinity in both is right."""
+    wanted = torch.zeros(70_001, dtype=torch.float64)
+    found = wanted.float()
+    found[place] = wrong
+    with pytest.raises(AssertionError, match=r"sampled: [\s\S]*Mismatched elements: 1 / 70001"):
+        assert_close_to_reference(found, wanted, terms=1, what="sampled")
+    wanted[place] = wrong
+    assert_close_to_reference(found, wanted, terms=1)
+
+
 @pytest.mark.parametrize("bits", range(16))
 @pytest.mark.parametrize("case", [case for case in cases(None, "small") if case.name in ("plain", "groups2")], ids=str)
 def test_each_tensor_has_its_own_layout(case: Case, bits: int) -> None:

@@ -260,7 +260,8 @@ def copy_repository(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory) -> Path:
-    return copy_repository(tmp_path_factory.mktemp("repository"))
+    """As deep in the file system as the trees of other tests, so that a compiler cache knows their objects again."""
+    return copy_repository(tmp_path_factory.mktemp("repository") / "clone")
 
 
 @pytest.fixture(scope="module")
