@@ -74,14 +74,23 @@ FULL: dict[str, Callable[..., nn.Module]] = {
 }
 
 
+HANGS = ("mobileone_s0 (timm)", "training step", "channels_last")
+
+
 def _rows() -> list[Any]:
-    marks: list[tuple[str, Any]] = [(name, ()) for name in DEFAULT] + [(name, pytest.mark.full) for name in FULL]
-    return [pytest.param(name, marks=mark, id=name) for name, mark in marks]
+    rows = []
+    for name in (*DEFAULT, *FULL):
+        for direction in ("inference", "training step"):
+            for layout in ("NCHW", "channels_last"):
+                marks = [pytest.mark.full] if name in FULL or layout == "channels_last" else []
+                if (name, direction, layout) == HANGS and torch.backends.cpu.get_cpu_capability() == "AVX2":
+                    reason = "torch 2.15 by itself hangs or aborts in oneDNN's backward of 1x1 convolutions for AVX2"
+                    marks.append(pytest.mark.skip(reason=reason))
+                rows.append(pytest.param(name, direction, layout, marks=marks, id=f"{name}-{direction}-{layout}"))
+    return rows
 
 
-@pytest.mark.parametrize("layout", ["NCHW", pytest.param("channels_last", marks=pytest.mark.full)])
-@pytest.mark.parametrize("direction", ["inference", "training step"])
-@pytest.mark.parametrize("network", _rows())
+@pytest.mark.parametrize(("network", "direction", "layout"), _rows())
 def test_speed(network: str, direction: str, layout: str, benchmark: Any, record: Any) -> None:
     torch.manual_seed(0)
     memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format

@@ -1,7 +1,8 @@
 """Benchmark runs: options, the steady process they run in, the report at the end and the results file.
 
-pytest benchmarks --benchmark-only            # under 10 minutes; writes benchmarks/results/<machine>.json
+pytest benchmarks --benchmark-only            # ten minutes and more; writes benchmarks/results/<machine>.json
 pytest benchmarks --benchmark-only --full     # more shapes
+pytest benchmarks/bench_accelerate.py --benchmark-only --full   # all of one file: results/accelerate/<machine>.json
 pytest benchmarks --benchmark-only --threads 1 -k forward   # part of it: printed, not written
 """
 
@@ -58,7 +59,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         left_out = [item for item in ours if item.get_closest_marker("full")]
         items[:] = [item for item in items if item not in left_out]
         config.hook.pytest_deselected(items=left_out)
-    config.stash[EXPECTED] = {item.nodeid for item in items if item in ours}
+    config.stash[EXPECTED] = {item.nodeid for item in items if item in ours and not item.get_closest_marker("skip")}
 
 
 @pytest.fixture
@@ -120,14 +121,15 @@ def _head_lines(head: dict[str, Any]) -> list[str]:
 
 
 def _save(config: pytest.Config, head: dict[str, Any], records: list[dict[str, Any]]) -> str:
-    """Write the results of a whole run; say where, or why not."""
+    """Write the results of a whole run, or of all of one file; say where, or why not."""
     reason = _why_not_saved(config)
     if reason:
         return f"results not written: {reason}"
     from targets import judge_all
 
-    path = BENCHMARKS / "results" / f"{head['machine']['name']}.json"
-    path.parent.mkdir(exist_ok=True)
+    folder = BENCHMARKS / "results" / _part(config)
+    path = folder / f"{head['machine']['name']}.json"
+    folder.mkdir(exist_ok=True)
     results = {"format": 1, **head, "full": config.getoption("full"), "targets": judge_all(records), "records": records}
     path.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
     return f"results written to {path}; `python benchmarks/table.py` puts them in README.md and docs/speed.md"
@@ -136,14 +138,23 @@ def _save(config: pytest.Config, head: dict[str, Any], records: list[dict[str, A
 def _why_not_saved(config: pytest.Config) -> str | None:
     threads = config.getoption("threads")
     files = {file.name for file in BENCHMARKS.glob("bench_*.py")}
+    left_out = set() if _part(config) else files - {_file(node) for node in config.stash[EXPECTED]}
     if not config.getoption("benchmark_only", False):
         return "the run had no --benchmark-only"
     if threads != machine.default_threads():
         return f"{threads} threads are not the default"
-    if any("::" in argument for argument in config.args) or files - {_file(node) for node in config.stash[EXPECTED]}:
+    if any("::" in argument for argument in config.args) or config.option.keyword or left_out:
         return "only part of the benchmarks was collected"
     missing = config.stash[EXPECTED] - config.stash[PASSED]
     return f"{len(missing)} benchmarks were not run to their end" if missing else None
+
+
+def _part(config: pytest.Config) -> str:
+    """The folder for a run of all of one file, "" for a run of all files."""
+    files = {_file(node) for node in config.stash[EXPECTED]}
+    if not config.getoption("full") or len(files) != 1:
+        return ""
+    return files.pop().removeprefix("bench_").removesuffix(".py")
 
 
 def _file(node: str) -> str:

@@ -29,6 +29,17 @@ def machines(folder: Path = RESULTS) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
 
 
+def accelerated_machines(folder: Path = RESULTS / "accelerate") -> str:
+    """All networks of `bench_accelerate.py --full`, for each machine that ran them."""
+    found = machines(folder)
+    if not found:
+        return ""
+    parts = ["", "## Networks of other libraries, all of them"]
+    for one in found:
+        parts += [_head(one), _accelerated(one["records"])]
+    return "\n\n".join(parts) + "\n"
+
+
 def summary(results: list[dict[str, Any]]) -> str:
     """What each target is and what each machine reached: the CPUs side by side, each GPU by itself."""
     cpus, gpus = ([one for one in results if ("gpu" in one["machine"]) == gpu] for gpu in (False, True))
@@ -328,7 +339,7 @@ def main() -> int:
     mode.add_argument("--print", action="store_true", help="print the tables")
     options = parser.parse_args()
     results, old_pages = machines(), 0
-    for page, text in ((README, summary(results)), (PAGE, details(results))):
+    for page, text in ((README, summary(results)), (PAGE, details(results) + accelerated_machines())):
         if options.print:
             print(text)
             continue

@@ -8,6 +8,7 @@ from cellops.nn import (
     ConvOffset2d,
     DeformConv2d,
     DeformConv2dPack,
+    DepthwiseConv2d,
     EfficientChannelAttention,
     FReLU,
     GroupConv1x1,
@@ -15,6 +16,7 @@ from cellops.nn import (
     SqueezeExcite,
 )
 from cellops.ops.deform_conv2d import deform_conv2d
+from cellops.ops.depthwise_conv2d import depthwise_conv2d
 from cellops.ops.eca import eca
 from cellops.ops.frelu import frelu
 from cellops.ops.group_conv1x1 import group_conv1x1
@@ -26,6 +28,7 @@ __all__ = [
     "ConvOffset2d",
     "DeformConv2d",
     "DeformConv2dPack",
+    "DepthwiseConv2d",
     "EfficientChannelAttention",
     "FReLU",
     "GroupConv1x1",
@@ -34,6 +37,7 @@ __all__ = [
     "__version__",
     "accelerate",
     "deform_conv2d",
+    "depthwise_conv2d",
     "eca",
     "explain",
     "frelu",

@@ -23,6 +23,8 @@ OPS: dict[str, tuple[str, ...]] = {
     "offset_sample2d": ("cpu", "triton", "cuda"),
     "frelu": ("cpu", "triton", "cuda"),
     "frelu_batch_norm": ("cpu", "triton", "cuda"),
+    "depthwise_conv2d": ("cpu",),
+    "depthwise_conv2d_batch_norm": ("cpu",),
     "squeeze_excite": ("cpu", "triton"),
     "eca": ("cpu", "triton"),
     "group_conv1x1": ("cpu", "triton"),

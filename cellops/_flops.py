@@ -68,7 +68,7 @@ def offset_sample2d_backward(grad_output: Shape, *arguments: Any, **kwargs: Any)
 
 
 def convolution(input: Shape, weight: Shape, *_: Any, **kwargs: Any) -> int:
-    """`frelu`, `group_conv1x1` and their forms with batch statistics: the convolution at every pixel of the input."""
+    """Of `frelu`, `depthwise_conv2d`, `group_conv1x1`, with batch statistics or not, at every pixel of the input."""
     return _convolution(input, weight, _pixels(input))
 
 
@@ -122,6 +122,10 @@ FORMULAS: dict[str, Callable[..., int]] = {
     "frelu_backward": convolution_backward,
     "frelu_batch_norm": convolution,
     "frelu_batch_norm_backward": convolution_backward,
+    "depthwise_conv2d": convolution,
+    "depthwise_conv2d_backward": convolution_backward,
+    "depthwise_conv2d_batch_norm": convolution,
+    "depthwise_conv2d_batch_norm_backward": convolution_backward,
     "group_conv1x1": convolution,
     "group_conv1x1_backward": convolution_backward,
     "group_conv1x1_batch_norm": convolution,

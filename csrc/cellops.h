@@ -7,6 +7,7 @@ namespace cellops {
 // A Params struct names its fields, in their order, for the keywords of its Python class.
 
 enum class Dtype : int { float32 = 0, float64 = 1, bfloat16 = 2, float16 = 3 };
+enum class Activation : int { none = 0, relu = 1, relu6 = 2, gelu = 3, silu = 4, hardswish = 5 };
 
 // Sizes, layouts and dtypes of one deformable convolution; the same for forward and backward.
 // Every 4-D tensor is dense, either NCHW or, where its flag is set, channels_last (NHWC in memory).
@@ -235,6 +236,18 @@ struct FreluBatchNormBackward {
   void* grad_beta;
 };
 
+// Depthwise convolution with what follows it: output = act(scale * dwconv(input) + shift), its sizes and tensors those
+// of the funnel activation, with batch statistics too.
+struct DepthwiseConv2dParams {
+  int64_t batch, channels, height, width, kernel;
+  Activation activation;
+  double eps;
+  Dtype dtype;
+  bool channels_last;
+  static constexpr const char* kFields[] = {"batch",      "channels", "height", "width",        "kernel",
+                                            "activation", "eps",      "dtype",  "channels_last"};
+};
+
 // The funnel activation on a GPU: output = max(input, (dwconv(input) - mean) * scale + shift). Its caller cuts the
 // image into tiles. Every [C] is float32 and may be null: mean, shift, by_value and by_one for 0, scale for 1.
 struct FreluTileParams {
@@ -288,7 +301,6 @@ struct FreluTileBackward {
 };
 
 // Squeeze-and-excitation: output = input * gate(fc2(act(fc1(mean over pixels)))).
-enum class Activation : int { none = 0, relu = 1, relu6 = 2, gelu = 3, silu = 4, hardswish = 5 };
 enum class Gate : int { sigmoid = 0, hard_sigmoid = 1 };
 
 struct SqueezeExciteParams {

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from cellops import DeformConv2d, GroupConv1x1
+from cellops import DeformConv2d, DepthwiseConv2d, GroupConv1x1
 
 
 class Classifier(nn.Module):
@@ -62,7 +62,7 @@ class Classifier(nn.Module):
 
 
 def initialize(network: nn.Module) -> None:
-    """Draw the weights of plain, grouped and deformable convolutions as He et al. 2015 do, by their outputs.
+    """Draw the weights of plain, depthwise, grouped and deformable convolutions as He et al. 2015 do, by their outputs.
 
     What a module of cellops initialises for a reason is left alone: offsets start near zero, funnels near linear.
     """
@@ -71,7 +71,7 @@ def initialize(network: nn.Module) -> None:
         if isinstance(module, DeformConv2d):
             _draw(module.weight, module.groups)
         for child in module.children():
-            if isinstance(child, nn.Conv2d) and (not own or isinstance(module, GroupConv1x1)):
+            if isinstance(child, nn.Conv2d) and (not own or isinstance(module, (DepthwiseConv2d, GroupConv1x1))):
                 _draw(child.weight, child.groups)
 
 

@@ -60,9 +60,25 @@ def frelu(
     backend: str | None = None,
 ) -> Tensor:
     """The larger of a value and a depthwise convolution around it."""
+    return torch.maximum(input, _depthwise(input, weight, scale, shift))
+
+
+def depthwise_conv2d(
+    input: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    activation: str,
+    backend: str | None = None,
+) -> Tensor:
+    """A depthwise convolution and an activation."""
+    return ACTIVATIONS[activation](_depthwise(input, weight, scale, shift))
+
+
+def _depthwise(input: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
     bias = shift if scale is None and shift is not None and shift.dtype == weight.dtype else None
     convolved = F.conv2d(input, weight, bias, padding=weight.shape[-1] // 2, groups=input.shape[1])
-    return torch.maximum(input, convolved if bias is not None else _affine(convolved, scale, shift))
+    return convolved if bias is not None else _affine(convolved, scale, shift)
 
 
 def group_conv1x1(
@@ -111,7 +127,7 @@ def offset_sample2d(input: Tensor, offset: Tensor, layout: str, backend: str | N
 
 def decompositions() -> dict[Any, Callable]:
     """For `ExportedProgram.run_decompositions`: every op but `deform_conv2d`, which ONNX has."""
-    rules = (eca, squeeze_excite, frelu, group_conv1x1, spatial_attention, offset_sample2d)
+    rules = (eca, squeeze_excite, frelu, depthwise_conv2d, group_conv1x1, spatial_attention, offset_sample2d)
     return {getattr(torch.ops.cellops, rule.__name__).default: rule for rule in rules}
 
 

@@ -58,6 +58,12 @@ class _FReLU(cellops.FReLU):
         return torch.maximum(input, convolved if self.bn_frelu is None else self.bn_frelu(convolved))
 
 
+class _DepthwiseConv2d(cellops.DepthwiseConv2d):
+    def forward(self, input: Tensor) -> Tensor:
+        output = self.conv(input)
+        return _ACTIVATIONS[self.activation](output if self.bn is None else self.bn(output))
+
+
 _ACTIVATIONS = {"none": lambda x: x, "relu": F.relu, "relu6": F.relu6, "silu": F.silu, "hard_sigmoid": F.hardsigmoid}
 _ACTIVATIONS |= {"gelu": F.gelu, "hardswish": F.hardswish, "sigmoid": torch.sigmoid}
 
@@ -98,6 +104,7 @@ PLAIN: dict[type[nn.Module], type[nn.Module]] = {
         _DeformConv2dPack,
         _ConvOffset2d,
         _FReLU,
+        _DepthwiseConv2d,
         _SqueezeExcite,
         _EfficientChannelAttention,
         _SpatialAttention,

@@ -19,6 +19,8 @@ from cellops.ops import _registration
 COMPOSED: dict[str, Callable[[], nn.Module]] = {
     "frelu": lambda: cellops.FReLU(6),
     "frelu without norm": lambda: cellops.FReLU(6, kernel_size=5, norm=False),
+    "depthwise_conv2d": lambda: cellops.DepthwiseConv2d(6, 5),
+    "depthwise_conv2d without norm": lambda: cellops.DepthwiseConv2d(6, norm=False),
     "group_conv1x1": lambda: cellops.GroupConv1x1(6, 12, 3, shuffle=True),
     "group_conv1x1 without norm": lambda: cellops.GroupConv1x1(6, 4, 2, norm=False),
     "squeeze_excite": lambda: cellops.SqueezeExcite(6, rd_channels=2),

@@ -18,6 +18,7 @@ from torch import Tensor
 from cellops import _backend, _native
 from cellops.testing import Case, assert_close_to_reference, forward_and_gradients, to_dtype
 from cellops.testing.deform_conv2d import deform_conv2d_case
+from cellops.testing.depthwise_conv2d import depthwise_conv2d_case
 from cellops.testing.eca import eca_case
 from cellops.testing.frelu import frelu_case
 from cellops.testing.group_conv1x1 import group_conv1x1_case
@@ -80,6 +81,20 @@ def group_conv1x1_sizes(draw: Any, least_batch: int, activations: list[str]) -> 
     }
 
 
+ACTIVATIONS = ["none", "relu", "relu6", "gelu", "silu", "hardswish"]
+SMOOTH_ACTIVATIONS = ["none", "gelu", "silu"]
+
+window = {
+    "batch": st.integers(2, 5),
+    "channels": channels,
+    "height": st.integers(2, 20),
+    "width": st.integers(2, 20),
+    "kernel": st.sampled_from([3, 5, 7]),
+    "affine": st.booleans(),
+}
+"""Of a depthwise convolution that is normalised: where one weight alone lay inside, its gradient would be rounding."""
+
+
 FUZZED: dict[str, tuple[Callable[..., Case], st.SearchStrategy[dict[str, Any]]]] = {
     "deform_conv2d": (deform_conv2d_case, deform_conv2d_sizes()),
     "offset_sample2d": (
@@ -95,17 +110,17 @@ FUZZED: dict[str, tuple[Callable[..., Case], st.SearchStrategy[dict[str, Any]]]]
     "frelu": (frelu_case, st.fixed_dictionaries({**image, "kernel": odd, "affine": st.booleans()})),
     "frelu_batch_norm": (
         functools.partial(frelu_case, batch_norm=True),
-        # a window with one weight inside would have nothing but rounding as its gradient: the scale is normalised away
+        st.fixed_dictionaries(window),
+    ),
+    "depthwise_conv2d": (
+        depthwise_conv2d_case,
         st.fixed_dictionaries(
-            {
-                "batch": st.integers(2, 5),
-                "channels": channels,
-                "height": st.integers(2, 20),
-                "width": st.integers(2, 20),
-                "kernel": st.sampled_from([3, 5, 7]),
-                "affine": st.booleans(),
-            }
+            {**image, "kernel": odd, "affine": st.booleans(), "activation": st.sampled_from(ACTIVATIONS)}
         ),
+    ),
+    "depthwise_conv2d_batch_norm": (
+        functools.partial(depthwise_conv2d_case, batch_norm=True),
+        st.fixed_dictionaries({**window, "activation": st.sampled_from(SMOOTH_ACTIVATIONS)}),
     ),
     "squeeze_excite": (
         squeeze_excite_case,
@@ -122,11 +137,11 @@ FUZZED: dict[str, tuple[Callable[..., Case], st.SearchStrategy[dict[str, Any]]]]
     "eca": (eca_case, st.fixed_dictionaries({**image, "kernel": odd})),
     "group_conv1x1": (
         group_conv1x1_case,
-        group_conv1x1_sizes(0, ["none", "relu", "relu6", "gelu", "silu", "hardswish"]),
+        group_conv1x1_sizes(0, ACTIVATIONS),
     ),
     "group_conv1x1_batch_norm": (
         functools.partial(group_conv1x1_case, batch_norm=True),
-        group_conv1x1_sizes(2, ["none", "gelu", "silu"]),  # those without kinks
+        group_conv1x1_sizes(2, SMOOTH_ACTIVATIONS),
     ),
     "spatial_attention": (
         spatial_attention_case,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import cellops
 from cellops import _native
-from cellops.ops import eca, frelu, group_conv1x1, offset_sample2d, spatial_attention, squeeze_excite
+from cellops.ops import depthwise_conv2d, eca, frelu, group_conv1x1, offset_sample2d, spatial_attention, squeeze_excite
 from cellops.ops._operator import Operator
 from cellops.testing import Case, cases, forward_and_gradients
 
@@ -21,6 +21,8 @@ OPERATORS: dict[str, Operator] = {
     "offset_sample2d": offset_sample2d._operator,
     "frelu": frelu._operator,
     "frelu_batch_norm": frelu._batch_norm_operator,
+    "depthwise_conv2d": depthwise_conv2d._operator,
+    "depthwise_conv2d_batch_norm": depthwise_conv2d._batch_norm_operator,
     "squeeze_excite": squeeze_excite._operator,
     "eca": eca._operator,
     "group_conv1x1": group_conv1x1._operator,

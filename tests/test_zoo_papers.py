@@ -225,7 +225,7 @@ def test_lung_resnet50_follows_the_paper() -> None:
     order = "norm1 act1 depthwise1 shrink act2 conv2 norm3 act3 depthwise3 expand channel_attention spatial_attention"
     assert called == order.split()
     assert {type(block.act1), type(block.act2), type(block.act3)} == {cellops.FReLU}
-    assert block.depthwise1.groups == block.depthwise1.in_channels == 256
+    assert block.depthwise1.conv.groups == block.depthwise1.conv.in_channels == 256
     assert block.spatial_attention.mode == "conv" and block.spatial_attention.conv.kernel_size == (1, 1)
 
 

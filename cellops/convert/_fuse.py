@@ -17,7 +17,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from cellops.convert._report import Change, Report
 from cellops.convert.modules import HOOKS, FusedSequential, NamedFReLU, PooledAttention
-from cellops.nn import DeformConv2d, FReLU, GroupConv1x1
+from cellops.nn import DeformConv2d, DepthwiseConv2d, FReLU, GroupConv1x1
 
 CONVOLUTIONS = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
 NORMALISATIONS = {nn.BatchNorm1d: 1, nn.BatchNorm2d: 2, nn.BatchNorm3d: 3}
@@ -32,8 +32,9 @@ def fuse(model: nn.Module) -> Report:
     """Fold the BatchNorm of a network in evaluation into the convolutions before it, in place; for inference only.
 
     Which convolution stands before a normalisation is read from the network's `forward` by tracing it, or parts of it
-    where the whole cannot be traced. The normalisations inside our `FReLU` and `GroupConv1x1` are folded too. A folded
-    normalisation becomes an identity, or its activation where it had one inside, and its keys are gone.
+    where the whole cannot be traced. The normalisations inside our `FReLU`, `DepthwiseConv2d` and `GroupConv1x1` are
+    folded too. A folded normalisation becomes an identity, or its activation where it had one inside, and its keys are
+    gone.
 
     Args:
         model: a network in evaluation mode.
@@ -115,7 +116,7 @@ def _remove(model: nn.Module, bn: nn.Module) -> None:
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if child is bn:
-                parent._modules[name] = None if isinstance(parent, (FReLU, GroupConv1x1)) else rest
+                parent._modules[name] = None if isinstance(parent, (FReLU, DepthwiseConv2d, GroupConv1x1)) else rest
                 if isinstance(parent, NamedFReLU):
                     parent.bn_name = None
 
@@ -137,7 +138,7 @@ def _inside(module: nn.Module) -> Pairs:
     """The pairs that our own modules hold."""
     if isinstance(module, FReLU):
         return {module.bn_frelu: module.conv_frelu} if module.bn_frelu is not None else {}
-    if isinstance(module, GroupConv1x1):
+    if isinstance(module, (DepthwiseConv2d, GroupConv1x1)):
         return {module.bn: module.conv} if module.bn is not None else {}
     if isinstance(module, PooledAttention):
         parts = module.parts()

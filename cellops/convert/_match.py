@@ -21,7 +21,7 @@ from cellops.convert.modules import (
     NamedFReLU,
     PooledAttention,
     activation_of,
-    is_grouped_1x1,
+    is_fusable,
     is_norm,
     steps,
 )
@@ -241,23 +241,27 @@ def _offset_groups(module: nn.Module) -> int:
 
 
 def _sequence(module: nn.Module) -> Match | None:
-    """Grouped 1x1 convolutions and what follows them, in a sequence or a module that calls its children in order."""
+    """Convolutions that take what follows them along, in a sequence or a module that calls its children in order."""
     children: list[nn.Module | None] = list(_children(module).values())
-    grouped = [child for child in children if child is not None and is_grouped_1x1(child)]
-    if not grouped:
+    convs = [child for child in children if child is not None and is_fusable(child)]
+    if not convs:
         return None
     fused = [step for step in steps(children) if isinstance(step, Fused)]
     sequential = type(module).forward is nn.Sequential.forward
     if not fused:
         if not sequential and any(child is not None and is_norm(child) for child in children):
-            raise Stays(f"what follows its grouped 1x1 convolution is written in {type(module).__name__}.forward")
+            raise Stays(f"what follows its {_kind(convs[0])} convolution is written in {type(module).__name__}.forward")
         return None
     convert = partial(_become, cls=FusedSequential, attributes={})
     if sequential:
-        return Match("FusedSequential", "group_conv1x1", convert, None)
-    if len(children) > 5 or len(grouped) > 1:
-        raise Stays(f"what follows its grouped 1x1 convolutions is written in {type(module).__name__}.forward")
-    return Match("FusedSequential", "group_conv1x1", convert, ((2, grouped[0].in_channels, SIDE, SIDE),))
+        return Match("FusedSequential", fused[0].op, convert, None)
+    if len(children) > 5 or len(convs) > 1:
+        raise Stays(f"what follows its {_kind(convs[0])} convolution is written in {type(module).__name__}.forward")
+    return Match("FusedSequential", fused[0].op, convert, ((2, convs[0].in_channels, SIDE, SIDE),))
+
+
+def _kind(conv: nn.Conv2d) -> str:
+    return "grouped 1x1" if conv.kernel_size == (1, 1) else "depthwise"
 
 
 SQUEEZE_EXCITE_NAMES = (("fc1", "fc2"), ("conv_reduce", "conv_expand"))

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
-from cellops.nn import FReLU, SqueezeExcite, _batch_norm
-from cellops.nn.group_conv1x1 import convolve
+from cellops.nn import FReLU, SqueezeExcite, _batch_norm, depthwise_conv2d, group_conv1x1
 from cellops.nn.squeeze_excite import excite
 from cellops.ops.spatial_attention import spatial_attention
 
@@ -28,7 +27,7 @@ ACTIVATIONS = {
     "HardSwish": "hardswish",
     "HardSwishMe": "hardswish",
 }
-"""Names of activation modules, and of the activations that `group_conv1x1` has."""
+"""Names of activation modules, and of the activations that `depthwise_conv2d` and `group_conv1x1` have."""
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -104,25 +103,35 @@ class PooledAttention(nn.Module):
 
 
 class FusedSequential(nn.Sequential):
-    """Children called in order; each grouped 1x1 convolution with what follows it in one."""
+    """Children called in order; each depthwise and each grouped 1x1 convolution with what follows it in one."""
 
     def forward(self, input: Tensor) -> Tensor:
         """What `nn.Sequential` gives."""
         for step in steps(list(self._modules.values())):
-            if isinstance(step, nn.Module):
-                input = step(input)
-            else:
-                input = convolve(input, step.conv, step.bn, step.conv.groups, step.activation, step.shuffle)
+            input = step(input) if isinstance(step, nn.Module) else step.convolve(input)
         return input
 
 
 class Fused(NamedTuple):
-    """A grouped 1x1 convolution, the normalisation behind it, the activation behind that, and a channel shuffle."""
+    """A depthwise or grouped 1x1 convolution, the normalisation behind it, the activation behind that, and a channel
+    shuffle behind a 1x1 one.
+    """
 
     conv: nn.Conv2d
     bn: nn.BatchNorm2d | None
     activation: str
     shuffle: bool
+
+    @property
+    def op(self) -> str:
+        """The op that computes all of it."""
+        return "group_conv1x1" if self.conv.kernel_size == (1, 1) else "depthwise_conv2d"
+
+    def convolve(self, input: Tensor) -> Tensor:
+        """[N, C, H, W] -> [N, O, H, W], by the op."""
+        if self.op == "depthwise_conv2d":
+            return depthwise_conv2d.convolve(input, self.conv, self.bn, self.activation)
+        return group_conv1x1.convolve(input, self.conv, self.bn, self.conv.groups, self.activation, self.shuffle)
 
 
 def steps(children: list[nn.Module | None]) -> Iterator[nn.Module | Fused]:
@@ -133,7 +142,7 @@ def steps(children: list[nn.Module | None]) -> Iterator[nn.Module | Fused]:
     left = [child for child in children if child is not None and (type(child) is not nn.Identity or watched(child))]
     while left:
         conv = left.pop(0)
-        if not is_grouped_1x1(conv):
+        if not is_fusable(conv):
             yield conv
             continue
         bn, activation, shuffle, count = None, "none", False, 1
@@ -144,22 +153,20 @@ def steps(children: list[nn.Module | None]) -> Iterator[nn.Module | Fused]:
         if left and activation == "none" and (name := activation_of(left[0])) and not watched(left[0]):
             activation, count = name, count + 1
             left.pop(0)
-        if left and type(left[0]) is nn.ChannelShuffle and left[0].groups == conv.groups and not watched(left[0]):
+        shuffles = left and type(left[0]) is nn.ChannelShuffle and left[0].groups == conv.groups
+        if shuffles and conv.kernel_size == (1, 1) and not watched(left[0]):
             shuffle, count = True, count + 1
             left.pop(0)
         yield Fused(conv, bn, activation, shuffle) if count > 1 or activation != "none" else conv
 
 
-def is_grouped_1x1(module: nn.Module) -> TypeGuard[nn.Conv2d]:
-    """Whether it is a plain grouped 1x1 convolution that nobody watches."""
-    return (
-        type(module) is nn.Conv2d
-        and module.groups > 1
-        and module.kernel_size == (1, 1)
-        and module.stride == (1, 1)
-        and module.padding in ((0, 0), "valid", "same")
-        and not watched(module)
-    )
+def is_fusable(module: nn.Module) -> TypeGuard[nn.Conv2d]:
+    """Whether it is a plain grouped 1x1 convolution, or a depthwise one of stride 1, that nobody watches."""
+    if type(module) is not nn.Conv2d or watched(module):
+        return False
+    if module.kernel_size != (1, 1):
+        return depthwise_conv2d.fits(module)
+    return module.groups > 1 and module.stride == (1, 1) and module.padding in ((0, 0), "valid", "same")
 
 
 def is_norm(module: nn.Module) -> TypeGuard[nn.BatchNorm2d]:

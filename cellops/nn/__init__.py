@@ -1,6 +1,7 @@
 """Modules around the ops; each holds parameters and calls its op. One file per op."""
 
 from cellops.nn.deform_conv2d import DeformConv2d, DeformConv2dPack
+from cellops.nn.depthwise_conv2d import DepthwiseConv2d
 from cellops.nn.eca import EfficientChannelAttention
 from cellops.nn.frelu import FReLU
 from cellops.nn.group_conv1x1 import GroupConv1x1
@@ -12,6 +13,7 @@ __all__ = [
     "ConvOffset2d",
     "DeformConv2d",
     "DeformConv2dPack",
+    "DepthwiseConv2d",
     "EfficientChannelAttention",
     "FReLU",
     "GroupConv1x1",

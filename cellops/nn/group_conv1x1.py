@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from cellops.nn import _batch_norm, _compiled
 from cellops.ops.group_conv1x1 import ACTIVATION_CODES, group_conv1x1, group_conv1x1_batch_norm
-from cellops.reference.group_conv1x1 import ACTIVATIONS
+from cellops.reference._activation import ACTIVATIONS
 
 _LANES = 16  # of float32 in the widest vectors
 _DEEP, _DEEP_CHANNELS_LAST = 256, 64  # channels of a group from which on PyTorch's modules train faster

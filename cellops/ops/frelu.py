@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from cellops import _native
-from cellops.ops._operator import Call, Operator
+from cellops.ops._operator import Call, Operator, Shape
 from cellops.ops._registration import expect
 from cellops.reference import frelu as reference
 
@@ -78,12 +78,17 @@ def _check(call: Call) -> tuple[int, ...]:
     input, weight, *affine = call.shapes
     assert input is not None and weight is not None
     channels = input[1]
-    if len(weight) != 4 or weight[2] != weight[3] or weight[2] % 2 != 1:
-        raise ValueError(f"weight must have shape ({channels}, 1, k, k) with an odd k, got {tuple(weight)}")
-    expect("weight", weight, (channels, 1, weight[2], weight[2]))
+    expect_window(weight, channels)
     for name, shape in zip(("gamma", "beta") if call.settings else ("scale", "shift"), affine, strict=True):
         expect(name, shape, (channels,))
     return tuple(input)
+
+
+def expect_window(weight: Shape, channels: int) -> None:
+    """Check that a shape is that of a depthwise convolution's weight, odd and square."""
+    if len(weight) != 4 or weight[2] != weight[3] or weight[2] % 2 != 1:
+        raise ValueError(f"weight must have shape ({channels}, 1, k, k) with an odd k, got {tuple(weight)}")
+    expect("weight", weight, (channels, 1, weight[2], weight[2]))
 
 
 def _params(call: Call, **common: Any) -> Any:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from cellops.reference._batch_norm import affine, batch_norm_backward, normalise, wide
+from cellops.reference._depthwise import convolve, convolve_backward
 
 
 def frelu(input: Tensor, weight: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
@@ -23,7 +23,7 @@ def frelu(input: Tensor, weight: Tensor, scale: Tensor | None = None, shift: Ten
         shift: [C], or None for 0.
     """
     x = wide(input)
-    return torch.maximum(x, affine(_convolve(x, weight), scale, shift)).to(input.dtype)
+    return torch.maximum(x, affine(convolve(x, weight), scale, shift)).to(input.dtype)
 
 
 def frelu_backward(
@@ -31,11 +31,11 @@ def frelu_backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients to the tensors of `frelu`, None for an absent one; grad_output [N, C, H, W]."""
     x = wide(input)
-    convolved = _convolve(x, weight)
+    convolved = convolve(x, weight)
     direct, through = _split(wide(grad_output), x, affine(convolved, scale, shift))
     grad_scale = None if scale is None else (through * convolved).sum((0, 2, 3)).to(scale.dtype)
     grad_shift = None if shift is None else through.sum((0, 2, 3)).to(shift.dtype)
-    grad_input, grad_weight = _convolve_backward(affine(through, scale, None), x, weight)
+    grad_input, grad_weight = convolve_backward(affine(through, scale, None), x, weight)
     return (direct + grad_input).to(input.dtype), grad_weight.to(weight.dtype), grad_scale, grad_shift
 
 
@@ -55,7 +55,7 @@ def frelu_batch_norm(
         [N, C, H, W], and mean and biased variance [C] of the convolution in float32 or wider.
     """
     x = wide(input)
-    convolved = _convolve(x, weight)
+    convolved = convolve(x, weight)
     mean, variance, normalised = normalise(convolved, eps)
     return torch.maximum(x, affine(normalised, gamma, beta)).to(input.dtype), mean, variance
 
@@ -65,10 +65,10 @@ def frelu_batch_norm_backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients to the tensors of `frelu_batch_norm`, through the statistics too."""
     x = wide(input)
-    _, variance, normalised = normalise(_convolve(x, weight), eps)
+    _, variance, normalised = normalise(convolve(x, weight), eps)
     direct, through = _split(wide(grad_output), x, affine(normalised, gamma, beta))
     grad_convolved, grad_gamma, grad_beta = batch_norm_backward(through, normalised, variance, gamma, beta, eps)
-    grad_input, grad_weight = _convolve_backward(grad_convolved, x, weight)
+    grad_input, grad_weight = convolve_backward(grad_convolved, x, weight)
     return (direct + grad_input).to(input.dtype), grad_weight.to(weight.dtype), grad_gamma, grad_beta
 
 
@@ -77,21 +77,3 @@ def _split(grad: Tensor, x: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
     shared = torch.where(x == other, grad / 2, grad)
     zero = torch.zeros((), dtype=grad.dtype, device=grad.device)
     return torch.where(x < other, zero, shared), torch.where(x > other, zero, shared)
-
-
-def _convolve(x: Tensor, weight: Tensor) -> Tensor:
-    return F.conv2d(x, weight.to(x.dtype), padding=weight.shape[-1] // 2, groups=weight.shape[0])
-
-
-def _convolve_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of `_convolve` to x and weight."""
-    kernel = weight.shape[-1]
-    half, (height, width) = kernel // 2, x.shape[2:]
-    grad_x = _convolve(grad, weight.flip((2, 3)))
-    padded = F.pad(x, (half, half, half, half))
-    taps = [
-        (grad * padded[:, :, i : i + height, j : j + width]).sum((0, 2, 3))
-        for i in range(kernel)
-        for j in range(kernel)
-    ]
-    return grad_x, torch.stack(taps, dim=1).reshape(weight.shape)

@@ -5,53 +5,12 @@ Half types are computed in float32 and rounded at the end. Slopes at the kinks a
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from cellops.reference._activation import ACTIVATIONS, SLOPES
 from cellops.reference._batch_norm import affine, batch_norm_backward, normalise, wide
-
-
-def _relu6(x: Tensor) -> Tensor:
-    """`F.relu6`, whose slope at NaN depends on where in the tensor it stands; here it is 1."""
-    return torch.where(x <= 0, 0.0, torch.where(x >= 6, 6.0, x)).to(x.dtype)
-
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "none": lambda x: x,
-    "relu": F.relu,
-    "relu6": _relu6,
-    "gelu": F.gelu,
-    "silu": F.silu,
-    "hardswish": F.hardswish,
-}
-
-
-def _slope_of_gelu(x: Tensor) -> Tensor:
-    probability = 0.5 * (1 + torch.erf(x * math.sqrt(0.5)))
-    return probability + x * torch.exp(-0.5 * x.square()) / math.sqrt(2 * math.pi)
-
-
-def _slope_of_silu(x: Tensor) -> Tensor:
-    sigmoid = x.sigmoid()
-    return sigmoid * (1 + x * (1 - sigmoid))
-
-
-def _slope_of_hardswish(x: Tensor) -> Tensor:
-    return torch.where(x <= -3, 0.0, torch.where(x < 3, x / 3 + 0.5, 1.0)).to(x.dtype)
-
-
-_SLOPES: dict[str, Callable[[Tensor], Tensor]] = {
-    "none": torch.ones_like,
-    "relu": lambda x: (x <= 0).logical_not().to(x.dtype),
-    "relu6": lambda x: ((x <= 0) | (x >= 6)).logical_not().to(x.dtype),
-    "gelu": _slope_of_gelu,
-    "silu": _slope_of_silu,
-    "hardswish": _slope_of_hardswish,
-}
 
 
 def group_conv1x1(
@@ -156,7 +115,7 @@ def _grad_of_affine(grad_output: Tensor, before: Tensor, groups: int, activation
     grad = wide(grad_output)
     if shuffle:
         grad = shuffle_channels(grad, grad.shape[1] // groups)  # shuffling with the other factor undoes it
-    return grad if activation == "none" else grad * _SLOPES[activation](before)
+    return grad if activation == "none" else grad * SLOPES[activation](before)
 
 
 def _convolve_backward(grad: Tensor, x: Tensor, weight: Tensor, groups: int) -> tuple[Tensor, Tensor]:

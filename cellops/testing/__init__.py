@@ -7,7 +7,16 @@ for case in cases("deform_conv2d", "bench"):
 
 from __future__ import annotations
 
-from cellops.testing import deform_conv2d, eca, frelu, group_conv1x1, offset_sample2d, spatial_attention, squeeze_excite
+from cellops.testing import (
+    deform_conv2d,
+    depthwise_conv2d,
+    eca,
+    frelu,
+    group_conv1x1,
+    offset_sample2d,
+    spatial_attention,
+    squeeze_excite,
+)
 from cellops.testing._case import Arguments, Case, maker, off_grid
 from cellops.testing._check import (
     HALF_ERROR_RATIO,
@@ -39,6 +48,7 @@ CASES: list[Case] = [
     *deform_conv2d.CASES,
     *offset_sample2d.CASES,
     *frelu.CASES,
+    *depthwise_conv2d.CASES,
     *squeeze_excite.CASES,
     *eca.CASES,
     *group_conv1x1.CASES,

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cellops import GroupConv1x1, SqueezeExcite
+from cellops import DepthwiseConv2d, GroupConv1x1, SqueezeExcite
 from cellops.models.blocks import Classifier, initialize
 from cellops.models.registry import register_network
 
@@ -29,13 +29,12 @@ class SeparableConv2d(nn.Module):
 
     def __init__(self, channels: int, groups: int, stride: int) -> None:
         super().__init__()
-        self.depthwise = nn.Conv2d(channels, channels, 3, stride, 1, groups=channels, bias=False)
-        self.bn = nn.BatchNorm2d(channels)
+        self.depthwise = DepthwiseConv2d(channels, 3, stride)
         self.pointwise = GroupConv1x1(channels, channels, groups)
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C, H, W] -> [N, C, ceil(H / stride), ceil(W / stride)]."""
-        return self.pointwise(torch.relu(self.bn(self.depthwise(x))))
+        return self.pointwise(self.depthwise(x))
 
 
 class Block(nn.Module):

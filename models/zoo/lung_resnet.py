@@ -30,14 +30,14 @@ from typing import Any
 from timm.layers import Conv2dSame
 from torch import Tensor, nn
 
-from cellops import EfficientChannelAttention, FReLU, GroupConv1x1, SpatialAttention
+from cellops import DepthwiseConv2d, EfficientChannelAttention, FReLU, GroupConv1x1, SpatialAttention
 from cellops.models.blocks import Classifier, initialize, norms
 from cellops.models.registry import register_network
 
 
-def depthwise(channels: int) -> nn.Conv2d:
-    """Depthwise 3x3 without bias."""
-    return nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False)
+def depthwise(channels: int) -> DepthwiseConv2d:
+    """Depthwise 3x3 without bias, and nothing behind it."""
+    return DepthwiseConv2d(channels, norm=False, activation="none")
 
 
 class Block(nn.Module):

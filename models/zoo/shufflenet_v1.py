@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cellops import GroupConv1x1
+from cellops import DepthwiseConv2d, GroupConv1x1
 from cellops.models.blocks import Classifier, initialize
 from cellops.models.registry import register_network
 
@@ -35,13 +35,12 @@ class Unit(nn.Module):
         branch = out_channels if stride == 1 else out_channels - in_channels
         self.stride = stride
         self.shrink = GroupConv1x1(in_channels, middle, first_groups or groups, shuffle=True)
-        self.depthwise = nn.Conv2d(middle, middle, 3, stride, 1, groups=middle, bias=False)
-        self.bn = nn.BatchNorm2d(middle)
+        self.depthwise = DepthwiseConv2d(middle, 3, stride, activation="none")
         self.expand = GroupConv1x1(middle, branch, groups, activation="none")
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C, H, W] -> [N, O, ceil(H / stride), ceil(W / stride)]."""
-        branch = self.expand(self.bn(self.depthwise(self.shrink(x))))
+        branch = self.expand(self.depthwise(self.shrink(x)))
         if self.stride == 1:
             return torch.relu(x + branch)
         shortcut = nn.functional.avg_pool2d(x, 3, 2, 1)

@@ -1,5 +1,5 @@
-// How the passes of FReLU walk over images: blocks of rows in the compute type, in which a neighbour is always the same
-// distance away.
+// Depthwise convolutions and what follows them: how their passes walk over images, in blocks of rows in the compute
+// type, in which a neighbour is always the same distance away.
 //
 // A vector's lanes are neighbouring pixels of a plane in NCHW and neighbouring channels of a pixel in channels_last; a
 // "unit" is what one vector covers of the channels, 1 or `lanes`. In a block the rows of a unit lie one behind the
@@ -10,23 +10,88 @@
 // what is computed takes about the same time, and the processor does not look that far ahead by itself.
 #pragma once
 #include "../cellops.h"
+#include "../common/activation.h"
 #include "../common/parallel.h"
 #include "../common/simd.h"
 #include "../common/stream.h"
 
 namespace cellops::CELLOPS_ISA {
 
+// What follows the convolution and its affine map z: the funnel's maximum of x and z.
+struct Funnel {
+  explicit Funnel(const FreluParams&) {}
+  static constexpr bool kDirect = true;  // x has a part of the gradient that does not pass the convolution
+  template <class S>
+  CELLOPS_INLINE Vec<S> value(Vec<S> x, Vec<S> z) const {
+    return x > z ? x : z;
+  }
+  // What of the gradient goes to z: equals share it, what is NaN passes all.
+  template <class S>
+  CELLOPS_INLINE Vec<S> through(Vec<S> grad, Vec<S> x, Vec<S> z) const {
+    return x > z ? Vec<S>{} : x == z ? grad * S(0.5) : grad;
+  }
+};
+
+// Or an activation of z. Which one is asked for each vector: a branch that is always foreseen costs two of a vector's
+// thirty cycles and more, and loops for each activation would cost minutes to compile.
+struct Activated {
+  explicit Activated(const DepthwiseConv2dParams& p) : activation(p.activation) {}
+  static constexpr bool kDirect = false;
+  template <class S>
+  CELLOPS_INLINE Vec<S> value(Vec<S>, Vec<S> z) const {
+    if (activation == Activation::none) return z;
+    Vec<S> y{};
+    with_activation(activation, [&](auto tag) CELLOPS_INLINE_LAMBDA { y = activate<tag.value, S>(z); });
+    return y;
+  }
+  template <class S>
+  CELLOPS_INLINE Vec<S> through(Vec<S> grad, Vec<S>, Vec<S> z) const {
+    if (activation == Activation::none) return grad;
+    Vec<S> slope{};
+    with_activation(activation, [&](auto tag) CELLOPS_INLINE_LAMBDA { slope = activation_slope<tag.value, S>(z); });
+    return grad * slope;
+  }
+  Activation activation;
+};
+
+template <class Params>
+struct EndingOf;
+template <>
+struct EndingOf<FreluParams> {
+  using type = Funnel;
+};
+template <>
+struct EndingOf<DepthwiseConv2dParams> {
+  using type = Activated;
+};
+template <class Params>
+using Ending = typename EndingOf<Params>::type;
+
+// Calls work(size) with the size of the window as a constant, 0 for any: 3x3 in float32 has loops of its own.
+template <int Size>
+struct WindowTag {
+  static constexpr int value = Size;
+};
+template <class S, class Work>
+bool with_window(int64_t kernel, const Work& work) {
+  if constexpr (sizeof(S) == sizeof(float)) {
+    if (kernel == 3) return work(WindowTag<3>());
+  }
+  return work(WindowTag<0>());
+}
+
 // What a thread works on at a time: rows [begin, end) of some units of an image.
-struct FreluItem {
+struct DepthwiseItem {
   int64_t image, unit, units, begin, end;
 };
 
 template <class S>
-struct FreluWalk {
+struct DepthwiseWalk {
   static constexpr int lanes = kLanes<S>;
 
   // blocks: how many blocks of rows a thread holds; their rows are chosen so that they stay in the second cache.
-  FreluWalk(const FreluParams& p, int64_t blocks, int threads)
+  template <class Params>
+  DepthwiseWalk(const Params& p, int64_t blocks, int threads)
       : batch(p.batch), channels(p.channels), height(p.height), width(p.width), kernel(p.kernel), half(p.kernel / 2) {
     channels_last = p.channels_last;
     step = channels_last ? lanes : 1;
@@ -47,7 +112,7 @@ struct FreluWalk {
     items = whole * parts;
   }
 
-  FreluItem item(int64_t index) const {
+  DepthwiseItem item(int64_t index) const {
     const int64_t part = index % parts, at = index / parts % groups, image = index / parts / groups;
     return {image, at * group, min_of(group, units - at * group), height * part / parts, height * (part + 1) / parts};
   }
@@ -99,9 +164,9 @@ struct EveryLane {
 
 // Rows of a group of units.
 template <class S>
-class FreluBlock {
+class DepthwiseBlock {
  public:
-  FreluBlock(const FreluWalk<S>& walk, int64_t rows)
+  DepthwiseBlock(const DepthwiseWalk<S>& walk, int64_t rows)
       : pitch_(walk.pitch),
         front_(round_up(walk.half * walk.step, walk.lanes)),
         // one vector more keeps the units from falling on the same cache sets
@@ -131,8 +196,8 @@ class FreluBlock {
 
 // Reads rows [first, last) of an item's image into a block, from its row `to` on; rows outside the image are zero.
 template <class T, class S>
-inline void load_rows(const FreluWalk<S>& w, const FreluItem& item, const T* images, int64_t first, int64_t last,
-                      const FreluBlock<S>& block, int64_t to) {
+inline void load_rows(const DepthwiseWalk<S>& w, const DepthwiseItem& item, const T* images, int64_t first,
+                      int64_t last, const DepthwiseBlock<S>& block, int64_t to) {
   constexpr int lanes = kLanes<S>;
   const int64_t pixels = w.height * w.width, stride = block.stride();
   const T* image = images + item.image * w.channels * pixels;
@@ -168,8 +233,8 @@ inline void load_rows(const FreluWalk<S>& w, const FreluItem& item, const T* ima
 
 // Writes a block of results to rows [first, last) of an item's image.
 template <class T, class S>
-inline void store_rows(const FreluWalk<S>& w, const FreluItem& item, const FreluBlock<S>& block, int64_t first,
-                       int64_t last, T* images, bool streamed) {
+inline void store_rows(const DepthwiseWalk<S>& w, const DepthwiseItem& item, const DepthwiseBlock<S>& block,
+                       int64_t first, int64_t last, T* images, bool streamed) {
   constexpr int lanes = kLanes<S>;
   const int64_t pixels = w.height * w.width, stride = block.stride();
   T* image = images + item.image * w.channels * pixels;
@@ -196,8 +261,8 @@ inline void store_rows(const FreluWalk<S>& w, const FreluItem& item, const Frelu
 // Rows [begin - border, begin + rows + border) of an item's image in a block; all but the first call keep what the one
 // before has read of them.
 template <class T, class S>
-inline void load_window(const FreluWalk<S>& w, const FreluItem& item, const T* images, int64_t begin, int64_t rows,
-                        int64_t border, const FreluBlock<S>& block) {
+inline void load_window(const DepthwiseWalk<S>& w, const DepthwiseItem& item, const T* images, int64_t begin,
+                        int64_t rows, int64_t border, const DepthwiseBlock<S>& block) {
   const int64_t kept = begin == item.begin ? 0 : 2 * border;
   if (kept) block.keep(item.units, w.rows, kept);
   load_rows(w, item, images, begin - border + kept, begin + rows + border, block, kept);
@@ -205,8 +270,8 @@ inline void load_window(const FreluWalk<S>& w, const FreluItem& item, const T* i
 
 // The weights of a unit, tap by tap. Kernel is 0 where the compiler does not know the size; they lie in scratch then.
 template <int Kernel, class S>
-struct FreluTaps {
-  FreluTaps(const FreluWalk<S>& w, const S* weights, int64_t unit, bool flipped, S*) {
+struct DepthwiseTaps {
+  DepthwiseTaps(const DepthwiseWalk<S>& w, const S* weights, int64_t unit, bool flipped, S*) {
     for (int t = 0; t < count; ++t) value[t] = w.of(weights + (flipped ? count - 1 - t : t) * w.padded, unit);
   }
   CELLOPS_INLINE Vec<S> at(int64_t tap) const { return value[tap]; }
@@ -214,8 +279,8 @@ struct FreluTaps {
   Vec<S> value[count];
 };
 template <class S>
-struct FreluTaps<0, S> {
-  FreluTaps(const FreluWalk<S>& w, const S* weights, int64_t unit, bool flipped, S* scratch) : from(scratch) {
+struct DepthwiseTaps<0, S> {
+  DepthwiseTaps(const DepthwiseWalk<S>& w, const S* weights, int64_t unit, bool flipped, S* scratch) : from(scratch) {
     const int64_t count = w.kernel * w.kernel;
     for (int64_t t = 0; t < count; ++t) {
       store(scratch + t * w.lanes, w.of(weights + (flipped ? count - 1 - t : t) * w.padded, unit));
@@ -234,7 +299,7 @@ struct Rows {
 };
 
 template <int Most, int Step, class S, class Body>
-CELLOPS_INLINE void for_rows_of(const FreluWalk<S>& w, int64_t rows, const Body& body) {
+CELLOPS_INLINE void for_rows_of(const DepthwiseWalk<S>& w, int64_t rows, const Body& body) {
   constexpr int lanes = kLanes<S>;
   const int64_t length = w.width * Step, whole = length / lanes * lanes;
   const FirstLanes<S> rest(length - whole);
@@ -254,7 +319,7 @@ CELLOPS_INLINE void for_rows_of(const FreluWalk<S>& w, int64_t rows, const Body&
 // there are as many; `result` is the element's place in a block of results, `only(vector)` has zeros in the lanes that
 // are not of these rows. With `flat` the rows are one long row, and the zeros between them part of it.
 template <int Most, class S, class Body>
-CELLOPS_INLINE void for_rows(const FreluWalk<S>& w, int64_t rows, bool flat, const Body& body) {
+CELLOPS_INLINE void for_rows(const DepthwiseWalk<S>& w, int64_t rows, bool flat, const Body& body) {
   if (w.channels_last) {
     for_rows_of<Most, kLanes<S>>(w, rows, body);
   } else if (!flat) {
@@ -270,7 +335,7 @@ CELLOPS_INLINE void for_rows(const FreluWalk<S>& w, int64_t rows, bool flat, con
 
 // The convolution at the elements whose windows begin at `corner`, on `Count` rows.
 template <int Kernel, int Count, int Step, class S>
-CELLOPS_INLINE void convolve(int64_t kernel, int64_t pitch, const FreluTaps<Kernel, S>& taps, const S* corner,
+CELLOPS_INLINE void convolve(int64_t kernel, int64_t pitch, const DepthwiseTaps<Kernel, S>& taps, const S* corner,
                              Rows<Count, Step>, Vec<S>* sums) {
   const int64_t size = Kernel ? Kernel : kernel;
 #pragma GCC unroll 2
@@ -289,11 +354,12 @@ CELLOPS_INLINE void convolve(int64_t kernel, int64_t pitch, const FreluTaps<Kern
 }
 
 // Fetches what lies ahead in an image, one vector's worth a step.
-class FreluAhead {
+class DepthwiseAhead {
  public:
   // From row `row` of an item on.
   template <class T, class S>
-  FreluAhead(const FreluWalk<S>& w, const FreluItem& item, int64_t row, const T* images) : step_(w.lanes * sizeof(T)) {
+  DepthwiseAhead(const DepthwiseWalk<S>& w, const DepthwiseItem& item, int64_t row, const T* images)
+      : step_(w.lanes * sizeof(T)) {
     const int64_t pixels = w.height * w.width, image = item.image * w.channels * pixels;
     if (w.channels_last) {
       at_ = reinterpret_cast<const char*>(images + image + row * w.width * w.channels + item.unit * w.lanes);
@@ -319,16 +385,16 @@ class FreluAhead {
 
 // The rows that are read after those of a block: the item's next, or the next item's first.
 template <class T, class S>
-inline FreluAhead ahead_of(const FreluWalk<S>& w, const FreluItem& item, int64_t row, int64_t border, int64_t next,
-                           const T* images) {
-  if (row + w.rows < item.end) return FreluAhead(w, item, row + w.rows + border, images);
-  const FreluItem other = w.item(max_of(0, min_of(next, w.items - 1)));
-  return FreluAhead(w, other, other.begin, images);
+inline DepthwiseAhead ahead_of(const DepthwiseWalk<S>& w, const DepthwiseItem& item, int64_t row, int64_t border,
+                               int64_t next, const T* images) {
+  if (row + w.rows < item.end) return DepthwiseAhead(w, item, row + w.rows + border, images);
+  const DepthwiseItem other = w.item(max_of(0, min_of(next, w.items - 1)));
+  return DepthwiseAhead(w, other, other.begin, images);
 }
 
 // Weights [C, 1, k, k] as [k * k][padded].
 template <class T, class S>
-inline void unpack_weights(const FreluWalk<S>& w, const T* weight, S* to) {
+inline void unpack_weights(const DepthwiseWalk<S>& w, const T* weight, S* to) {
   const int64_t count = w.kernel * w.kernel;
   for (int64_t t = 0; t < count; ++t) {
     for (int64_t c = 0; c < w.padded; ++c) {
@@ -339,13 +405,14 @@ inline void unpack_weights(const FreluWalk<S>& w, const T* weight, S* to) {
 
 // Numbers of channels [C] as [padded]; `absent` stands for a null pointer.
 template <class S>
-inline void unpack_channels(const FreluWalk<S>& w, const void* values, S absent, S* to) {
+inline void unpack_channels(const DepthwiseWalk<S>& w, const void* values, S absent, S* to) {
   for (int64_t c = 0; c < w.padded; ++c) {
     to[c] = c >= w.channels ? S(0) : values ? static_cast<const S*>(values)[c] : absent;
   }
 }
 
-inline int frelu_threads(const FreluParams& p, int threads) {
+template <class Params>
+int depthwise_threads(const Params& p, int threads) {
   const int64_t most = p.batch * p.channels * p.height * p.width * p.kernel * p.kernel / 65536;
   return most < 1 ? 1 : int(min_of(most, threads));
 }

@@ -1,0 +1,307 @@
+"""Depthwise convolution beside the composition of PyTorch's modules that it stands for, and values at the edges."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import cellops
+from cellops import DepthwiseConv2d, depthwise_conv2d
+from cellops.ops.depthwise_conv2d import depthwise_conv2d_batch_norm
+
+CHANNELS = 12
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda x: x,
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "hardswish": F.hardswish,
+}
+each_layout = pytest.mark.parametrize(
+    "layout", [pytest.param(torch.contiguous_format, id="nchw"), pytest.param(torch.channels_last, id="channels_last")]
+)
+each_activation = pytest.mark.parametrize("activation", list(ACTIVATIONS))
+
+
+class Composition(nn.Module):
+    """The modules one after the other, with the children's names of `DepthwiseConv2d`."""
+
+    def __init__(
+        self,
+        channels: int,
+        kernel_size: int = 3,
+        stride: int = 1,
+        norm: bool = True,
+        activation: str = "relu",
+        bias: bool = False,
+    ) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, kernel_size, stride, kernel_size // 2, groups=channels, bias=bias)
+        self.bn = nn.BatchNorm2d(channels) if norm else nn.Identity()
+        self.activation = ACTIVATIONS[activation]
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.activation(self.bn(self.conv(input)))
+
+
+def pair(change: Callable[[nn.Module], object] = lambda module: None, **options: Any) -> list[nn.Module]:
+    """Ours and the composition with the same random parameters, changed alike."""
+    torch.manual_seed(0)
+    theirs = Composition(CHANNELS, **options)
+    for tensor in theirs.parameters():
+        nn.init.normal_(tensor)
+    if isinstance(theirs.bn, nn.BatchNorm2d):
+        nn.init.normal_(theirs.bn.running_mean)
+        nn.init.uniform_(theirs.bn.running_var, 0.5, 2.0)
+    ours = DepthwiseConv2d(CHANNELS, **options)
+    ours.load_state_dict(theirs.state_dict())
+    for module in (ours, theirs):
+        change(module)
+    return [ours, theirs]
+
+
+def assert_same(ours: nn.Module, theirs: nn.Module, layout: torch.memory_format, steps: int = 3) -> None:
+    """The same outputs, gradients and buffers over some batches."""
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(steps):
+        input = torch.randn(3, CHANNELS, 9, 7, generator=generator).contiguous(memory_format=layout)
+        inputs = [input.clone(memory_format=torch.preserve_format).requires_grad_() for _ in range(2)]
+        outputs = [module(leaf) for module, leaf in zip((ours, theirs), inputs, strict=True)]
+        torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-4, atol=1e-5)
+        assert outputs[0].is_contiguous(memory_format=layout)
+        for output in outputs:
+            output.square().sum().backward()
+        torch.testing.assert_close(inputs[0].grad, inputs[1].grad, rtol=1e-3, atol=1e-4)
+    wanted = dict(theirs.named_parameters())
+    for name, parameter in ours.named_parameters():
+        torch.testing.assert_close(parameter.grad, wanted[name].grad, rtol=1e-3, atol=1e-3)
+    for name, buffer in ours.named_buffers():
+        torch.testing.assert_close(buffer, dict(theirs.named_buffers())[name], rtol=1e-4, atol=1e-5)
+
+
+def without_affine(module: nn.Module) -> None:
+    module.bn = nn.BatchNorm2d(CHANNELS, affine=False)
+
+
+CHANGES: dict[str, Callable[[nn.Module], object]] = {
+    "plain": lambda module: module,
+    "eval": nn.Module.eval,
+    "frozen": lambda module: module.bn.eval(),
+    "cumulative": lambda module: setattr(module.bn, "momentum", None),
+    "without_affine": without_affine,
+    "without_affine_eval": lambda module: (without_affine(module), module.eval()),
+    "untracked": lambda module: setattr(module.bn, "track_running_stats", False),
+}
+
+
+def calls_of_children(module: nn.Module, input: Tensor) -> int:
+    """How many children are called: none where the module runs fused."""
+    calls = []
+    watched = copy.deepcopy(module)
+    for child in watched.children():
+        forward = child.forward
+        child.forward = lambda *args, forward=forward: (calls.append(1), forward(*args))[1]
+    watched(input)
+    return len(calls)
+
+
+@pytest.fixture
+def always_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or the module would be compared with itself where it stands back."""
+    monkeypatch.setattr("cellops.nn.depthwise_conv2d._plain_is_faster", lambda *arguments: False)
+
+
+@pytest.mark.usefixtures("always_fused")
+@each_layout
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("change", list(CHANGES))
+def test_same_as_the_composition(change: str, bias: bool, layout: torch.memory_format) -> None:
+    ours, theirs = pair(CHANGES[change], bias=bias)
+    assert calls_of_children(ours, torch.randn(2, CHANNELS, 5, 5).contiguous(memory_format=layout)) == 0
+    assert_same(ours, theirs, layout)
+
+
+@pytest.mark.usefixtures("always_fused")
+@each_layout
+@each_activation
+@pytest.mark.parametrize("norm", [False, True], ids=["", "norm"])
+def test_activations_and_sizes(norm: bool, activation: str, layout: torch.memory_format) -> None:
+    for kernel_size in (1, 3, 5):
+        assert_same(*pair(kernel_size=kernel_size, activation=activation, norm=norm, bias=not norm), layout, steps=1)
+
+
+@pytest.mark.parametrize(
+    ("kernel_size", "side", "layout", "training", "inference"),
+    [
+        (3, 7, torch.contiguous_format, 2, 2),
+        (3, 8, torch.contiguous_format, 0, 2),
+        (3, 16, torch.contiguous_format, 0, 0),
+        (5, 7, torch.contiguous_format, 0, 2),
+        (5, 16, torch.contiguous_format, 0, 2),
+        (3, 7, torch.channels_last, 2, 2),
+        (3, 8, torch.channels_last, 0, 0),
+        (5, 7, torch.channels_last, 0, 0),
+    ],
+)
+def test_stands_back_where_plain_modules_are_faster(
+    kernel_size: int, side: int, layout: torch.memory_format, training: int, inference: int
+) -> None:
+    """How many children are called."""
+    input = torch.randn(2, CHANNELS, side, side).contiguous(memory_format=layout)
+    module = DepthwiseConv2d(CHANNELS, kernel_size)
+    assert calls_of_children(module, input) == training
+    with torch.no_grad():
+        assert calls_of_children(module.eval(), input) == inference
+
+
+@each_layout
+def test_same_where_it_stands_back(layout: torch.memory_format) -> None:
+    assert_same(*pair(bias=True), layout)
+
+
+@pytest.mark.parametrize("stride", [2, 3])
+def test_a_stride_calls_the_children(stride: int) -> None:
+    ours, theirs = pair(stride=stride)
+    assert calls_of_children(ours, torch.randn(2, CHANNELS, 9, 7)) == 2
+    assert_same(ours, theirs, torch.contiguous_format)
+
+
+def test_children_that_were_changed_or_are_watched_are_called() -> None:
+    input = torch.randn(2, CHANNELS, 5, 5)
+    for child in ("conv", "bn"):
+        seen: list[int] = []
+        ours, theirs = pair()
+        for module in (ours, theirs):
+            getattr(module, child).register_forward_hook(lambda *_, seen=seen: seen.append(1))
+        assert_same(ours, theirs, torch.contiguous_format, steps=1)
+        assert len(seen) == 2
+    converted = nn.SyncBatchNorm.convert_sync_batchnorm(DepthwiseConv2d(CHANNELS)).eval()
+    assert calls_of_children(converted, input) == 2
+    circular = DepthwiseConv2d(CHANNELS)
+    circular.conv.padding_mode, circular.conv._reversed_padding_repeated_twice = "circular", [1, 1, 1, 1]
+    assert calls_of_children(circular, input) == 2
+
+
+def test_one_value_per_channel_raises_as_batch_norm_does() -> None:
+    ours, theirs = pair()
+    with pytest.raises(ValueError) as expected:
+        theirs(torch.randn(1, CHANNELS, 1, 1))
+    with pytest.raises(ValueError) as found:
+        ours(torch.randn(1, CHANNELS, 1, 1))
+    assert str(found.value) == str(expected.value)
+    ours.eval()(torch.randn(1, CHANNELS, 1, 1))
+
+
+def test_keys_copies_and_errors() -> None:
+    module = DepthwiseConv2d(CHANNELS, bias=True)
+    assert list(module.state_dict()) == list(Composition(CHANNELS, bias=True).state_dict())
+    assert list(DepthwiseConv2d(CHANNELS, norm=False).state_dict()) == ["conv.weight"]
+    input = torch.randn(2, CHANNELS, 5, 4)
+    assert torch.equal(copy.deepcopy(module)(input), module(input))
+    assert "activation='relu'" in repr(module)
+    with pytest.raises(ValueError, match="kernel_size must be odd and at least 1, got 4"):
+        DepthwiseConv2d(CHANNELS, 4)
+    with pytest.raises(ValueError, match="stride must be at least 1, got 0"):
+        DepthwiseConv2d(CHANNELS, 3, 0)
+    with pytest.raises(ValueError, match=r"activation must be one of 'none', .*, got 'tanh'"):
+        DepthwiseConv2d(CHANNELS, activation="tanh")
+
+
+def test_errors_of_the_op() -> None:
+    input, weight = torch.randn(2, CHANNELS, 5, 4), torch.randn(CHANNELS, 1, 3, 3)
+    with pytest.raises(ValueError, match=r"weight must have shape \(12, 1, 3, 3\), got \(12, 2, 3, 3\)"):
+        depthwise_conv2d(input, torch.randn(CHANNELS, 2, 3, 3))
+    with pytest.raises(ValueError, match=r"weight must have shape \(12, 1, k, k\) with an odd k, got \(12, 1, 2, 2\)"):
+        depthwise_conv2d(input, torch.randn(CHANNELS, 1, 2, 2))
+    with pytest.raises(ValueError, match=r"activation must be one of .* got 'tanh'"):
+        depthwise_conv2d(input, weight, activation="tanh")
+    with pytest.raises(ValueError, match=r"scale must have shape \(12,\), got \(5,\)"):
+        depthwise_conv2d(input, weight, torch.ones(5))
+    with pytest.raises(ValueError, match=r"beta must have shape \(12,\), got \(1,\)"):
+        depthwise_conv2d_batch_norm(input, weight, None, torch.ones(1))
+    with pytest.raises(TypeError, match=r"shift must be torch\.float32 like the input, got torch\.float64"):
+        depthwise_conv2d(input, weight, None, torch.ones(CHANNELS).double())
+    with pytest.raises(RuntimeError, match="depthwise_conv2d has no cuda kernel"):
+        depthwise_conv2d(input, weight, backend="cuda")
+
+
+@pytest.mark.usefixtures("always_fused")
+@each_layout
+@pytest.mark.parametrize("training", [True, False])
+def test_half_types_keep_running_statistics_in_float32(training: bool, layout: torch.memory_format) -> None:
+    """Under autocast, as `nn.BatchNorm2d`: half activations beside float32 parameters."""
+    ours, theirs = (module.train(training) for module in pair())
+    input = torch.randn(3, CHANNELS, 9, 7).contiguous(memory_format=layout)
+    wanted = theirs(input)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = ours(input.bfloat16())
+    assert output.dtype == torch.bfloat16 and ours.bn.running_var.dtype == torch.float32
+    torch.testing.assert_close(output.float(), wanted, rtol=0.05, atol=0.05)
+    torch.testing.assert_close(ours.bn.running_var, theirs.bn.running_var, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.usefixtures("always_fused")
+@pytest.mark.parametrize("training", [True, False])
+def test_compiled(training: bool) -> None:
+    ours, theirs = (module.train(training) for module in pair(activation="silu"))
+    ours.compile(fullgraph=True)
+    assert_same(ours, theirs, torch.contiguous_format, steps=2)
+
+
+@each_layout
+@each_activation
+def test_values_and_slopes_at_kinks_and_far_out(activation: str, layout: torch.memory_format) -> None:
+    """What PyTorch's activation gives, NaN, infinities and both kinks of relu6 and hardswish among them."""
+    points = [-float("inf"), -1e30, -100.0, -10.0, -3.0, -1e-3, 0.0, 0.5, 3.0, 6.0, 90.0, 1e30, float("nan")]
+    for channels in (1, 32):
+        values = torch.tensor(points).reshape(1, 1, 1, -1).repeat(1, channels, 1, 1).contiguous(memory_format=layout)
+        ours, theirs = (values.clone(memory_format=torch.preserve_format).requires_grad_() for _ in range(2))
+        found = depthwise_conv2d(ours, torch.ones(channels, 1, 1, 1), activation=activation)
+        wanted = ACTIVATIONS[activation](theirs)
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6, equal_nan=True)
+        for output in (found, wanted):
+            output.sum().backward()
+        number = ~values.isnan()  # PyTorch's own relu6 passes a gradient at NaN or not, by its place in the tensor
+        torch.testing.assert_close(ours.grad[number], theirs.grad[number], rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+@each_layout
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_value_that_is_not_finite_stays_within_its_window(value: float, layout: torch.memory_format) -> None:
+    """Gradients too: the zeros around rows and blocks must not carry it elsewhere."""
+    generator = torch.Generator().manual_seed(2)
+    for row, column in ((0, 0), (4, 6), (2, 6)):
+        input = torch.randn(2, CHANNELS, 5, 7, generator=generator)
+        input[1, 3, row, column] = value
+        arguments = {
+            "input": input.contiguous(memory_format=layout),
+            "weight": torch.randn(CHANNELS, 1, 3, 3, generator=generator),
+            "scale": torch.randn(CHANNELS, generator=generator),
+            "shift": torch.randn(CHANNELS, generator=generator),
+        }
+        found, wanted = (
+            cellops.testing.forward_and_gradients(
+                lambda b=b, **kw: depthwise_conv2d(**kw, activation="silu", backend=b), arguments
+            )
+            for b in (None, "reference")
+        )
+        assert found["output"].isfinite().sum() >= found["output"].numel() - 9
+        for name, tensor in found.items():
+            torch.testing.assert_close(tensor, wanted[name], rtol=1e-4, atol=1e-4, equal_nan=True, msg=name)
+
+
+@each_layout
+@pytest.mark.parametrize("channels", [5, 32])
+def test_variance_of_values_far_from_zero(channels: int, layout: torch.memory_format) -> None:
+    """A mean a thousand deviations away: sums of squares in float32 would leave nothing of the variance."""
+    input = (torch.randn(4, channels, 30, 31) + 1000).contiguous(memory_format=layout)
+    mean, var = depthwise_conv2d_batch_norm(input, torch.ones(channels, 1, 1, 1))[1:]
+    torch.testing.assert_close(mean.double(), input.double().mean((0, 2, 3)), rtol=1e-6, atol=0)
+    torch.testing.assert_close(var.double(), input.double().var((0, 2, 3), unbiased=False), rtol=1e-4, atol=0)
