@@ -16,8 +16,13 @@ FEWEST: dict[str, tuple[int, int]] = {
     "eca": (262_144, 262_144),
     "frelu": (16_384, 131_072),
     "group_conv1x1": (8_192, 8_192),
+    "spatial_attention conv": (0, 262_144),
+    "spatial_attention pool": (131_072, 524_288),
 }
-"""From how many numbers in an image on an op is called, in NCHW and in channels_last; others always are."""
+"""From how many numbers in an image on an op is called, in NCHW and in channels_last; others always are.
+
+Behind an op's name may stand a mode of it.
+"""
 
 
 def stands_back(op: str, input: Tensor, *parameters: Tensor | None) -> bool:
@@ -27,7 +32,7 @@ def stands_back(op: str, input: Tensor, *parameters: Tensor | None) -> bool:
     Inductor. Under autocast and with other types among its arguments the op is called: it converts, or raises.
 
     Args:
-        op: its name.
+        op: its name, a key of `FEWEST`.
         input: [N, C, H, W].
         parameters: the op's other tensors.
     """

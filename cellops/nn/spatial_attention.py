@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
+from cellops.nn import _compiled
 from cellops.ops.spatial_attention import spatial_attention
 from cellops.reference.spatial_attention import MODES
 
@@ -41,7 +43,15 @@ class SpatialAttention(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """[N, C, H, W] -> [N, C, H, W]. Errors are those of `cellops.spatial_attention`."""
+        if _compiled.stands_back(f"spatial_attention {self.mode}", input, *self.parameters()) and self._takes(input):
+            seen = input
+            if self.mode == "pool":
+                seen = torch.cat([input.amax(1, keepdim=True), input.mean(1, keepdim=True)], dim=1)
+            return input * self.conv(seen).sigmoid()
         return spatial_attention(input, self.conv.weight, self.conv.bias, self.mode)
+
+    def _takes(self, input: Tensor) -> bool:
+        return self.mode == "pool" or input.shape[1] == self.conv.in_channels
 
     def extra_repr(self) -> str:
         return f"mode={self.mode!r}"
