@@ -161,21 +161,30 @@ SIDE = 17600  # the eighth channel begins beyond 2^31
 MANY = 2**31 // (8 * 63) + 1
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("shape", [(1, 8, SIDE, SIDE), (MANY, 8, 7, 9)], ids=["image", "batch"])
-@pytest.mark.parametrize("op", [op for op, backends in _backend.OPS.items() if "triton" in backends])
+def rows() -> list[Any]:
+    """Each op with one image of 2^31 elements and with as many in a batch: the images that tell most are slow alone."""
+    found = []
+    for op in (op for op, backends in _backend.OPS.items() if "triton" in backends):
+        for name, shape in (("image", (1, 8, SIDE, SIDE)), ("batch", (MANY, 8, 7, 9))):
+            told = name == "image" and op in ("deform_conv2d", "offset_sample2d", "frelu", "group_conv1x1")
+            marks = pytest.mark.slow if told else pytest.mark.exhaustive
+            found.append(pytest.param(op, shape, marks=marks, id=f"{op}-{name}"))
+    return found
+
+
+@pytest.mark.parametrize(("op", "shape"), rows())
 def test_no_program_leaves_the_tensors(op: str, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     check(op, arguments_of(op, empty(*shape)), False, monkeypatch)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("op", ["deform_conv2d", "offset_sample2d"])
 def test_no_program_leaves_the_tensors_without_atomics(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Few pixels, since each of these programs takes all of an image's, and as many channels as a grid may have."""
     check(op, arguments_of(op, empty(1, 65532, 182, 182)), True, monkeypatch)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_two_maps_have_twice_as_many_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = arguments_of("spatial_attention", empty(1, 1, 2**15, 2**15 + 2))
     check("spatial_attention", arguments | {"weight": empty(1, 2, 3, 3), "mode": "pool"}, False, monkeypatch)
