@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from compositions import CHANNELS, assert_same, each_layout
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -15,7 +16,6 @@ import cellops
 from cellops import DepthwiseConv2d, depthwise_conv2d
 from cellops.ops.depthwise_conv2d import depthwise_conv2d_batch_norm
 
-CHANNELS = 12
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda x: x,
     "relu": F.relu,
@@ -24,9 +24,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "hardswish": F.hardswish,
 }
-each_layout = pytest.mark.parametrize(
-    "layout", [pytest.param(torch.contiguous_format, id="nchw"), pytest.param(torch.channels_last, id="channels_last")]
-)
 each_activation = pytest.mark.parametrize("activation", list(ACTIVATIONS))
 
 
@@ -65,25 +62,6 @@ def pair(change: Callable[[nn.Module], object] = lambda module: None, **options:
     for module in (ours, theirs):
         change(module)
     return [ours, theirs]
-
-
-def assert_same(ours: nn.Module, theirs: nn.Module, layout: torch.memory_format, steps: int = 3) -> None:
-    """The same outputs, gradients and buffers over some batches."""
-    generator = torch.Generator().manual_seed(1)
-    for _ in range(steps):
-        input = torch.randn(3, CHANNELS, 9, 7, generator=generator).contiguous(memory_format=layout)
-        inputs = [input.clone(memory_format=torch.preserve_format).requires_grad_() for _ in range(2)]
-        outputs = [module(leaf) for module, leaf in zip((ours, theirs), inputs, strict=True)]
-        torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-4, atol=1e-5)
-        assert outputs[0].is_contiguous(memory_format=layout)
-        for output in outputs:
-            output.square().sum().backward()
-        torch.testing.assert_close(inputs[0].grad, inputs[1].grad, rtol=1e-3, atol=1e-4)
-    wanted = dict(theirs.named_parameters())
-    for name, parameter in ours.named_parameters():
-        torch.testing.assert_close(parameter.grad, wanted[name].grad, rtol=1e-3, atol=1e-3)
-    for name, buffer in ours.named_buffers():
-        torch.testing.assert_close(buffer, dict(theirs.named_buffers())[name], rtol=1e-4, atol=1e-5)
 
 
 def without_affine(module: nn.Module) -> None:

@@ -97,6 +97,13 @@ def expect(name: str, shape: Sequence[int] | None, expected: Sequence[int]) -> N
         raise ValueError(f"{name} must have shape {tuple(expected)}, got {tuple(shape)}")
 
 
+def expect_window(weight: Sequence[int], channels: int) -> None:
+    """Raise ValueError unless a shape is that of a depthwise convolution's weight, with an odd and square window."""
+    if len(weight) != 4 or weight[2] != weight[3] or weight[2] % 2 != 1:
+        raise ValueError(f"weight must have shape ({channels}, 1, k, k) with an odd k, got {tuple(weight)}")
+    expect("weight", weight, (channels, 1, weight[2], weight[2]))
+
+
 _in_functorch = torch._C._are_functorch_transforms_active
 _in_autocast = torch._C._is_any_autocast_enabled
 _is_compiling = torch.compiler.is_compiling

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from cellops import _native
 from cellops.ops._operator import Call, Operator
-from cellops.ops._registration import expect
-from cellops.ops.frelu import expect_window
+from cellops.ops._registration import expect, expect_window
 from cellops.ops.group_conv1x1 import ACTIVATION_CODES
 from cellops.reference import depthwise_conv2d as reference
 

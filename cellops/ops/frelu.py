@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from cellops import _native
-from cellops.ops._operator import Call, Operator, Shape
-from cellops.ops._registration import expect
+from cellops.ops._operator import Call, Operator
+from cellops.ops._registration import expect, expect_window
 from cellops.reference import frelu as reference
 
 
@@ -82,13 +82,6 @@ def _check(call: Call) -> tuple[int, ...]:
     for name, shape in zip(("gamma", "beta") if call.settings else ("scale", "shift"), affine, strict=True):
         expect(name, shape, (channels,))
     return tuple(input)
-
-
-def expect_window(weight: Shape, channels: int) -> None:
-    """Check that a shape is that of a depthwise convolution's weight, odd and square."""
-    if len(weight) != 4 or weight[2] != weight[3] or weight[2] % 2 != 1:
-        raise ValueError(f"weight must have shape ({channels}, 1, k, k) with an odd k, got {tuple(weight)}")
-    expect("weight", weight, (channels, 1, weight[2], weight[2]))
 
 
 def _params(call: Call, **common: Any) -> Any:
