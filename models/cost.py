@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from cellops import DepthwiseConv2d, GroupConv1x1
 from cellops.models.registry import create_model, list_models, model_source
 
 MEBI = 2**20
@@ -131,7 +132,8 @@ def _without_values(model: nn.Module) -> Iterator[None]:
 def _outputs_of_innermost(model: nn.Module) -> Iterator[list[int]]:
     """Collects the sizes of what modules return that call no other module, and of modules of cellops.
 
-    The latter call an op at their end whatever they call before.
+    The latter call an op at their end whatever they call before; but a fused convolution that calls its convolution and
+    its normalisation, as one with a stride does, is no more than these.
     """
     sizes: list[int] = []
     calls_others: list[bool] = []
@@ -142,8 +144,10 @@ def _outputs_of_innermost(model: nn.Module) -> Iterator[list[int]]:
         calls_others.append(False)
 
     def leave(module: nn.Module, arguments: Any, output: Any) -> None:
-        innermost = not calls_others.pop()
-        if isinstance(output, Tensor) and (innermost or type(module).__module__.startswith("cellops.nn")):
+        counts = not calls_others.pop()
+        if type(module).__module__.startswith("cellops.nn") and not isinstance(module, (DepthwiseConv2d, GroupConv1x1)):
+            counts = True
+        if isinstance(output, Tensor) and counts:
             sizes.append(output.numel())
 
     hooks = [module.register_forward_pre_hook(enter) for module in model.modules()]

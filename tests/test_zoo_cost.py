@@ -16,7 +16,7 @@ pytest.importorskip("timm")
 pytest.importorskip("torchvision")
 
 import cellops
-from cellops.models import create_model
+from cellops.models import create_model, list_models
 from cellops.models.cost import COLUMNS, cost, peak_bytes, table
 from cellops.models.twin import plain_twin
 
@@ -117,12 +117,18 @@ def test_table_says_the_same_in_every_style() -> None:
         ["dresnet_025", "cellops", "3x224x224"],
         ["alexnet", "torchvision", "3x224x224"],
     ]
-    assert rows[1][3:] == [str(cost_of("dresnet_025").parameters), "0.58", "50.6", "23.53", "", ""]
+    assert rows[1][3:] == [str(cost_of("dresnet_025").parameters), "0.58", "50.6", "17.34", "", ""]
     markdown = table(names, num_classes=5, measure=False, style="markdown").splitlines()
     assert [line.strip("| ").split(" | ")[:7] for line in markdown[2:]] == [row[:7] for row in rows[1:]]
     explanation, *lines = table(names, num_classes=5, measure=False).splitlines()
     assert "half of what torch's counter reports" in explanation
     assert [line.split() for line in lines[1:]] == [row[:7] for row in rows[1:]]
+
+
+def test_the_page_of_the_networks_says_the_same() -> None:
+    page = (Path(__file__).resolve().parent.parent / "docs" / "models.md").read_text()
+    for line in table(list_models("cellops"), measure=False, style="markdown").splitlines()[2:]:
+        assert " | ".join(line.strip("| ").split(" | ")[:7]) in page
 
 
 def cost_of(name: str) -> object:
