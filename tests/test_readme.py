@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -26,18 +27,22 @@ def test_block_runs(line: int, block: str, capsys: pytest.CaptureFixture[str]) -
     exec(code, {"__name__": "__main__"})
 
 
+RUN_BLOCKS = """
+import json, sys
+page, blocks = json.load(sys.stdin)
+for line, block in blocks:
+    exec(compile("\\n" * (line - 1) + block, page, "exec"), {"__name__": "__main__"})
+"""
+
+
 @pytest.mark.parametrize(
-    "block",
-    [
-        pytest.param(block, id=f"{page.stem}{line}")
-        for page in sorted((ROOT / "docs").glob("*.md"))
-        for line, block in python_blocks(page)
-    ],
+    "page", [pytest.param(page, id=page.stem) for page in sorted((ROOT / "docs").glob("*.md")) if python_blocks(page)]
 )
-def test_block_of_docs_runs(block: str) -> None:
-    """In a process of its own: the blocks may register networks."""
+def test_blocks_of_docs_run(page: Path) -> None:
+    """Each page in a process of its own: the blocks may register networks."""
     pytest.importorskip("timm", reason="timm is not installed")
-    done = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True, cwd=ROOT)
+    given = json.dumps([str(page), python_blocks(page)])
+    done = subprocess.run([sys.executable, "-c", RUN_BLOCKS], input=given, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
 
 
