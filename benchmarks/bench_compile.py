@@ -29,6 +29,7 @@ MODULES: dict[str, Callable[[int], nn.Module]] = {
     "eca": cellops.EfficientChannelAttention,
     "spatial_attention": lambda channels: cellops.SpatialAttention(mode="pool"),
     "group_conv1x1": lambda channels: cellops.GroupConv1x1(channels, channels, groups=4),
+    "depthwise_conv2d": cellops.DepthwiseConv2d,
 }
 DEFAULT_SHAPE = (8, 128, 28, 28)
 FULL_SHAPES = ((1, 64, 7, 7), (1, 64, 28, 28), (8, 32, 14, 14), (8, 256, 7, 7), (8, 64, 56, 56), (32, 128, 28, 28))

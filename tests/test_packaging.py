@@ -123,6 +123,8 @@ def test_variants_do_not_leak(library):
     for line in listing.splitlines():
         if opens := re.match(r"[0-9a-f]+ <(.*)>:$", line):
             function = opens.group(1)
+        elif re.match(r"\s*[0-9a-f]+:\s+(ldtilecfg|tile|tdp)", line):
+            used[function].add("amx")
         elif re.match(r"\s*[0-9a-f]+:\s+v", line):
             used[function].add("avx")
             if re.search(r"%zmm|%k[0-7]|%[xy]mm(1[6-9]|2\d|3[01])\b", line):
@@ -134,7 +136,7 @@ def test_variants_do_not_leak(library):
     allowed = {
         "avx2": {"avx"},
         "avx512": {"avx", "avx512"},
-        "avx512_bf16": {"avx", "avx512", "avx512_bf16"},
+        "avx512_bf16": {"avx", "avx512", "avx512_bf16", "amx"},  # behind a flag: `CELLOPS_ISA=amx_bf16`
     }
     for name, instructions in used.items():
         variants = set(re.findall(r"cellops::(avx\w+)::", name))

@@ -2,9 +2,10 @@
 //
 // One micro-kernel, C[r][n] += sum_k A[r][k] * B[k][n]: A is broadcast, B is read in vectors, C stays in registers.
 // It works in units: a unit is one number (float, double), or a pair of neighbouring bfloat16 along k where the
-// instruction set multiplies such pairs (AVX512-BF16), which it treats as one 32-bit element.
+// instruction set multiplies such pairs (AVX512-BF16, AMX), which it treats as one 32-bit element.
 #pragma once
 #include "simd.h"
+#include "tiles.h"
 
 namespace cellops::CELLOPS_ISA {
 
@@ -90,6 +91,19 @@ template <class M, bool Accumulate>
 inline void multiply_packed(int64_t rows, int64_t columns, int64_t depth, const typename M::Unit* a, int64_t a_row,
                             const typename M::Unit* b, int64_t panel_stride, typename M::Sum* c, int64_t c_row) {
   constexpr int lanes = kLanes<typename M::Sum>, panel = kPanelVectors * lanes;
+#if defined(__AVX512BF16__)
+  if constexpr (M::depth > 1) {
+    if (uses_tiles && depth >= kTilePairs) {
+      const int64_t whole = depth / kTilePairs * kTilePairs;
+      multiply_in_tiles<Accumulate>(kRows, rows, columns, whole, a, a_row, b, panel, panel_stride, c, c_row);
+      if (whole < depth) {
+        multiply_packed<M, true>(rows, columns, depth - whole, a + whole, a_row, b + whole * panel, panel_stride, c,
+                                 c_row);
+      }
+      return;
+    }
+  }
+#endif
   for (int64_t n = 0; n < columns; n += panel, b += panel_stride) {
     for (int64_t r = 0; r < rows; r += kRows) {
       if (columns - n > lanes) {

@@ -1,6 +1,7 @@
 // Between the two memory formats, a few rows of pixels at a time.
 #pragma once
 #include "simd.h"
+#include "tiles.h"
 
 namespace cellops::CELLOPS_ISA {
 
@@ -67,6 +68,15 @@ inline void pair_rows(int64_t rows, int64_t columns, const float* from, int64_t 
       store(pairs + c, bit_cast<Vec<float>>(weave(even, odd)));
     }
   }
+}
+
+// Zeros behind the pairs of `rows` rows, up to a whole number of tiles; returns the pairs with these.
+inline int64_t zero_last_pairs(int64_t rows, int64_t columns, float* pairs, int64_t stride) {
+  const int64_t end = round_up(div_up(rows, 2), kTilePairs);
+  for (int64_t i = div_up(rows, 2); i < end; ++i) {
+    __builtin_memset(pairs + i * stride, 0, size_t(columns) * sizeof(float));
+  }
+  return end;
 }
 #endif
 

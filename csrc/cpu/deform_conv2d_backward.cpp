@@ -112,11 +112,13 @@ class Backward {
           limit(max_of(kRows, min_of(min_of(kTile, (int64_t(1) << 17) / (op.grad_row_ + 2 * stride) / kRows * kRows),
                                      round_up(op.pixels_, kRows)))),
           grad(limit * op.grad_row_),
+          pairs(M::depth > 1 ? round_up(limit / 2, kTilePairs) : 0),
           grad_elements(M::depth > 1 ? limit * op.grad_row_ : 0),
-          grad_pairs(M::depth > 1 ? limit / 2 * op.grad_row_ : 0),
+          grad_pairs(pairs * op.grad_row_),
+          grad_planes(uses_tiles ? pairs * op.grad_row_ : 0),
           grad_columns(limit * stride),
           columns(limit * stride),
-          column_pairs(M::depth > 1 ? limit / 2 * stride : 0),
+          column_pairs(pairs * stride),
           dots(limit * 4),
           outside(stride),
           rows(op.p_.input_channels_last ? 0 : op.in_pixels_ * channels),
@@ -134,9 +136,11 @@ class Backward {
              grad_rows.failed() || tile.failed() || corners.failed();
     }
     const int64_t stride, limit;
-    const Buffer<S> grad;           // [pixel][output channel]
-    const Buffer<E> grad_elements;  // the same in pairs of channels
-    const Buffer<Unit> grad_pairs;  // the same in pairs of pixels
+    const Buffer<S> grad;            // [pixel][output channel]
+    const int64_t pairs;             // room for pairs of pixels
+    const Buffer<E> grad_elements;   // grad in pairs of channels
+    const Buffer<Unit> grad_pairs;   // in pairs of pixels
+    const Buffer<Unit> grad_planes;  // the pairs as [output channel][pair], for products in tiles
     const Buffer<S> grad_columns, columns;
     const Buffer<Unit> column_pairs;
     const Buffer<S> dots, outside;
@@ -285,6 +289,10 @@ class Backward {
         convert_row(grad_row_, own.grad.get() + i * grad_row_, own.grad_elements.get() + i * grad_row_);
       }
       pair_rows(count, grad_row_, own.grad.get(), grad_row_, own.grad_pairs.get(), grad_row_);
+      if (uses_tiles) {
+        const int64_t pairs = zero_last_pairs(count, grad_row_, own.grad_pairs.get(), grad_row_);
+        transpose(pairs, grad_row_, own.grad_pairs.get(), grad_row_, own.grad_planes.get(), own.pairs);
+      }
     }
   }
 
@@ -318,6 +326,7 @@ class Backward {
     if (!needs_columns_) return;
     if constexpr (M::depth > 1) {
       pair_rows(tile.count, last - first, own.columns.get(), own.stride, own.column_pairs.get(), own.stride);
+      if (uses_tiles) zero_last_pairs(tile.count, last - first, own.column_pairs.get(), own.stride);
     }
     S* weight = shared.weight.get() + group * weight_size_;
     for (const Range* range = begin; range < end; ++range) add_weight(tap, *range, tile.count, weight, own);
@@ -448,14 +457,20 @@ class Backward {
       }
       return;
     }
+    S* to = weight + (range.group * weight_room_ * taps_ + tap) * channel_room_ +
+            (range.channel - range.group * group_channels_);
     const Unit *grad, *columns;
     if constexpr (M::depth > 1) {
       grad = own.grad_pairs.get(), columns = own.column_pairs.get();
+      if (uses_tiles) {
+        multiply_in_tiles<true>(kOuterRows, group_outputs_, range.channels, round_up(div_up(count, 2), kTilePairs),
+                                own.grad_planes.get() + range.group * unit_outputs_ * own.pairs, own.pairs,
+                                columns + range.column, own.stride, kPanel<S>, to, taps_ * channel_room_);
+        return;
+      }
     } else {
       grad = own.grad.get(), columns = own.columns.get();
     }
-    S* to = weight + (range.group * weight_room_ * taps_ + tap) * channel_room_ +
-            (range.channel - range.group * group_channels_);
     multiply_outer<M>(group_outputs_, range.channels, div_up(count, M::depth), grad + range.group * unit_outputs_,
                       grad_row_, columns + range.column, own.stride, to, taps_ * channel_room_);
   }

@@ -115,7 +115,7 @@ class Plan {
     const int64_t taps = p.kernel_height * p.kernel_width;
     if (p.groups == 1) {
       const int64_t total = taps * p.in_channels, count = div_up(total, kLimit);
-      const int64_t step = min_of(kLimit, round_up(div_up(total, count), 16));
+      const int64_t step = min_of(kLimit, round_up(div_up(total, count), 16 * M::depth));
       for (int64_t k = 0; k < total;) {
         open(0, 0);
         for (const int64_t end = min_of(total, k + step); k < end;) {

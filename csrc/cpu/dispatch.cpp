@@ -5,6 +5,12 @@
 #include <stdexcept>
 #include <string>
 
+#ifdef CELLOPS_WITH_AMX
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "../cellops.h"
 
 namespace cellops {
@@ -36,6 +42,11 @@ struct Table {
 #define CELLOPS_TABLE_ISA avx512_bf16
 #include "table.inc"
 #endif
+#ifdef CELLOPS_WITH_AMX
+namespace avx512_bf16 {
+bool uses_tiles = false;
+}
+#endif
 #ifdef CELLOPS_VARIANT_neon
 #define CELLOPS_TABLE_ISA neon
 #include "table.inc"
@@ -57,6 +68,27 @@ bool has_avx512() {
 bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 #endif
 
+#ifdef CELLOPS_WITH_AMX
+// Linux keeps the tiles' 8 KiB for a thread only where the process has asked for it.
+constexpr int kAskWhatThereIs = 0x1021, kAskFor = 0x1023, kTileData = 18;
+
+bool has_amx_bf16() {
+  unsigned a, b, c, d;
+  constexpr unsigned kBfloat16 = 1u << 22, kTiles = 1u << 24;
+  if (!has_avx512_bf16() || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || ~d & (kBfloat16 | kTiles)) return false;
+  uint64_t there_is = 0;
+  return syscall(SYS_arch_prctl, kAskWhatThereIs, &there_is) == 0 && there_is >> kTileData & 1;
+}
+
+// avx512_bf16, with products of bfloat16 in tiles.
+Table amx_bf16_table() {
+  Table table = avx512_bf16::table(has_amx_bf16());
+  table.isa = "amx_bf16";
+  return table;
+}
+bool allow_tiles() { return syscall(SYS_arch_prctl, kAskFor, kTileData) == 0; }
+#endif
+
 // Best last.
 const Table kTables[] = {
 #ifdef CELLOPS_VARIANT_baseline
@@ -71,11 +103,23 @@ const Table kTables[] = {
 #ifdef CELLOPS_VARIANT_avx512_bf16
     avx512_bf16::table(has_avx512_bf16()),
 #endif
+#ifdef CELLOPS_WITH_AMX
+    amx_bf16_table(),
+#endif
 #ifdef CELLOPS_VARIANT_neon
     neon::table(true),
 #endif
 };
 constexpr int kTableCount = int(sizeof(kTables) / sizeof(kTables[0]));
+
+// Whether the CPU has the table's instruction set and the system lets this process use it.
+bool start(const Table& table) {
+  if (!table.supported) return false;
+#ifdef CELLOPS_WITH_AMX
+  if (std::strcmp(table.isa, "amx_bf16") == 0) return avx512_bf16::uses_tiles = allow_tiles();
+#endif
+  return true;
+}
 
 const Table& choose() {
   const char* wanted = std::getenv("CELLOPS_ISA");
@@ -83,9 +127,9 @@ const Table& choose() {
   for (int i = kTableCount - 1; i >= 0; --i) {
     const Table& table = kTables[i];
     if (!wanted || !*wanted) {
-      if (table.supported) return table;
+      if (start(table)) return table;
     } else if (std::strcmp(wanted, table.isa) == 0) {
-      if (table.supported) return table;
+      if (start(table)) return table;
       throw std::runtime_error("CELLOPS_ISA=" + std::string(wanted) + ": this CPU does not have that instruction set");
     }
     names += std::string(names.empty() ? "" : ", ") + table.isa;
