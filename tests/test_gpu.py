@@ -162,6 +162,7 @@ def test_a_network_trains_under_autocast_with_a_scaler() -> None:
     network = nn.Sequential(
         nn.Conv2d(3, 16, 3, padding=1),
         cellops.FReLU(16),
+        cellops.DepthwiseConv2d(16),
         cellops.DeformConv2dPack(16, 16, 3, padding=1),
         cellops.SqueezeExcite(16, rd_channels=4),
         cellops.GroupConv1x1(16, 32, 4, shuffle=True),
@@ -338,8 +339,8 @@ EXTRA = {("deform_conv2d", False): 0.6, ("deform_conv2d", True): 0.6, ("offset_s
 """Most memory above inputs, output and gradients, in tensors of the input's size, forward and backward in bfloat16.
 
 Half types have float32 sums of the input's gradient beside it: for images of 4 MiB at a time in `deform_conv2d`, for
-the whole tensor in `offset_sample2d` (2.0). FReLU writes the convolution's gradient in float32 (2.0). In deterministic
-mode the CUDA kernels' sums are integers of 64 bits (4.0).
+the whole tensor in `offset_sample2d` (2.0). `frelu` and `depthwise_conv2d` write the convolution's gradient in float32
+(2.0). In deterministic mode the CUDA kernels' sums are integers of 64 bits (4.0).
 """
 
 

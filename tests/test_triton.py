@@ -16,7 +16,9 @@ from conftest import INTERPRETER_ERROR
 from torch import Tensor
 
 from cellops import _backend
+from cellops.ops.depthwise_conv2d import depthwise_conv2d
 from cellops.ops.frelu import frelu_batch_norm
+from cellops.reference._activation import ACTIVATIONS
 from cellops.reference.frelu import frelu_batch_norm as reference_frelu_batch_norm
 from cellops.testing import Case, assert_close_to_reference, cases, forward_and_gradients, to_dtype
 from cellops.testing._compile_kernels import LIMITS
@@ -215,6 +217,20 @@ def test_statistics_far_from_zero() -> None:
     torch.testing.assert_close(variance.double(), wanted_variance, rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
+def test_activations_at_kinks_and_far_out(activation: str) -> None:
+    """Values and slopes are the reference's, NaN, -inf and both kinks of relu6 and hardswish among them."""
+    finite = [-1e30, -100.0, -10.0, -3.0, -1e-3, 0.0, 0.5, 3.0, 6.0, 90.0, 1e30]
+    points = torch.tensor([-torch.inf, *finite, torch.nan], device=DEVICE)
+    arguments = {"input": points.reshape(1, 1, 1, -1), "weight": torch.ones(1, 1, 1, 1, device=DEVICE)}
+    found, wanted = (
+        forward_and_gradients(functools.partial(depthwise_conv2d, activation=activation, backend=backend), arguments)
+        for backend in ("triton", "reference")
+    )
+    for name in ("output", "input"):
+        torch.testing.assert_close(found[name], wanted[name], rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
 # Configurations
 
 
@@ -226,6 +242,7 @@ def test_statistics_far_from_zero() -> None:
         ("deform_conv2d", "depthwise"),
         ("offset_sample2d", "offset_interleaved"),
         ("frelu", "frelu_basic"),
+        ("depthwise_conv2d_batch_norm", "depthwise_bn_silu"),
         ("eca", "eca_basic"),
         ("group_conv1x1", "group_conv1x1_basic"),
         ("spatial_attention", "spatial_pool3"),

@@ -130,6 +130,8 @@ def arguments_of(op: str, input: Tensor) -> dict[str, Any]:
         return {"input": input, "weight": empty(1, channels, 3, 3), "bias": None, "mode": "conv"}
     if op.startswith("frelu"):
         more = {"weight": empty(channels, 1, 3, 3)}
+    elif op.startswith("depthwise_conv2d"):
+        more = {"weight": empty(channels, 1, 3, 3), "activation": "silu"}
     else:
         more = {"weight": empty(channels, 4, 1, 1), "groups": channels // 4, "activation": "relu", "shuffle": True}
     if op.endswith("batch_norm"):

@@ -26,7 +26,7 @@ def others(op: str) -> dict[str, tuple[Peer, bool]]:
     """Further peers by name, and whether their answer is the op's; that torchvision is missing is seen when it runs."""
     if op == "deform_conv2d":
         return {"torchvision": (_torchvision, True), "dense": (_dense, False)}
-    if op.startswith("frelu"):
+    if op.startswith(("frelu", "depthwise_conv2d")):
         return {"depthwise conv": (_depthwise, False)}
     if op.startswith("group_conv1x1"):
         return {"grouped conv": (_grouped, False)}
@@ -87,16 +87,26 @@ def _normalized(z: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float
     return F.batch_norm(z, zeros, zeros + 1, gamma, beta, eps=0.0)
 
 
-def _frelu(
+def _depthwise_normalized(
     *, input: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor | None, eps: float | None = None
 ) -> Tensor:
-    return torch.maximum(input, _normalized(_depthwise(input=input, weight=weight), scale, shift, eps))
+    return _normalized(_depthwise(input=input, weight=weight), scale, shift, eps)
 
 
-def _frelu_batch_norm(
-    *, input: Tensor, weight: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float
-) -> Tensor:
-    return _frelu(input=input, weight=weight, scale=gamma, shift=beta, eps=eps)
+def _frelu(*, input: Tensor, **arguments: Any) -> Tensor:
+    return torch.maximum(input, _depthwise_normalized(input=input, **arguments))
+
+
+def _frelu_batch_norm(*, gamma: Tensor | None, beta: Tensor | None, **arguments: Any) -> Tensor:
+    return _frelu(scale=gamma, shift=beta, **arguments)
+
+
+def _depthwise_conv2d(*, activation: str, **arguments: Any) -> Tensor:
+    return _ACTIVATIONS[activation](_depthwise_normalized(**arguments))
+
+
+def _depthwise_conv2d_batch_norm(*, gamma: Tensor | None, beta: Tensor | None, **arguments: Any) -> Tensor:
+    return _depthwise_conv2d(scale=gamma, shift=beta, **arguments)
 
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -163,6 +173,8 @@ _EAGER: dict[str, Peer] = {
     "offset_sample2d": _grid_sample,
     "frelu": _frelu,
     "frelu_batch_norm": _frelu_batch_norm,
+    "depthwise_conv2d": _depthwise_conv2d,
+    "depthwise_conv2d_batch_norm": _depthwise_conv2d_batch_norm,
     "squeeze_excite": _squeeze_excite,
     "eca": _eca,
     "spatial_attention": _spatial_attention,

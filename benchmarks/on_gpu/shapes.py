@@ -19,12 +19,13 @@ OPS = (
     "deform_conv2d",
     "offset_sample2d",
     "frelu",
+    "depthwise_conv2d",
     "squeeze_excite",
     "eca",
     "spatial_attention",
     "group_conv1x1",
 )
-TRAINED_AS = {"frelu": "frelu_batch_norm", "group_conv1x1": "group_conv1x1_batch_norm"}
+TRAINED_AS = {op: f"{op}_batch_norm" for op in ("frelu", "depthwise_conv2d", "group_conv1x1")}
 """Ops whose module has another op in training, with the statistics of the batch."""
 
 BATCHED = ("input", "offset", "mask")

@@ -22,6 +22,8 @@ PARTS = {
     "offset_sample2d": "offset_sample2d-",
     "frelu": "frelu-",
     "frelu_batch_norm": "frelu_batch_norm-",
+    "depthwise_conv2d": "depthwise_conv2d-",
+    "depthwise_conv2d_batch_norm": "depthwise_conv2d_batch_norm-",
     "squeeze_excite": "squeeze_excite-",
     "eca": "eca-",
     "group_conv1x1": "group_conv1x1-",

@@ -16,6 +16,7 @@ Value = Callable[[Results], "float | None"]
 MEMORY_BOUND = {  # percent of the copy bandwidth in evaluation
     "offset_sample2d": 80,
     "frelu": 85,
+    "depthwise_conv2d": 85,
     "squeeze_excite": 80,
     "eca": 80,
     "spatial_attention": 60,

@@ -34,8 +34,8 @@ def depthwise_conv2d(
         scale: [C], times the convolution, or None for 1. Like `shift`, float32 beside a half input too.
         shift: [C], added after that, or None for 0.
         activation: "none", "relu", "relu6", "gelu" (with the error function), "silu" or "hardswish".
-        backend: "cpu" or "reference", which then runs forward and backward or raises; there is no GPU kernel, a GPU
-            takes the reference. None takes the best. Second derivatives and forward-mode AD go through the reference.
+        backend: "cpu", "triton" or "reference", which then runs forward and backward or raises. None takes the best.
+            Second derivatives and forward-mode AD go through the reference.
 
     Returns:
         [N, C, H, W] of the input's dtype.

@@ -8,41 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from cellops.triton._activation import activated, slope
 from cellops.triton._numerics import dot, narrow
-
-
-@triton.jit
-def _activated(x, ACTIVATION: tl.constexpr):
-    if ACTIVATION == "relu":
-        return tl.where(x <= 0, 0.0, x)  # NaN stays, as in the others
-    elif ACTIVATION == "relu6":
-        return tl.where(x <= 0, 0.0, tl.where(x >= 6, 6.0, x))
-    elif ACTIVATION == "gelu":
-        return x * 0.5 * (1 + tl.erf(x * 0.7071067811865476))
-    elif ACTIVATION == "silu":
-        return x * tl.sigmoid(x)
-    elif ACTIVATION == "hardswish":
-        return x * tl.where(x <= -3, 0.0, tl.where(x >= 3, 6.0, x + 3)) / 6
-    else:
-        return x
-
-
-@triton.jit
-def _slope(x, ACTIVATION: tl.constexpr):
-    """The activation's derivative; at the kinks PyTorch's."""
-    if ACTIVATION == "relu":
-        return tl.where(x <= 0, 0.0, 1.0)
-    elif ACTIVATION == "relu6":
-        return tl.where((x <= 0) | (x >= 6), 0.0, 1.0)
-    elif ACTIVATION == "gelu":
-        return 0.5 * (1 + tl.erf(x * 0.7071067811865476)) + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
-    elif ACTIVATION == "silu":
-        sigmoid = tl.sigmoid(x)
-        return sigmoid * (1 + x * (1 - sigmoid))
-    elif ACTIVATION == "hardswish":
-        return tl.where(x <= -3, 0.0, tl.where(x < 3, x / 3 + 0.5, 1.0))
-    else:
-        return tl.full(x.shape, 1.0, tl.float32)
 
 
 @triton.jit
@@ -123,7 +90,7 @@ def _grad_of_affine(
     element = _elements(out_place, _shuffled(out, groups, group_out, SHUFFLE), out_channel_stride)
     valid = exists[:, None] & known[None, :]
     grad = tl.load(grad_output + element, valid, 0.0).to(tl.float32)
-    return tl.where(valid, grad * _slope(before, ACTIVATION), 0.0)
+    return tl.where(valid, grad * slope(before, ACTIVATION), 0.0)
 
 
 @triton.jit
@@ -188,7 +155,7 @@ def group_conv1x1_forward_kernel(
     normalized = (z - _row(mean, out, known, 0.0)) * _row(inverse, out, known, 1.0)
     before = normalized * _row(gamma, out, known, 1.0) + _row(beta, out, known, 0.0)
     element = _elements(out_place, _shuffled(out, groups, group_out, SHUFFLE), out_channel_stride)
-    y = narrow(_activated(before, ACTIVATION), output.dtype.element_ty)
+    y = narrow(activated(before, ACTIVATION), output.dtype.element_ty)
     tl.store(output + element, y, exists[:, None] & known[None, :])
 
 

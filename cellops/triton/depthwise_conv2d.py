@@ -1,0 +1,67 @@
+"""Depthwise convolution with what follows it, in Triton: y = act(gamma * n + beta), n = (z - mean) / deviation.
+
+z = dwconv(x, weight). The kernels are FReLU's, in `_depthwise.py`, with another activation.
+
+Passes over the tensor in memory, for a tensor of B bytes (bound on an H200: passes * B / 4.3 TB/s; each element takes
+2 * k * k operations, far below what the bytes take):
+    forward                     2: read x, write y; that is the floor
+    training forward            3: read x for the statistics, then the same; the floor for a tensor beyond the cache
+    backward                    3 of B and 2 of float32: x and grad_output for the convolution's gradient, which is
+                                written in float32; that for the input's, which is written
+    backward with statistics    2 more, for the sums that the statistics' gradients need (without: for scale and shift)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from cellops.triton import _depthwise
+
+
+def depthwise_conv2d_forward_triton(
+    input: Tensor,
+    weight: Tensor,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    activation: str = "none",
+) -> Tensor:
+    """[N, C, H, W]; arguments as in `cellops.depthwise_conv2d`."""
+    return _depthwise.forward(input, weight, scale, shift, activation)
+
+
+def depthwise_conv2d_batch_norm_forward_triton(
+    input: Tensor, weight: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, activation: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """[N, C, H, W], mean and biased variance; arguments as in `depthwise_conv2d_batch_norm`."""
+    return _depthwise.batch_norm_forward(input, weight, gamma, beta, eps, activation)
+
+
+def depthwise_conv2d_backward_triton(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    activation: str,
+    wanted: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """Gradients to the tensors of `depthwise_conv2d`."""
+    return _depthwise.backward(grad_output, input, weight, scale, shift, activation, wanted)
+
+
+def depthwise_conv2d_batch_norm_backward_triton(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    activation: str,
+    wanted: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """Gradients to the tensors of `depthwise_conv2d_batch_norm`, through the statistics too."""
+    return _depthwise.batch_norm_backward(grad_output, input, weight, gamma, beta, mean, var, eps, activation)
