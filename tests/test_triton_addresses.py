@@ -1,10 +1,12 @@
 """Where tensors have 2^31 elements and more, no kernel leaves them: a few programs run without memory behind it.
 
-Loads give zeros. A product of 32-bit integers that wraps around shows as an address outside the tensor.
+Loads give zeros. A product of 32-bit integers that wraps around shows as an address outside the tensor. And no grid is
+larger than a GPU takes, which needs no program to run.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from math import prod
 from typing import Any
@@ -16,6 +18,7 @@ from conftest import INTERPRETER_ERROR
 from torch import Tensor
 
 from cellops import _backend
+from cellops.testing import cases, forward_and_gradients
 from cellops.testing._compile_kernels import call_launchers
 
 pytestmark = [
@@ -23,6 +26,10 @@ pytestmark = [
     pytest.mark.skipif(INTERPRETER_ERROR is not None, reason=str(INTERPRETER_ERROR)),
     pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is not used beside a GPU"),
 ]
+
+TRITON_OPS = [op for op, backends in _backend.OPS.items() if "triton" in backends]
+CALLS = [(op, False) for op in TRITON_OPS] + [(op, True) for op in ("deform_conv2d", "offset_sample2d")]
+"""Each op, and without atomics those that have them."""
 
 REGION = 1 << 44  # addresses between two tensors
 
@@ -139,16 +146,18 @@ def arguments_of(op: str, input: Tensor) -> dict[str, Any]:
     return {"input": input, **more, "scale": None, "shift": None}
 
 
+def in_format(arguments: dict[str, Any], memory_format: torch.memory_format) -> dict[str, Any]:
+    return {
+        name: value.contiguous(memory_format=memory_format) if isinstance(value, Tensor) and value.dim() == 4 else value
+        for name, value in arguments.items()
+    }
+
+
 def check(op: str, arguments: dict[str, Any], deterministic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     from cellops.triton._launch import Limits, noted_launches
 
     for memory_format in (torch.contiguous_format, torch.channels_last):
-        given = {
-            name: value.contiguous(memory_format=memory_format)
-            if isinstance(value, Tensor) and value.dim() == 4
-            else value
-            for name, value in arguments.items()
-        }
+        given = in_format(arguments, memory_format)
         # Many programs, so that each has little to do; but these go through the sums of all parts.
         multiprocessors = 50 if op in ("eca", "squeeze_excite") else 1 << 20
         with noted_launches(Limits(multiprocessors, 232448)) as launches:
@@ -166,7 +175,7 @@ MANY = 2**31 // (8 * 63) + 1
 def rows() -> list[Any]:
     """Each op with one image of 2^31 elements and with as many in a batch: the images that tell most are slow alone."""
     found = []
-    for op in (op for op, backends in _backend.OPS.items() if "triton" in backends):
+    for op in TRITON_OPS:
         for name, shape in (("image", (1, 8, SIDE, SIDE)), ("batch", (MANY, 8, 7, 9))):
             told = name == "image" and op in ("deform_conv2d", "offset_sample2d", "frelu", "group_conv1x1")
             marks = pytest.mark.slow if told else pytest.mark.exhaustive
@@ -182,7 +191,7 @@ def test_no_program_leaves_the_tensors(op: str, shape: tuple[int, ...], monkeypa
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("op", ["deform_conv2d", "offset_sample2d"])
 def test_no_program_leaves_the_tensors_without_atomics(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few pixels, since each of these programs takes all of an image's, and as many channels as a grid may have."""
+    """Few pixels, since each of these programs takes all of an image's, and as many channels as one axis may have."""
     check(op, arguments_of(op, empty(1, 65532, 182, 182)), True, monkeypatch)
 
 
@@ -190,6 +199,97 @@ def test_no_program_leaves_the_tensors_without_atomics(op: str, monkeypatch: pyt
 def test_two_maps_have_twice_as_many_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = arguments_of("spatial_attention", empty(1, 1, 2**15, 2**15 + 2))
     check("spatial_attention", arguments | {"weight": empty(1, 2, 3, 3), "mode": "pool"}, False, monkeypatch)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("op", "deterministic"), CALLS)
+def test_no_program_of_a_turned_grid_leaves_the_tensors(
+    op: str, deterministic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check(op, arguments_of(op, empty(1, 4 * 65540, 3, 5)), deterministic, monkeypatch)
+
+
+def launches_of(op: str, arguments: dict[str, Any], deterministic: bool) -> list[Any]:
+    """In both memory formats."""
+    from cellops.triton._launch import noted_launches
+
+    with noted_launches() as launches:
+        for memory_format in (torch.contiguous_format, torch.channels_last):
+            call_launchers(op, in_format(arguments, memory_format), deterministic)
+    return launches
+
+
+def wide_calls(op: str) -> list[dict[str, Any]]:
+    """Calls with more blocks of channels than the second axis of a grid has programs, one also with as many images."""
+    found = [
+        arguments_of(op, empty(*shape)) for shape in ((1, 1 << 25, 1, 1), (1, 1 << 18, 32, 32), (70_000, 1 << 18, 1, 1))
+    ]
+    if op == "deform_conv2d":
+        dense = arguments_of(op, empty(1, 8192, 1, 1)) | {"weight": empty(8192, 8192, 3, 3), "bias": None}
+        own = {"offset": empty(1, 18 << 16, 1, 1), "mask": empty(1, 9 << 16, 1, 1)}
+        depthwise = arguments_of(op, empty(1, 1 << 18, 1, 1)) | own | {"weight": empty(1 << 18, 1, 3, 3), "bias": None}
+        found += [dense, depthwise]
+    return found
+
+
+@pytest.mark.parametrize("op", TRITON_OPS)
+def test_no_grid_is_larger_than_a_gpu_takes(op: str) -> None:
+    launches = [
+        launch
+        for arguments in wide_calls(op)
+        for deterministic in (False, True)
+        for launch in launches_of(op, arguments, deterministic)
+    ]
+    grids = {launch.kernel.__name__: [] for launch in launches}
+    for launch in launches:
+        assert all(0 < programs <= most for programs, most in zip(launch.grid, (2**31 - 1, 65535), strict=False))
+        grids[launch.kernel.__name__].append(launch)
+    for name, found in grids.items():
+        if "AXIS" in found[0].constants:
+            assert any(launch.constants["AXIS"] == 1 for launch in found), f"{name} is not asked for so many programs"
+
+
+@pytest.mark.parametrize(("op", "deterministic"), CALLS)
+def test_turned_grids_give_the_same(op: str, deterministic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the kernels do where blocks of channels are on the first axis, here with few of them."""
+    from cellops.triton import _launch
+
+    one_by_one = op.startswith(("deform_conv2d", "offset_sample2d", "group_conv1x1"))  # channels, or groups of four
+    few = arguments_of(op, empty(2, 16 if one_by_one else 72, 5, 9))
+    grids: dict[str, set[tuple[int, ...]]] = {}
+    for launch in launches_of(op, few, deterministic):
+        grids.setdefault(launch.kernel.__name__, set()).add(launch.grid)
+    assert all(
+        any(grid != grid[::-1] for grid in of_kernel) for of_kernel in grids.values() if len(min(of_kernel)) == 2
+    )
+    generator = torch.Generator().manual_seed(0)
+    drawn = {
+        name: torch.randn(value.shape, generator=generator) if isinstance(value, Tensor) else value
+        for name, value in few.items()
+    }
+    torch.use_deterministic_algorithms(deterministic)
+    call = functools.partial(forward_and_gradients, functools.partial(cases(op)[0].function, backend="triton"))
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        given = in_format(drawn, memory_format)
+        wanted = call(given)
+        with monkeypatch.context() as patch:
+            patch.setattr(_launch, "_turned", lambda grid: (grid[::-1], 1))
+            found = call(given)
+        for name, tensor in found.items():  # atomics add in the order of the programs
+            torch.testing.assert_close(tensor, wanted[name], rtol=1e-5, atol=1e-5 if not deterministic else 0, msg=name)
+
+
+def test_a_grid_that_no_gpu_takes_is_refused() -> None:
+    from cellops.triton._launch import launch, noted_launches
+    from cellops.triton.eca import eca_scale_kernel
+
+    with (
+        noted_launches(),
+        pytest.raises(RuntimeError, match="eca_scale_kernel would need 70001 x 70000 programs, more"),
+    ):
+        launch(eca_scale_kernel, (70_000, 70_001))
+    with noted_launches(), pytest.raises(RuntimeError, match=f"eca_scale_kernel would need {2**31} x 1 programs, more"):
+        launch(eca_scale_kernel, (2**31, 1))
 
 
 def test_addresses_outside_are_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,13 +37,14 @@ def channel_sums_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
     WIDE: tl.constexpr,
+    AXIS: tl.constexpr,
 ):
     """sums[n, part, c] = sum over the part's pixels of input[n, c, p]; products of grad_output * input."""
-    index = tl.program_id(0)
+    index = tl.program_id(AXIS)
     image, part = index // parts, index % parts
     if WIDE:
         part = part.to(tl.int64)
-    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    channel = tl.program_id(1 - AXIS) * BLOCK_C + tl.arange(0, BLOCK_C)
     base = image.to(tl.int64) * channels * pixels
     sum_of_inputs = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
     sum_of_products = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
@@ -74,12 +75,13 @@ def scale_channels_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
     WIDE: tl.constexpr,
+    AXIS: tl.constexpr,
 ):
     """output[n, c, p] = input[n, c, p] * factor[n, c] + addend[n, c]."""
     blocks = tl.cdiv(pixels, BLOCK_P)
-    image = (tl.program_id(0) // blocks).to(tl.int64)
-    pixel = tl.program_id(0) % blocks * BLOCK_P + tl.arange(0, BLOCK_P)
-    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    image = (tl.program_id(AXIS) // blocks).to(tl.int64)
+    pixel = tl.program_id(AXIS) % blocks * BLOCK_P + tl.arange(0, BLOCK_P)
+    channel = tl.program_id(1 - AXIS) * BLOCK_C + tl.arange(0, BLOCK_C)
     base = image * channels * pixels
     element = _elements(channel, pixel, channel_stride, pixel_stride, WIDE)
     valid = (channel < channels)[:, None] & (pixel < pixels)[None, :]

@@ -97,6 +97,7 @@ def deform_conv2d_backward_data_kernel(
     DEPTHWISE: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
+    AXIS: tl.constexpr,
 ):
     """Gradients to offset, mask and input of one tap of one offset group at BLOCK_P output pixels.
 
@@ -106,10 +107,10 @@ def deform_conv2d_backward_data_kernel(
         grad_input at corner k += mask * w_k * grad_column, by float32 additions in memory
     """
     TAPS: tl.constexpr = CONV[0] * CONV[1]
-    index = tl.program_id(0).to(tl.int64 if WIDE else tl.int32) * BLOCK_P + tl.arange(0, BLOCK_P)
+    index = tl.program_id(AXIS).to(tl.int64 if WIDE else tl.int32) * BLOCK_P + tl.arange(0, BLOCK_P)
     exists = index < count
     image, pixel, row, column = output_pixels(index, out_height, out_width, WIDE)
-    tap, offset_group = tl.program_id(1) % TAPS, tl.program_id(1) // TAPS
+    tap, offset_group = tl.program_id(1 - AXIS) % TAPS, tl.program_id(1 - AXIS) // TAPS
     offset_base = image * offset_image_stride + pixel * offset_pixel_stride
     mask_base = image * mask_image_stride + pixel * mask_pixel_stride
     input_base = image * image_elements
@@ -243,6 +244,7 @@ def deform_conv2d_backward_input_kernel(
     DEPTHWISE: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
+    AXIS: tl.constexpr,
 ):
     """The input's gradient without atomics: a program owns BLOCK_Q input pixels and takes the samples in a fixed order.
 
@@ -254,16 +256,16 @@ def deform_conv2d_backward_input_kernel(
     """
     TAPS: tl.constexpr = CONV[0] * CONV[1]
     tiles = tl.cdiv(height * width, BLOCK_Q)
-    image = tl.program_id(0) // tiles
-    own = tl.program_id(0) % tiles * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    image = tl.program_id(AXIS) // tiles
+    own = tl.program_id(AXIS) % tiles * BLOCK_Q + tl.arange(0, BLOCK_Q)
     own_row, own_column = own // width, own % width
-    first_row = tl.program_id(0) % tiles * BLOCK_Q // width
-    last_row = (tl.program_id(0) % tiles * BLOCK_Q + BLOCK_Q - 1) // width
+    first_row = tl.program_id(AXIS) % tiles * BLOCK_Q // width
+    last_row = (tl.program_id(AXIS) % tiles * BLOCK_Q + BLOCK_Q - 1) // width
     if WIDE:
         image, own = image.to(tl.int64), own.to(tl.int64)
-    within = tl.program_id(1) % BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)
+    within = tl.program_id(1 - AXIS) % BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)
     known = within < segment
-    first = tl.program_id(1) // BLOCKS * segment
+    first = tl.program_id(1 - AXIS) // BLOCKS * segment
     channel = first + within
     offset_group, group = first // offset_channels, first // group_in
     group_channel = channel if DEPTHWISE else channel - group * group_in
@@ -351,13 +353,14 @@ def deform_conv2d_backward_weight_kernel(
     DEPTHWISE: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
+    AXIS: tl.constexpr,
 ):
     """Gradients of BLOCK_O x BLOCK_C weights of one tap over a part of the pixels; parts are added in their order."""
     TAPS: tl.constexpr = CONV[0] * CONV[1]
-    tap = tl.program_id(1) % TAPS
+    tap = tl.program_id(1 - AXIS) % TAPS
     out_blocks = group_out if DEPTHWISE else tl.cdiv(group_out, BLOCK_O)
-    out_block = tl.program_id(1) // TAPS % out_blocks
-    block = tl.program_id(1) // TAPS // out_blocks
+    out_block = tl.program_id(1 - AXIS) // TAPS % out_blocks
+    block = tl.program_id(1 - AXIS) // TAPS // out_blocks
     within = block % BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)
     known = within < segment
     first = block // BLOCKS * segment
@@ -372,7 +375,7 @@ def deform_conv2d_backward_weight_kernel(
         out += group * group_out
         sum = tl.zeros([BLOCK_O, BLOCK_C], tl.float32)
 
-    start = tl.program_id(0).to(tl.int64 if WIDE else tl.int32) * part_pixels
+    start = tl.program_id(AXIS).to(tl.int64 if WIDE else tl.int32) * part_pixels
     for step in range(0, part_pixels, BLOCK_P):
         index = start + step + tl.arange(0, BLOCK_P)
         exists = index < count
@@ -413,8 +416,8 @@ def deform_conv2d_backward_weight_kernel(
             sum = dot(grad, columns, sum, PRECISION)
 
     if DEPTHWISE:
-        tl.store(grad_weights + (tl.program_id(0) * out_channels + out) * TAPS + tap, sum, known)
+        tl.store(grad_weights + (tl.program_id(AXIS) * out_channels + out) * TAPS + tap, sum, known)
     else:
-        element = ((tl.program_id(0) * out_channels + out[:, None]) * TAPS + tap) * group_in
+        element = ((tl.program_id(AXIS) * out_channels + out[:, None]) * TAPS + tap) * group_in
         element += (channel - group * group_in)[None, :]
         tl.store(grad_weights + element, sum, out_known[:, None] & known[None, :])

@@ -52,13 +52,14 @@ def deform_conv2d_forward_kernel(
     BLOCK_C: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
+    AXIS: tl.constexpr,
 ):
-    index = tl.program_id(0).to(tl.int64 if WIDE else tl.int32) * BLOCK_P + tl.arange(0, BLOCK_P)
+    index = tl.program_id(AXIS).to(tl.int64 if WIDE else tl.int32) * BLOCK_P + tl.arange(0, BLOCK_P)
     exists = index < count
     image, pixel, row, column = output_pixels(index, out_height, out_width, WIDE)
     out_blocks = tl.cdiv(group_out, BLOCK_O)
-    group = tl.program_id(1) // out_blocks
-    out = tl.program_id(1) % out_blocks * BLOCK_O + tl.arange(0, BLOCK_O)
+    group = tl.program_id(1 - AXIS) // out_blocks
+    out = tl.program_id(1 - AXIS) % out_blocks * BLOCK_O + tl.arange(0, BLOCK_O)
     out_known = out < group_out
     out += group * group_out
     offset_base = image * offset_image_stride + pixel * offset_pixel_stride
@@ -142,14 +143,15 @@ def deform_conv2d_depthwise_forward_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_O: tl.constexpr,
     WIDE: tl.constexpr,
+    AXIS: tl.constexpr,
 ):
     """Each output channel sums the taps of one input channel: nothing to multiply as matrices."""
-    index = tl.program_id(0).to(tl.int64 if WIDE else tl.int32) * BLOCK_P + tl.arange(0, BLOCK_P)
+    index = tl.program_id(AXIS).to(tl.int64 if WIDE else tl.int32) * BLOCK_P + tl.arange(0, BLOCK_P)
     exists = index < count
     image, pixel, row, column = output_pixels(index, out_height, out_width, WIDE)
     out_blocks = tl.cdiv(segment * group_out, BLOCK_O)
-    offset_group = tl.program_id(1) // out_blocks
-    out = tl.program_id(1) % out_blocks * BLOCK_O + tl.arange(0, BLOCK_O)
+    offset_group = tl.program_id(1 - AXIS) // out_blocks
+    out = tl.program_id(1 - AXIS) % out_blocks * BLOCK_O + tl.arange(0, BLOCK_O)
     known = out < segment * group_out
     out += offset_group * segment * group_out
     offset_base = image * offset_image_stride + pixel * offset_pixel_stride

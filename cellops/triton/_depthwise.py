@@ -85,10 +85,11 @@ def depthwise_forward_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
     WIDE: tl.constexpr,
+    AXIS: tl.constexpr,
 ):
     """output = act(gamma * (dwconv(x) - mean) * inverse + beta)."""
-    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    index = tl.program_id(0).to(tl.int64 if WIDE else tl.int32) * BLOCK_P + tl.arange(0, BLOCK_P)
+    channel = tl.program_id(1 - AXIS) * BLOCK_C + tl.arange(0, BLOCK_C)
+    index = tl.program_id(AXIS).to(tl.int64 if WIDE else tl.int32) * BLOCK_P + tl.arange(0, BLOCK_P)
     exists, pixel, offset = pixel_elements(index, count, image_pixels, image_elements, pixel_stride, WIDE)
     element = tile_elements(channel, offset, channel_stride)
     known = channel < channels
@@ -123,14 +124,15 @@ def depthwise_statistics_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
     WIDE: tl.constexpr,
+    AXIS: tl.constexpr,
 ):
     """Mean and squared distances of the convolution over a part of the pixels, tile by tile (Chan et al. 1979)."""
-    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    channel = tl.program_id(1 - AXIS) * BLOCK_C + tl.arange(0, BLOCK_C)
     known = channel < channels
     mean = tl.zeros([BLOCK_C], tl.float32)
     square = tl.zeros([BLOCK_C], tl.float32)
     seen = 0.0
-    first = tl.program_id(0).to(tl.int64 if WIDE else tl.int32) * part_pixels
+    first = tl.program_id(AXIS).to(tl.int64 if WIDE else tl.int32) * part_pixels
     for start in range(0, part_pixels, BLOCK_P):
         index = first + start + tl.arange(0, BLOCK_P)
         exists, pixel, offset = pixel_elements(index, count, image_pixels, image_elements, pixel_stride, WIDE)
@@ -145,7 +147,7 @@ def depthwise_statistics_kernel(
         square += tl.sum(distance * distance, 1) + apart * apart * seen * share
         mean += apart * share
         seen += size
-    row = tl.program_id(0) * channels + channel
+    row = tl.program_id(AXIS) * channels + channel
     tl.store(means + row, mean, known)
     tl.store(squares + row, square, known)
 
@@ -175,13 +177,14 @@ def depthwise_backward_sums_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
     WIDE: tl.constexpr,
+    AXIS: tl.constexpr,
 ):
     """Gradients to beta and gamma over a part of the pixels."""
-    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    channel = tl.program_id(1 - AXIS) * BLOCK_C + tl.arange(0, BLOCK_C)
     known = channel < channels
     sum = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
     product = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
-    first = tl.program_id(0).to(tl.int64 if WIDE else tl.int32) * part_pixels
+    first = tl.program_id(AXIS).to(tl.int64 if WIDE else tl.int32) * part_pixels
     for start in range(0, part_pixels, BLOCK_P):
         index = first + start + tl.arange(0, BLOCK_P)
         exists, pixel, offset = pixel_elements(index, count, image_pixels, image_elements, pixel_stride, WIDE)
@@ -199,7 +202,7 @@ def depthwise_backward_sums_kernel(
             through = tl.load(grad_output + element, valid, 0.0).to(tl.float32) * slope(before, ACTIVATION)
         sum += tl.where(valid, through, 0.0)
         product += tl.where(valid, through * normalized, 0.0)
-    row = tl.program_id(0) * channels + channel
+    row = tl.program_id(AXIS) * channels + channel
     tl.store(sums + row, tl.sum(sum, 1), known)
     tl.store(products + row, tl.sum(product, 1), known)
 
@@ -232,13 +235,14 @@ def depthwise_backward_convolution_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
     WIDE: tl.constexpr,
+    AXIS: tl.constexpr,
 ):
     """grad_z = (through - grad_beta - normalized * grad_gamma) * gamma * inverse; sums of grad_z * x at each tap."""
-    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    channel = tl.program_id(1 - AXIS) * BLOCK_C + tl.arange(0, BLOCK_C)
     known = channel < channels
     tap_sums = tl.zeros([BLOCK_C, TAPS], tl.float32)
     taps = tl.arange(0, TAPS)[None, :]
-    first = tl.program_id(0).to(tl.int64 if WIDE else tl.int32) * part_pixels
+    first = tl.program_id(AXIS).to(tl.int64 if WIDE else tl.int32) * part_pixels
     for start in range(0, part_pixels, BLOCK_P):
         index = first + start + tl.arange(0, BLOCK_P)
         exists, pixel, offset = pixel_elements(index, count, image_pixels, image_elements, pixel_stride, WIDE)
@@ -265,7 +269,7 @@ def depthwise_backward_convolution_kernel(
             dy, dx = tap // K - K // 2, tap % K - K // 2
             moved = _neighbour(input, element, pixel, valid, dy, dx, height, width, pixel_stride)
             tap_sums += tl.where(taps == tap, tl.sum(grad_z * moved, 1)[:, None], 0.0)
-    row = (tl.program_id(0) * channels + channel)[:, None] * TAPS + taps
+    row = (tl.program_id(AXIS) * channels + channel)[:, None] * TAPS + taps
     tl.store(grad_weights + row, tap_sums, known[:, None] & (taps < TAPS))
 
 
@@ -292,10 +296,11 @@ def depthwise_backward_input_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
     WIDE: tl.constexpr,
+    AXIS: tl.constexpr,
 ):
     """grad_input = dwconv transposed (grad_z, weight), and the gradient of max(x, before) to x itself."""
-    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    index = tl.program_id(0).to(tl.int64 if WIDE else tl.int32) * BLOCK_P + tl.arange(0, BLOCK_P)
+    channel = tl.program_id(1 - AXIS) * BLOCK_C + tl.arange(0, BLOCK_C)
+    index = tl.program_id(AXIS).to(tl.int64 if WIDE else tl.int32) * BLOCK_P + tl.arange(0, BLOCK_P)
     exists, pixel, offset = pixel_elements(index, count, image_pixels, image_elements, pixel_stride, WIDE)
     element = tile_elements(channel, offset, channel_stride)
     known = channel < channels

@@ -140,15 +140,15 @@ def group_conv1x1_forward_kernel(
     count, image_pixels, channels, out_channels, groups, group_in, group_out,
     channel_stride, pixel_stride, out_channel_stride, out_pixel_stride,
     ACTIVATION: tl.constexpr, SHUFFLE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr,
-    BLOCK_C: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_C: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, AXIS: tl.constexpr,
 ):  # fmt: skip
     """output = shuffle(act(gamma * (z - mean) * inverse + beta))."""
-    index = tl.program_id(0).to(tl.int64 if WIDE else tl.int32) * BLOCK_P + tl.arange(0, BLOCK_P)
+    index = tl.program_id(AXIS).to(tl.int64 if WIDE else tl.int32) * BLOCK_P + tl.arange(0, BLOCK_P)
     exists = index < count
     place, out_place = _pixels(index, image_pixels, channels, out_channels, pixel_stride, out_pixel_stride, WIDE)
     out_blocks = tl.cdiv(group_out, BLOCK_O)
-    group = tl.program_id(1) // out_blocks
-    out = tl.program_id(1) % out_blocks * BLOCK_O + tl.arange(0, BLOCK_O)
+    group = tl.program_id(1 - AXIS) // out_blocks
+    out = tl.program_id(1 - AXIS) % out_blocks * BLOCK_O + tl.arange(0, BLOCK_O)
     known = out < group_out
     out += group * group_out
     z = _convolved(input, place, exists, weight, group, out, known, group_in, channel_stride, BLOCK_C, PRECISION)
@@ -168,17 +168,18 @@ def group_conv1x1_statistics_kernel(
     count, image_pixels, channels, out_channels, groups, group_in, group_out,
     channel_stride, pixel_stride, out_channel_stride, out_pixel_stride,
     BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    AXIS: tl.constexpr,
 ):  # fmt: skip
     """Mean and squared distances of z over a part of the pixels, tile by tile (Chan et al. 1979)."""
     out_blocks = tl.cdiv(group_out, BLOCK_O)
-    group = tl.program_id(1) // out_blocks
-    out = tl.program_id(1) % out_blocks * BLOCK_O + tl.arange(0, BLOCK_O)
+    group = tl.program_id(1 - AXIS) // out_blocks
+    out = tl.program_id(1 - AXIS) % out_blocks * BLOCK_O + tl.arange(0, BLOCK_O)
     known = out < group_out
     out += group * group_out
     mean = tl.zeros([BLOCK_O], tl.float32)
     square = tl.zeros([BLOCK_O], tl.float32)
     seen = 0.0
-    first = tl.program_id(0).to(tl.int64 if WIDE else tl.int32) * part_pixels
+    first = tl.program_id(AXIS).to(tl.int64 if WIDE else tl.int32) * part_pixels
     for start in range(0, part_pixels, BLOCK_P):
         index = first + start + tl.arange(0, BLOCK_P)
         exists = index < count
@@ -192,7 +193,7 @@ def group_conv1x1_statistics_kernel(
         square += tl.sum(distance * distance, 0) + apart * apart * seen * share
         mean += apart * share
         seen += size
-    row = tl.program_id(0) * out_channels + out
+    row = tl.program_id(AXIS) * out_channels + out
     tl.store(means + row, mean, known)
     tl.store(squares + row, square, known)
 
@@ -206,17 +207,17 @@ def group_conv1x1_backward_sums_kernel(
     count, image_pixels, channels, out_channels, groups, group_in, group_out,
     channel_stride, pixel_stride, out_channel_stride, out_pixel_stride,
     ACTIVATION: tl.constexpr, SHUFFLE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr,
-    BLOCK_C: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_C: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, AXIS: tl.constexpr,
 ):  # fmt: skip
     """Gradients to beta and gamma over a part of the pixels."""
     out_blocks = tl.cdiv(group_out, BLOCK_O)
-    group = tl.program_id(1) // out_blocks
-    out = tl.program_id(1) % out_blocks * BLOCK_O + tl.arange(0, BLOCK_O)
+    group = tl.program_id(1 - AXIS) // out_blocks
+    out = tl.program_id(1 - AXIS) % out_blocks * BLOCK_O + tl.arange(0, BLOCK_O)
     known = out < group_out
     out += group * group_out
     sum = tl.zeros([BLOCK_O], tl.float32)
     product = tl.zeros([BLOCK_O], tl.float32)
-    first = tl.program_id(0).to(tl.int64 if WIDE else tl.int32) * part_pixels
+    first = tl.program_id(AXIS).to(tl.int64 if WIDE else tl.int32) * part_pixels
     for start in range(0, part_pixels, BLOCK_P):
         index = first + start + tl.arange(0, BLOCK_P)
         exists = index < count
@@ -239,7 +240,7 @@ def group_conv1x1_backward_sums_kernel(
         )
         sum += tl.sum(grad, 0)
         product += tl.sum(tl.where(exists[:, None], grad * normalized, 0.0), 0)
-    row = tl.program_id(0) * out_channels + out
+    row = tl.program_id(AXIS) * out_channels + out
     tl.store(sums + row, sum, known)
     tl.store(products + row, product, known)
 
@@ -252,14 +253,15 @@ def group_conv1x1_backward_input_kernel(
     channel_stride, pixel_stride, out_channel_stride, out_pixel_stride,
     ACTIVATION: tl.constexpr, SHUFFLE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr,
     BLOCK_C: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, GRAD_PRECISION: tl.constexpr,
+    AXIS: tl.constexpr,
 ):  # fmt: skip
     """grad_input[p, c] = sum over o of grad_z[p, o] * weight[o, c]."""
-    index = tl.program_id(0).to(tl.int64 if WIDE else tl.int32) * BLOCK_P + tl.arange(0, BLOCK_P)
+    index = tl.program_id(AXIS).to(tl.int64 if WIDE else tl.int32) * BLOCK_P + tl.arange(0, BLOCK_P)
     exists = index < count
     place, out_place = _pixels(index, image_pixels, channels, out_channels, pixel_stride, out_pixel_stride, WIDE)
     in_blocks = tl.cdiv(group_in, BLOCK_C)
-    group = tl.program_id(1) // in_blocks
-    channel = tl.program_id(1) % in_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    group = tl.program_id(1 - AXIS) // in_blocks
+    channel = tl.program_id(1 - AXIS) % in_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = channel < group_in
     sum = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     for start in range(0, group_out, BLOCK_O):
@@ -307,17 +309,18 @@ def group_conv1x1_backward_weight_kernel(
     channel_stride, pixel_stride, out_channel_stride, out_pixel_stride,
     ACTIVATION: tl.constexpr, SHUFFLE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr,
     BLOCK_C: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, GRAD_PRECISION: tl.constexpr,
+    AXIS: tl.constexpr,
 ):  # fmt: skip
     """grad_weight[o, c] = sum over p of grad_z[p, o] * x[p, c], over a part of the pixels."""
     in_blocks, out_blocks = tl.cdiv(group_in, BLOCK_C), tl.cdiv(group_out, BLOCK_O)
-    group = tl.program_id(1) // (in_blocks * out_blocks)
-    channel = tl.program_id(1) % in_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    group = tl.program_id(1 - AXIS) // (in_blocks * out_blocks)
+    channel = tl.program_id(1 - AXIS) % in_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = channel < group_in
-    out = tl.program_id(1) // in_blocks % out_blocks * BLOCK_O + tl.arange(0, BLOCK_O)
+    out = tl.program_id(1 - AXIS) // in_blocks % out_blocks * BLOCK_O + tl.arange(0, BLOCK_O)
     known = out < group_out
     out += group * group_out
     sum = tl.zeros([BLOCK_O, BLOCK_C], tl.float32)
-    first = tl.program_id(0).to(tl.int64 if WIDE else tl.int32) * part_pixels
+    first = tl.program_id(AXIS).to(tl.int64 if WIDE else tl.int32) * part_pixels
     for start in range(0, part_pixels, BLOCK_P):
         index = first + start + tl.arange(0, BLOCK_P)
         exists = index < count
@@ -351,5 +354,5 @@ def group_conv1x1_backward_weight_kernel(
         element = _elements(place, group * group_in + channel, channel_stride)
         x = tl.load(input + element, exists[:, None] & inside[None, :], 0.0).to(tl.float32)
         sum = dot(tl.trans(grad), x, sum, GRAD_PRECISION)
-    element = (tl.program_id(0) * out_channels + out[:, None]) * group_in + channel[None, :]
+    element = (tl.program_id(AXIS) * out_channels + out[:, None]) * group_in + channel[None, :]
     tl.store(grad_weights + element, sum, known[:, None] & inside[None, :])

@@ -25,6 +25,9 @@ class Limits(NamedTuple):
 
 H200 = Limits(132, 232448)
 
+MOST_PROGRAMS = (2**31 - 1, 65535)
+"""Along each axis of a grid."""
+
 _notes: list[Launch] | None = None
 _limits_of_notes = H200
 
@@ -47,17 +50,37 @@ def launch(
 
     Args:
         kernel: a `triton.jit` function.
-        grid: programs along each axis; only the first may exceed 65535.
+        grid: programs for the pixels, or the images; of two numbers the second for the channels. A kernel of two has a
+            constant AXIS: which axis the first number is on, 1 where the second is too large for that one.
         arguments: its tensors and sizes, in order.
         num_warps, num_stages: Triton's.
         constants: its `tl.constexpr` parameters.
+
+    Raises:
+        RuntimeError: no GPU takes as many programs.
     """
     if 0 in grid:
         return
+    if len(grid) == 2:
+        grid, constants["AXIS"] = _turned(grid)
+    if grid[0] > MOST_PROGRAMS[0] or grid[1:] > MOST_PROGRAMS[1:]:
+        raise RuntimeError(f"{kernel.__name__} would need {' x '.join(map(str, grid))} programs, more than a GPU takes")
     if _notes is not None:
         _notes.append(Launch(kernel, grid, arguments, constants, num_warps, num_stages))
         return
     kernel[grid](*arguments, **constants, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True)
+
+
+def _turned(grid: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
+    """A grid of two numbers as a GPU takes it, and on which axis the first is then."""
+    return (grid[::-1], 1) if grid[1] > MOST_PROGRAMS[1] else (grid, 0)
+
+
+def image_slices(batch: int, programs: int, others: int) -> Iterator[slice]:
+    """Slices of a batch for each of which a GPU takes a grid of (images * programs, others): mostly one of it all."""
+    size = max(MOST_PROGRAMS[others > MOST_PROGRAMS[1]] // programs, 1)
+    for start in range(0, batch, size):
+        yield slice(start, min(start + size, batch))
 
 
 @contextmanager

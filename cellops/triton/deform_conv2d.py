@@ -30,6 +30,7 @@ from cellops.triton._launch import (
     Limits,
     ceil_div,
     dot_precision,
+    image_slices,
     launch,
     limits_of,
     multiprocessors,
@@ -316,22 +317,26 @@ def _grad_input(tensors: tuple[Tensor | None, ...], geometry: _Geometry) -> None
     block_c, block_q = 32, 64  # with eight warps: more of either spills
     block_p = 32 if grad_input.dtype == torch.float32 else 64
     segment_blocks = ceil_div(geometry.segment, block_c)
-    launch(
-        deform_conv2d_backward_input_kernel,
-        (batch * ceil_div(height * width, block_q), geometry.channels // geometry.segment * segment_blocks),
-        *tensors,
-        *_strides(grad_input)[1:],
-        *geometry.sizes,
-        **geometry.constants,
-        BLOCKS=segment_blocks,
-        BLOCK_P=block_p,
-        BLOCK_Q=block_q,
-        BLOCK_O=blocks.o,
-        BLOCK_C=block_c,
-        DEPTHWISE=geometry.depthwise,
-        PRECISION=dot_precision(),
-        num_warps=8,
-    )
+    of_image, of_channels = ceil_div(height * width, block_q), geometry.channels // geometry.segment * segment_blocks
+    for images in image_slices(batch, of_image, of_channels):
+        grad, input, offset, mask, weight, target = tensors
+        parts = (grad[images], input[images], offset[images], _part(mask, images), weight, target[images])
+        launch(
+            deform_conv2d_backward_input_kernel,
+            (parts[0].shape[0] * of_image, of_channels),
+            *parts,
+            *_strides(grad_input)[1:],
+            *geometry.sizes,
+            **geometry.constants,
+            BLOCKS=segment_blocks,
+            BLOCK_P=block_p,
+            BLOCK_Q=block_q,
+            BLOCK_O=blocks.o,
+            BLOCK_C=block_c,
+            DEPTHWISE=geometry.depthwise,
+            PRECISION=dot_precision(),
+            num_warps=8,
+        )
 
 
 def _grad_weight(

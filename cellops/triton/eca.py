@@ -39,13 +39,14 @@ def eca_scale_kernel(
     parts,
     TAPS: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    AXIS: tl.constexpr,
 ):
     """scale[n, c] = sigmoid(sum over taps of weight[tap] * mean[n, c + tap - taps // 2]), 0 beyond the channels.
 
     grad_logits[n, c] = products[n, c] * scale * (1 - scale).
     """
-    image = tl.program_id(0).to(tl.int64)
-    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    image = tl.program_id(AXIS).to(tl.int64)
+    channel = tl.program_id(1 - AXIS) * BLOCK_C + tl.arange(0, BLOCK_C)
     logits = tl.zeros([BLOCK_C], tl.float32)
     for tap in range(TAPS):
         mean = _mean(sums, image, channel + tap - TAPS // 2, channels, pixels, parts, BLOCK_C)
@@ -70,10 +71,11 @@ def eca_backward_kernel(
     TAPS: tl.constexpr,
     WIDTH: tl.constexpr,  # a power of two, no less than TAPS
     BLOCK_C: tl.constexpr,
+    AXIS: tl.constexpr,
 ):
     """grad_mean[n, c] = sum over taps of weight[tap] * grad_logits[n, c - tap + taps // 2]; the weight's gradient."""
-    image = tl.program_id(0).to(tl.int64)
-    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    image = tl.program_id(AXIS).to(tl.int64)
+    channel = tl.program_id(1 - AXIS) * BLOCK_C + tl.arange(0, BLOCK_C)
     known = channel < channels
     grad = tl.load(grad_logits + image * channels + channel, known, 0.0)
     share = tl.zeros([BLOCK_C], tl.float32)
@@ -87,7 +89,7 @@ def eca_backward_kernel(
         mean = _mean(sums, image, channel + tap - TAPS // 2, channels, pixels, parts, BLOCK_C)
         tap_sums += tl.where(taps == tap, tl.sum(grad * mean, 0), 0.0)
     tl.store(shares + image * channels + channel, share / pixels, known)
-    row = image * tl.num_programs(1) + tl.program_id(1)
+    row = image * tl.num_programs(1 - AXIS) + tl.program_id(1 - AXIS)
     tl.store(grad_weights + row * WIDTH + taps, tap_sums)
 
 

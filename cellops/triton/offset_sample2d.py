@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cellops.triton._launch import ceil_div, launch, power_of_2
+from cellops.triton._launch import ceil_div, image_slices, launch, power_of_2
 from cellops.triton._numerics import narrow
 from cellops.triton._pixels import pixel_elements, tile_elements, tiles
 
@@ -76,6 +76,7 @@ def _load_offsets(
     INTERLEAVED: tl.constexpr,
     PAIRS: tl.constexpr,
     WIDE: tl.constexpr,
+    AXIS: tl.constexpr,
 ):
     """dy and dx [C, P] of a block; and for `_store_offsets` where each of them lies, and which exist.
 
@@ -86,7 +87,7 @@ def _load_offsets(
         BLOCK_P: tl.constexpr = pixel.shape[0]
         if WIDE:
             pixel = pixel.to(tl.int64)
-        number = 2 * BLOCK_C * tl.program_id(1) + tl.arange(0, 2 * BLOCK_C)
+        number = 2 * BLOCK_C * tl.program_id(1 - AXIS) + tl.arange(0, 2 * BLOCK_C)
         place = (image * channels * image_pixels * 2 + pixel * pixel_stride)[:, None] + number[None, :]
         valid = exists[:, None] & (number < 2 * channels)[None, :]
         dy, dx = tl.split(tl.reshape(tl.load(offset + place, valid, 0.0), [BLOCK_P, BLOCK_C, 2]))
@@ -143,10 +144,11 @@ def offset_sample2d_forward_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
     WIDE: tl.constexpr,
+    AXIS: tl.constexpr,
 ):
     """output = (1 - b) (1 - r) x00 + (1 - b) r x01 + b (1 - r) x10 + b r x11, with b, r the fractions below, right."""
-    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    index = tl.program_id(0).to(tl.int64 if WIDE else tl.int32) * BLOCK_P + tl.arange(0, BLOCK_P)
+    channel = tl.program_id(1 - AXIS) * BLOCK_C + tl.arange(0, BLOCK_C)
+    index = tl.program_id(AXIS).to(tl.int64 if WIDE else tl.int32) * BLOCK_P + tl.arange(0, BLOCK_P)
     exists, pixel, place = pixel_elements(index, count, image_pixels, image_elements, pixel_stride, WIDE)
     image = index // image_pixels
     valid = (channel < channels)[:, None] & exists[None, :]
@@ -163,6 +165,7 @@ def offset_sample2d_forward_kernel(
         INTERLEAVED,
         PAIRS,
         WIDE,
+        AXIS,
     )
     known, _, _, top, left, below, right = _locate(
         dy, dx, (pixel // width)[None, :], (pixel % width)[None, :], height, width
@@ -199,10 +202,11 @@ def offset_sample2d_backward_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
     WIDE: tl.constexpr,
+    AXIS: tl.constexpr,
 ):
     """grad_dy = grad * ((1 - r) (x10 - x00) + r (x11 - x01)) where y is free, dx likewise; corners += grad * weight."""
-    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    index = tl.program_id(0).to(tl.int64 if WIDE else tl.int32) * BLOCK_P + tl.arange(0, BLOCK_P)
+    channel = tl.program_id(1 - AXIS) * BLOCK_C + tl.arange(0, BLOCK_C)
+    index = tl.program_id(AXIS).to(tl.int64 if WIDE else tl.int32) * BLOCK_P + tl.arange(0, BLOCK_P)
     exists, pixel, place = pixel_elements(index, count, image_pixels, image_elements, pixel_stride, WIDE)
     image = index // image_pixels
     valid = (channel < channels)[:, None] & exists[None, :]
@@ -219,6 +223,7 @@ def offset_sample2d_backward_kernel(
         INTERLEAVED,
         PAIRS,
         WIDE,
+        AXIS,
     )
     known, free_y, free_x, top, left, below, right = _locate(
         dy, dx, (pixel // width)[None, :], (pixel % width)[None, :], height, width
@@ -260,6 +265,7 @@ def offset_sample2d_backward_input_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_P: tl.constexpr,
     WIDE: tl.constexpr,
+    AXIS: tl.constexpr,
 ):
     """The input's gradient without atomics: a program owns BLOCK_Q pixels of a plane and takes its points in order.
 
@@ -267,11 +273,11 @@ def offset_sample2d_backward_input_kernel(
     none of q's rows are passed over.
     """
     blocks = tl.cdiv(image_pixels, BLOCK_Q)
-    image = (tl.program_id(0) // blocks).to(tl.int64)
-    first = tl.program_id(0) % blocks * BLOCK_Q
+    image = (tl.program_id(AXIS) // blocks).to(tl.int64)
+    first = tl.program_id(AXIS) % blocks * BLOCK_Q
     own = first + tl.arange(0, BLOCK_Q)
     own_row, own_column = own // width, own % width
-    channel = tl.program_id(1) + tl.arange(0, 1)
+    channel = tl.program_id(1 - AXIS) + tl.arange(0, 1)
     plane = image * image_elements + channel.to(tl.int64) * channel_stride
     sum = tl.zeros([BLOCK_Q], tl.float32)
     for start in range(0, image_pixels, BLOCK_P):
@@ -290,6 +296,7 @@ def offset_sample2d_backward_input_kernel(
             INTERLEAVED,
             False,
             WIDE,
+            AXIS,
         )
         known, _, _, top, left, below, right = _locate(
             dy, dx, (pixel // width)[None, :], (pixel % width)[None, :], height, width
@@ -345,13 +352,15 @@ def offset_sample2d_backward_triton(
     if want_input and not scattered:
         grad_input = torch.empty_like(input)
         block = power_of_2(blocks.image_pixels, 16, 64)
-        launch(
-            offset_sample2d_backward_input_kernel,
-            (input.shape[0] * ceil_div(blocks.image_pixels, block), blocks.channels),
-            *(grad_output, offset, grad_input, *input.shape[2:], *strides, blocks.channels),
-            *blocks.sizes[2:],
-            **constants,
-            BLOCK_Q=block,
-            BLOCK_P=block,
-        )
+        programs = ceil_div(blocks.image_pixels, block)
+        for images in image_slices(input.shape[0], programs, blocks.channels):
+            grad, points, target = grad_output[images], offset[images], grad_input[images]
+            launch(
+                offset_sample2d_backward_input_kernel,
+                (target.shape[0] * programs, blocks.channels),
+                *(grad, points, target, *input.shape[2:], *strides, *blocks.sizes[:1], *blocks.sizes[2:]),
+                **constants,
+                BLOCK_Q=block,
+                BLOCK_P=block,
+            )
     return grad_input, grad_offset

@@ -257,13 +257,14 @@ def spatial_attention_backward_weight_kernel(
     part_pixels,
     height, width, channels, count, image_pixels, image_elements, channel_stride, pixel_stride,
     K: tl.constexpr, TAPS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, WIDE: tl.constexpr,
+    AXIS: tl.constexpr,
 ):  # fmt: skip
     """grad_weight[c, tap] = sum over pixels of source[c] at (tap - centre) * grad_logits, over a part of the pixels."""
-    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    channel = tl.program_id(1 - AXIS) * BLOCK_C + tl.arange(0, BLOCK_C)
     known = channel < channels
     taps = tl.arange(0, TAPS)[None, :]
     sums = tl.zeros([BLOCK_C, TAPS], tl.float32)
-    first = tl.program_id(0).to(tl.int64 if WIDE else tl.int32) * part_pixels
+    first = tl.program_id(AXIS).to(tl.int64 if WIDE else tl.int32) * part_pixels
     for start in range(0, part_pixels, BLOCK_P):
         index = first + start + tl.arange(0, BLOCK_P)
         exists, pixel, place = pixel_elements(index, count, image_pixels, image_elements, pixel_stride, WIDE)
@@ -273,7 +274,7 @@ def spatial_attention_backward_weight_kernel(
             element = tile_elements(channel, place + step * pixel_stride, channel_stride)
             value = tl.load(source + element, known[:, None] & (exists & inside)[None, :], 0.0).to(tl.float32)
             sums += tl.where(taps == tap, tl.sum(value * grad[None, :], 1)[:, None], 0.0)
-    row = (tl.program_id(0) * channels + channel)[:, None] * TAPS + taps
+    row = (tl.program_id(AXIS) * channels + channel)[:, None] * TAPS + taps
     tl.store(grad_weights + row, sums, known[:, None] & (taps < TAPS))
 
 
