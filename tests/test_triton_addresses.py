@@ -202,11 +202,16 @@ def test_two_maps_have_twice_as_many_numbers(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize(("op", "deterministic"), CALLS)
+@pytest.mark.parametrize(("op", "deterministic"), [call for call in CALLS if call[0] != "spatial_attention"])
 def test_no_program_of_a_turned_grid_leaves_the_tensors(
     op: str, deterministic: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    check(op, arguments_of(op, empty(1, 4 * 65540, 3, 5)), deterministic, monkeypatch)
+    """Not of spatial attention, where most programs go through all channels: minutes for each."""
+    groups = 65540
+    arguments = arguments_of(op, empty(1, 4 * groups, 32, 32))
+    if op == "deform_conv2d":  # each group at its own offsets, or a program goes through all of them
+        arguments |= {"offset": empty(1, 18 * groups, 32, 32), "mask": empty(1, 9 * groups, 32, 32)}
+    check(op, arguments, deterministic, monkeypatch)
 
 
 def launches_of(op: str, arguments: dict[str, Any], deterministic: bool) -> list[Any]:
