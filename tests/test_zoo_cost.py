@@ -127,7 +127,8 @@ def test_table_says_the_same_in_every_style() -> None:
 
 def test_the_page_of_the_networks_says_the_same() -> None:
     page = (Path(__file__).resolve().parent.parent / "docs" / "models.md").read_text()
-    for line in table(list_models("cellops"), measure=False, style="markdown").splitlines()[2:]:
+    shipped = [name for name in list_models("cellops") if not name.startswith("tests_")]  # what other tests registered
+    for line in table(shipped, measure=False, style="markdown").splitlines()[2:]:
         assert " | ".join(line.strip("| ").split(" | ")[:7]) in page
 
 
