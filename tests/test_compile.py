@@ -38,6 +38,7 @@ MODULES: dict[str, tuple[str, Callable[[int], nn.Module]]] = {
     "SpatialAttention conv": ("spatial_attention conv", lambda channels: cellops.SpatialAttention(channels, 3)),
     "SpatialAttention pool": ("spatial_attention pool", lambda channels: cellops.SpatialAttention(mode="pool")),
     "GroupConv1x1": ("group_conv1x1", lambda channels: cellops.GroupConv1x1(channels, channels, 4, shuffle=True)),
+    "DepthwiseConv2d": ("depthwise_conv2d", cellops.DepthwiseConv2d),
     "FusedSequential": ("group_conv1x1", fused_sequential),
 }
 CHANNELS = 16
@@ -93,7 +94,7 @@ def test_training_calls_the_op(name: str) -> None:
     module, calls = build(CHANNELS), Calls()
     found = []
     for function in (torch.compile(module, backend=calls, fullgraph=True), module):
-        input = torch.randn(2, CHANNELS, 7, 7, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        input = torch.randn(2, CHANNELS, 16, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
         found.append(torch.autograd.grad(function(input).square().sum(), input)[0])
     assert calls.op(op), calls.names
     torch.testing.assert_close(*found)
@@ -154,5 +155,5 @@ def test_one_graph_serves_all_batches_of_a_map() -> None:
 def test_eager_mode_calls_the_op(name: str) -> None:
     op, build = MODULES[name]
     with torch.profiler.profile() as profile, torch.no_grad():
-        build(CHANNELS).eval()(torch.randn(1, CHANNELS, 7, 7))
+        build(CHANNELS).eval()(torch.randn(1, CHANNELS, 16, 16))
     assert any(f"cellops::{op.partition(' ')[0]}" in event.key for event in profile.key_averages())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from cellops.nn import _batch_norm
+from cellops.nn import _batch_norm, _compiled
 from cellops.ops.depthwise_conv2d import depthwise_conv2d, depthwise_conv2d_batch_norm
 from cellops.ops.group_conv1x1 import ACTIVATION_CODES
 from cellops.reference._activation import ACTIVATIONS
@@ -16,7 +16,8 @@ class DepthwiseConv2d(nn.Module):
 
     In training the convolution is normalised by its batch, in evaluation by the running statistics, which are folded
     into scale and shift. A child that is not what it was made as (SyncBatchNorm, a frozen one) or has hooks is called;
-    so are both with a stride, which the op does not have, and where that is the faster (`_plain_is_faster`).
+    so are both with a stride, which the op does not have, and where that is the faster (`_plain_is_faster`), compiled
+    (`_compiled.stands_back`) too.
 
     Args:
         channels: C.
@@ -87,7 +88,7 @@ def convolve(input: Tensor, conv: nn.Conv2d, bn: nn.BatchNorm2d | None, activati
     Raises:
         ValueError: in training, one value per channel; else the errors are those of `cellops.depthwise_conv2d`.
     """
-    if _plain_is_faster(input, conv):
+    if _plain_is_faster(input, conv) or _compiled.stands_back("depthwise_conv2d", input, *conv.parameters()):
         return _compose(input, conv, bn, activation)
     if bn is None:
         return depthwise_conv2d(input, conv.weight, None, conv.bias, activation)
