@@ -13,7 +13,7 @@ from cellops import _native
 
 ROOT = Path(__file__).resolve().parent.parent
 COMPILER, EMULATOR, X86_EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64-static", "qemu-x86_64-static"
-FLAGS = "-std=gnu++17 -O1 -fopenmp -DCELLOPS_ISA=neon -fno-exceptions -fno-rtti -Wall -Wextra -Wno-psabi -Werror"
+FLAGS = "-std=gnu++17 -O2 -fopenmp -DCELLOPS_ISA=neon -fno-exceptions -fno-rtti -Wall -Wextra -Wno-psabi -Werror"
 
 
 @pytest.mark.slow
