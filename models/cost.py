@@ -144,10 +144,10 @@ def _outputs_of_innermost(model: nn.Module) -> Iterator[list[int]]:
         calls_others.append(False)
 
     def leave(module: nn.Module, arguments: Any, output: Any) -> None:
-        counts = not calls_others.pop()
-        if type(module).__module__.startswith("cellops.nn") and not isinstance(module, (DepthwiseConv2d, GroupConv1x1)):
-            counts = True
-        if isinstance(output, Tensor) and counts:
+        innermost = not calls_others.pop()
+        of_cellops = type(module).__module__.startswith("cellops.nn")
+        ends_in_op = of_cellops and not isinstance(module, (DepthwiseConv2d, GroupConv1x1))
+        if isinstance(output, Tensor) and (innermost or ends_in_op):
             sizes.append(output.numel())
 
     hooks = [module.register_forward_pre_hook(enter) for module in model.modules()]

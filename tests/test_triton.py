@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import INTERPRETER_ERROR
 from torch import Tensor
+from triton_calls import TRITON_OPS, in_format
 
 from cellops import _backend
 from cellops.ops.depthwise_conv2d import depthwise_conv2d
@@ -32,7 +33,6 @@ LONG_INTERPRETED = [] if torch.cuda.is_available() else [pytest.mark.exhaustive]
 """Marks of a case that takes the interpreter long."""
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-TRITON_OPS = [op for op, backends in _backend.OPS.items() if "triton" in backends]
 
 
 def case_of(op: str, name: str) -> Case:
@@ -283,18 +283,9 @@ def test_64_bit_offsets_where_sizes_need_them(op: str) -> None:
             for name, value in drawn.items()
         }
         with noted_launches() as launches:
-            _backend.gpu_launcher("triton", op, "forward")(**to_channels_last(arguments))
+            _backend.gpu_launcher("triton", op, "forward")(**in_format(arguments, torch.channels_last))
         flags = [launch.constants["WIDE"] for launch in launches if "WIDE" in launch.constants]
         assert flags and (any(flags) == expected)
-
-
-def to_channels_last(arguments: dict[str, Any]) -> dict[str, Any]:
-    return {
-        name: value.contiguous(memory_format=torch.channels_last)
-        if isinstance(value, Tensor) and value.dim() == 4
-        else value
-        for name, value in arguments.items()
-    }
 
 
 def test_blocks_of_deform_conv2d() -> None:

@@ -16,8 +16,8 @@ import pytest
 import torch
 from conftest import INTERPRETER_ERROR
 from torch import Tensor
+from triton_calls import TRITON_OPS, in_format
 
-from cellops import _backend
 from cellops.testing import cases, forward_and_gradients
 from cellops.testing._compile_kernels import call_launchers
 
@@ -27,7 +27,6 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is not used beside a GPU"),
 ]
 
-TRITON_OPS = [op for op, backends in _backend.OPS.items() if "triton" in backends]
 CALLS = [(op, False) for op in TRITON_OPS] + [(op, True) for op in ("deform_conv2d", "offset_sample2d")]
 """Each op, and without atomics those that have them."""
 
@@ -144,13 +143,6 @@ def arguments_of(op: str, input: Tensor) -> dict[str, Any]:
     if op.endswith("batch_norm"):
         return {"input": input, **more, "gamma": None, "beta": None, "eps": 1e-5}
     return {"input": input, **more, "scale": None, "shift": None}
-
-
-def in_format(arguments: dict[str, Any], memory_format: torch.memory_format) -> dict[str, Any]:
-    return {
-        name: value.contiguous(memory_format=memory_format) if isinstance(value, Tensor) and value.dim() == 4 else value
-        for name, value in arguments.items()
-    }
 
 
 def check(op: str, arguments: dict[str, Any], deterministic: bool, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -91,7 +91,6 @@ template <class M, bool Accumulate>
 inline void multiply_packed(int64_t rows, int64_t columns, int64_t depth, const typename M::Unit* a, int64_t a_row,
                             const typename M::Unit* b, int64_t panel_stride, typename M::Sum* c, int64_t c_row) {
   constexpr int lanes = kLanes<typename M::Sum>, panel = kPanelVectors * lanes;
-#if defined(__AVX512BF16__)
   if constexpr (M::depth > 1) {
     if (uses_tiles && depth >= kTilePairs) {
       const int64_t whole = depth / kTilePairs * kTilePairs;
@@ -103,7 +102,6 @@ inline void multiply_packed(int64_t rows, int64_t columns, int64_t depth, const 
       return;
     }
   }
-#endif
   for (int64_t n = 0; n < columns; n += panel, b += panel_stride) {
     for (int64_t r = 0; r < rows; r += kRows) {
       if (columns - n > lanes) {

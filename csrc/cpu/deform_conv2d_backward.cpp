@@ -131,9 +131,9 @@ class Backward {
       outside.zero(), tile.zero(), corners.zero();
     }
     bool failed() const {
-      return grad.failed() || grad_elements.failed() || grad_pairs.failed() || grad_columns.failed() ||
-             columns.failed() || column_pairs.failed() || dots.failed() || outside.failed() || rows.failed() ||
-             grad_rows.failed() || tile.failed() || corners.failed();
+      return grad.failed() || grad_elements.failed() || grad_pairs.failed() || grad_planes.failed() ||
+             grad_columns.failed() || columns.failed() || column_pairs.failed() || dots.failed() || outside.failed() ||
+             rows.failed() || grad_rows.failed() || tile.failed() || corners.failed();
     }
     const int64_t stride, limit;
     const Buffer<S> grad;            // [pixel][output channel]
