@@ -20,7 +20,15 @@ from torch import Tensor
 from cellops.triton._activation import activated, slope
 from cellops.triton._launch import launch, power_of_2
 from cellops.triton._numerics import narrow
-from cellops.triton._pixels import Tiles, channel_values, combined_statistics, pixel_elements, tile_elements, tiles
+from cellops.triton._pixels import (
+    Tiles,
+    channel_values,
+    combined_statistics,
+    pixel_elements,
+    tile_elements,
+    tiles,
+    with_tile,
+)
 
 
 @triton.jit
@@ -54,6 +62,14 @@ def _convolved(
         factor = tl.load(weight + channel * K * K + tap, channel < channels, 0.0).to(tl.float32)
         sum += factor[:, None] * _neighbour(image, element, pixel, valid, dy, dx, height, width, pixel_stride)
     return sum
+
+
+@triton.jit
+def _affine(z, mean, inverse, gamma, beta, channel, known):
+    """n = (z - mean) * inverse and gamma * n + beta; an absent tensor counts as 0 (mean, beta) or 1."""
+    normalized = (z - channel_values(mean, channel, known, 0.0)) * channel_values(inverse, channel, known, 1.0)
+    before = normalized * channel_values(gamma, channel, known, 1.0) + channel_values(beta, channel, known, 0.0)
+    return normalized, before
 
 
 @triton.jit
@@ -96,8 +112,7 @@ def depthwise_forward_kernel(
     valid = known[:, None] & exists[None, :]
     x = tl.load(input + element, valid, 0.0).to(tl.float32)
     z = _convolved(input, element, pixel, valid, weight, channel, channels, height, width, pixel_stride, K, 1)
-    normalized = (z - channel_values(mean, channel, known, 0.0)) * channel_values(inverse, channel, known, 1.0)
-    before = normalized * channel_values(gamma, channel, known, 1.0) + channel_values(beta, channel, known, 0.0)
+    _, before = _affine(z, mean, inverse, gamma, beta, channel, known)
     if ACTIVATION == "funnel":
         y = tl.where((x > before) | (x != x), x, before)
     else:
@@ -139,14 +154,7 @@ def depthwise_statistics_kernel(
         element = tile_elements(channel, offset, channel_stride)
         valid = known[:, None] & exists[None, :]
         z = _convolved(input, element, pixel, valid, weight, channel, channels, height, width, pixel_stride, K, 1)
-        size = tl.sum(exists.to(tl.float32), 0)
-        share = size / tl.maximum(seen + size, 1.0)
-        tile_mean = tl.sum(tl.where(valid, z, 0.0), 1) / tl.maximum(size, 1.0)
-        distance = tl.where(valid, z - tile_mean[:, None], 0.0)
-        apart = tl.where(size > 0, tile_mean - mean, 0.0)
-        square += tl.sum(distance * distance, 1) + apart * apart * seen * share
-        mean += apart * share
-        seen += size
+        mean, square, seen = with_tile(mean, square, seen, z, valid, tl.sum(exists.to(tl.float32), 0), 1)
     row = tl.program_id(AXIS) * channels + channel
     tl.store(means + row, mean, known)
     tl.store(squares + row, square, known)
@@ -194,8 +202,7 @@ def depthwise_backward_sums_kernel(
             x = tl.load(input + element, valid, 0.0).to(tl.float32)
             grad = tl.load(grad_output + element, valid, 0.0).to(tl.float32)
         z = _convolved(input, element, pixel, valid, weight, channel, channels, height, width, pixel_stride, K, 1)
-        normalized = (z - channel_values(mean, channel, known, 0.0)) * channel_values(inverse, channel, known, 1.0)
-        before = normalized * channel_values(gamma, channel, known, 1.0) + channel_values(beta, channel, known, 0.0)
+        normalized, before = _affine(z, mean, inverse, gamma, beta, channel, known)
         if ACTIVATION == "funnel":
             _, through = _split(grad, x, before)
         else:  # loaded before the convolution, the gradient takes a register too many on sm_100
@@ -252,10 +259,7 @@ def depthwise_backward_convolution_kernel(
         # Loaded after the convolution, whose registers they would take.
         x = tl.load(input + element, valid, 0.0).to(tl.float32)
         grad = tl.load(grad_output + element, valid, 0.0).to(tl.float32)
-        scale = channel_values(inverse, channel, known, 1.0)
-        normalized = (z - channel_values(mean, channel, known, 0.0)) * scale
-        scale *= channel_values(gamma, channel, known, 1.0)
-        before = normalized * channel_values(gamma, channel, known, 1.0) + channel_values(beta, channel, known, 0.0)
+        normalized, before = _affine(z, mean, inverse, gamma, beta, channel, known)
         if ACTIVATION == "funnel":
             _, through = _split(grad, x, before)
         else:
@@ -263,6 +267,7 @@ def depthwise_backward_convolution_kernel(
         if grad_beta is not None:
             through -= channel_values(grad_beta, channel, known, 0.0)
             through -= normalized * channel_values(grad_gamma, channel, known, 0.0)
+        scale = channel_values(inverse, channel, known, 1.0) * channel_values(gamma, channel, known, 1.0)
         grad_z = tl.where(valid, through * scale, 0.0)
         tl.store(grad_convolved + element, grad_z, valid)
         for tap in range(K * K):
@@ -309,8 +314,7 @@ def depthwise_backward_input_kernel(
         x = tl.load(input + element, valid, 0.0).to(tl.float32)
         grad = tl.load(grad_output + element, valid, 0.0).to(tl.float32)
         z = _convolved(input, element, pixel, valid, weight, channel, channels, height, width, pixel_stride, K, 1)
-        normalized = (z - channel_values(mean, channel, known, 0.0)) * channel_values(inverse, channel, known, 1.0)
-        before = normalized * channel_values(gamma, channel, known, 1.0) + channel_values(beta, channel, known, 0.0)
+        _, before = _affine(z, mean, inverse, gamma, beta, channel, known)
         direct, _ = _split(grad, x, before)
     back = _convolved(
         grad_convolved, element, pixel, valid, weight, channel, channels, height, width, pixel_stride, K, -1

@@ -10,6 +10,7 @@ import triton.language as tl
 
 from cellops.triton._activation import activated, slope
 from cellops.triton._numerics import dot, narrow
+from cellops.triton._pixels import with_tile
 
 
 @triton.jit
@@ -19,6 +20,13 @@ def _row(values, out, known, ABSENT: tl.constexpr):
         return tl.full(out.shape, ABSENT, tl.float32)[None, :]
     else:
         return tl.load(values + out, known, ABSENT).to(tl.float32)[None, :]
+
+
+@triton.jit
+def _affine(z, mean, inverse, gamma, beta, out, known):
+    """n and before, [P, O]."""
+    normalized = (z - _row(mean, out, known, 0.0)) * _row(inverse, out, known, 1.0)
+    return normalized, normalized * _row(gamma, out, known, 1.0) + _row(beta, out, known, 0.0)
 
 
 @triton.jit
@@ -122,8 +130,7 @@ def _grad_convolved(
 ):
     """grad_z = (grad - grad_beta - n * grad_gamma) * gamma * inverse, [P, O]."""
     z = _convolved(input, place, exists, weight, group, out, known, group_in, channel_stride, BLOCK_C, PRECISION)
-    normalized = (z - _row(mean, out, known, 0.0)) * _row(inverse, out, known, 1.0)
-    before = normalized * _row(gamma, out, known, 1.0) + _row(beta, out, known, 0.0)
+    normalized, before = _affine(z, mean, inverse, gamma, beta, out, known)
     grad = _grad_of_affine(
         grad_output, out_place, exists, out, known, out_channel_stride, groups, group_out, before, ACTIVATION, SHUFFLE
     )
@@ -152,8 +159,7 @@ def group_conv1x1_forward_kernel(
     known = out < group_out
     out += group * group_out
     z = _convolved(input, place, exists, weight, group, out, known, group_in, channel_stride, BLOCK_C, PRECISION)
-    normalized = (z - _row(mean, out, known, 0.0)) * _row(inverse, out, known, 1.0)
-    before = normalized * _row(gamma, out, known, 1.0) + _row(beta, out, known, 0.0)
+    _, before = _affine(z, mean, inverse, gamma, beta, out, known)
     element = _elements(out_place, _shuffled(out, groups, group_out, SHUFFLE), out_channel_stride)
     y = narrow(activated(before, ACTIVATION), output.dtype.element_ty)
     tl.store(output + element, y, exists[:, None] & known[None, :])
@@ -186,13 +192,7 @@ def group_conv1x1_statistics_kernel(
         place, _ = _pixels(index, image_pixels, channels, out_channels, pixel_stride, out_pixel_stride, WIDE)
         z = _convolved(input, place, exists, weight, group, out, known, group_in, channel_stride, BLOCK_C, PRECISION)
         size = tl.sum(exists.to(tl.float32), 0)
-        share = size / tl.maximum(seen + size, 1.0)
-        tile_mean = tl.sum(tl.where(exists[:, None], z, 0.0), 0) / tl.maximum(size, 1.0)
-        distance = tl.where(exists[:, None], z - tile_mean[None, :], 0.0)
-        apart = tl.where(size > 0, tile_mean - mean, 0.0)
-        square += tl.sum(distance * distance, 0) + apart * apart * seen * share
-        mean += apart * share
-        seen += size
+        mean, square, seen = with_tile(mean, square, seen, z, exists[:, None], size, 0)
     row = tl.program_id(AXIS) * out_channels + out
     tl.store(means + row, mean, known)
     tl.store(squares + row, square, known)
@@ -223,8 +223,7 @@ def group_conv1x1_backward_sums_kernel(
         exists = index < count
         place, out_place = _pixels(index, image_pixels, channels, out_channels, pixel_stride, out_pixel_stride, WIDE)
         z = _convolved(input, place, exists, weight, group, out, known, group_in, channel_stride, BLOCK_C, PRECISION)
-        normalized = (z - _row(mean, out, known, 0.0)) * _row(inverse, out, known, 1.0)
-        before = normalized * _row(gamma, out, known, 1.0) + _row(beta, out, known, 0.0)
+        normalized, before = _affine(z, mean, inverse, gamma, beta, out, known)
         grad = _grad_of_affine(
             grad_output,
             out_place,

@@ -37,6 +37,20 @@ def channel_values(values, channel, valid, ABSENT: tl.constexpr):
         return tl.load(values + channel, valid, ABSENT).to(tl.float32)[:, None]
 
 
+@triton.jit
+def with_tile(mean, square, seen, z, valid, size, DIM: tl.constexpr):
+    """Mean, squared distances from it and count with the `size` valid numbers of a tile (Chan et al. 1979).
+
+    DIM is the tile's dimension of pixels; the others are the channels of `mean` and `square`.
+    """
+    share = size / tl.maximum(seen + size, 1.0)
+    tile_mean = tl.sum(tl.where(valid, z, 0.0), DIM) / tl.maximum(size, 1.0)
+    distance = tl.where(valid, z - tl.expand_dims(tile_mean, DIM), 0.0)
+    apart = tl.where(size > 0, tile_mean - mean, 0.0)
+    square += tl.sum(distance * distance, DIM) + apart * apart * seen * share
+    return mean + apart * share, square, seen + size
+
+
 class Tiles(NamedTuple):
     """How the pixels of all images are cut up: for kernels that map them, and for kernels that sum over them."""
 
