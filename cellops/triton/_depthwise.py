@@ -1,10 +1,10 @@
-"""What `frelu` and `depthwise_conv2d` share: y = act(gamma * n + beta), n = (z - mean) / deviation.
+"""What `frelu` and `depthwise_conv2d` share: y = act((z - mean) * scale + shift).
 
-z = dwconv(x, weight); act is one of `_activation.py`'s, or "funnel" for the larger of what it is given and x.
-Evaluation and the call without statistics have mean 0 and deviation 1. z is never stored: every kernel that needs it
-convolves again, k * k loads for each element, of which all but one hit the first-level cache (16 bytes wide in
-channels_last). x itself is read where it is used: without a funnel, the compiler drops the load. The bytes that each op
-moves, and its bound, are in the op's own file.
+z = dwconv(x, weight); act is one of `_activation.py`'s, or "funnel" for the larger of what it is given and x. With
+statistics of the batch, scale is gamma / deviation and shift is beta; without them there is no mean. z is never stored:
+every kernel that needs it convolves again, k * k loads for each element, of which all but one hit the first-level cache
+(16 bytes wide in channels_last). x itself is read where it is used: without a funnel, the compiler drops the load. The
+bytes that each op moves, and its bound, are in the op's own file.
 """
 
 from __future__ import annotations
@@ -65,11 +65,10 @@ def _convolved(
 
 
 @triton.jit
-def _affine(z, mean, inverse, gamma, beta, channel, known):
-    """n = (z - mean) * inverse and gamma * n + beta; an absent tensor counts as 0 (mean, beta) or 1."""
-    normalized = (z - channel_values(mean, channel, known, 0.0)) * channel_values(inverse, channel, known, 1.0)
-    before = normalized * channel_values(gamma, channel, known, 1.0) + channel_values(beta, channel, known, 0.0)
-    return normalized, before
+def _affine(z, mean, scale, shift, channel, known):
+    """z - mean and what the activation is given; an absent tensor counts as 0 (mean, shift) or 1."""
+    apart = z - channel_values(mean, channel, known, 0.0)
+    return apart, apart * channel_values(scale, channel, known, 1.0) + channel_values(shift, channel, known, 0.0)
 
 
 @triton.jit
@@ -84,9 +83,8 @@ def depthwise_forward_kernel(
     input,  # [N, C, H, W]
     weight,  # [C, K, K]
     mean,  # [C] float32, or None for 0
-    inverse,  # [C] float32: 1 / deviation, or None for 1
-    gamma,  # [C], or None for 1
-    beta,  # [C], or None for 0
+    scale,  # [C], or None for 1
+    shift,  # [C], or None for 0
     output,  # [N, C, H, W]
     height,
     width,
@@ -103,7 +101,7 @@ def depthwise_forward_kernel(
     WIDE: tl.constexpr,
     AXIS: tl.constexpr,
 ):
-    """output = act(gamma * (dwconv(x) - mean) * inverse + beta)."""
+    """output = act((dwconv(x) - mean) * scale + shift)."""
     channel = tl.program_id(1 - AXIS) * BLOCK_C + tl.arange(0, BLOCK_C)
     index = tl.program_id(AXIS).to(tl.int64 if WIDE else tl.int32) * BLOCK_P + tl.arange(0, BLOCK_P)
     exists, pixel, offset = pixel_elements(index, count, image_pixels, image_elements, pixel_stride, WIDE)
@@ -112,7 +110,7 @@ def depthwise_forward_kernel(
     valid = known[:, None] & exists[None, :]
     x = tl.load(input + element, valid, 0.0).to(tl.float32)
     z = _convolved(input, element, pixel, valid, weight, channel, channels, height, width, pixel_stride, K, 1)
-    _, before = _affine(z, mean, inverse, gamma, beta, channel, known)
+    _, before = _affine(z, mean, scale, shift, channel, known)
     if ACTIVATION == "funnel":
         y = tl.where((x > before) | (x != x), x, before)
     else:
@@ -166,11 +164,10 @@ def depthwise_backward_sums_kernel(
     input,  # [N, C, H, W]
     weight,  # [C, K, K]
     mean,
-    inverse,
-    gamma,
-    beta,
+    scale,
+    shift,
     sums,  # [parts, C] float32: of the gradient that goes through the convolution
-    products,  # [parts, C] float32: of it times the normalized convolution
+    products,  # [parts, C] float32: of it times z - mean
     part_pixels,
     height,
     width,
@@ -187,7 +184,7 @@ def depthwise_backward_sums_kernel(
     WIDE: tl.constexpr,
     AXIS: tl.constexpr,
 ):
-    """Gradients to beta and gamma over a part of the pixels."""
+    """Sums over a part of the pixels: the gradient to shift, and that to scale."""
     channel = tl.program_id(1 - AXIS) * BLOCK_C + tl.arange(0, BLOCK_C)
     known = channel < channels
     sum = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
@@ -202,13 +199,13 @@ def depthwise_backward_sums_kernel(
             x = tl.load(input + element, valid, 0.0).to(tl.float32)
             grad = tl.load(grad_output + element, valid, 0.0).to(tl.float32)
         z = _convolved(input, element, pixel, valid, weight, channel, channels, height, width, pixel_stride, K, 1)
-        normalized, before = _affine(z, mean, inverse, gamma, beta, channel, known)
+        apart, before = _affine(z, mean, scale, shift, channel, known)
         if ACTIVATION == "funnel":
             _, through = _split(grad, x, before)
         else:  # loaded before the convolution, the gradient takes a register too many on sm_100
             through = tl.load(grad_output + element, valid, 0.0).to(tl.float32) * slope(before, ACTIVATION)
         sum += tl.where(valid, through, 0.0)
-        product += tl.where(valid, through * normalized, 0.0)
+        product += tl.where(valid, through * apart, 0.0)
     row = tl.program_id(AXIS) * channels + channel
     tl.store(sums + row, tl.sum(sum, 1), known)
     tl.store(products + row, tl.sum(product, 1), known)
@@ -220,11 +217,10 @@ def depthwise_backward_convolution_kernel(
     input,  # [N, C, H, W]
     weight,  # [C, K, K]
     mean,
-    inverse,
-    gamma,
-    beta,
-    grad_beta,  # [C] float32: the sums over all pixels divided by their count, None without statistics
-    grad_gamma,  # the same
+    scale,
+    shift,
+    of_mean,  # [C] float32: what is taken from grad_z for z's part in the mean, None without statistics
+    of_apart,  # [C] float32: what for its part in the deviation, times z - mean
     grad_convolved,  # [N, C, H, W] float32
     grad_weights,  # [parts, C, TAPS] float32
     part_pixels,
@@ -244,7 +240,7 @@ def depthwise_backward_convolution_kernel(
     WIDE: tl.constexpr,
     AXIS: tl.constexpr,
 ):
-    """grad_z = (through - grad_beta - normalized * grad_gamma) * gamma * inverse; sums of grad_z * x at each tap."""
+    """grad_z = through * scale - of_mean - (z - mean) * of_apart; sums of grad_z * x at each tap."""
     channel = tl.program_id(1 - AXIS) * BLOCK_C + tl.arange(0, BLOCK_C)
     known = channel < channels
     tap_sums = tl.zeros([BLOCK_C, TAPS], tl.float32)
@@ -259,16 +255,16 @@ def depthwise_backward_convolution_kernel(
         # Loaded after the convolution, whose registers they would take.
         x = tl.load(input + element, valid, 0.0).to(tl.float32)
         grad = tl.load(grad_output + element, valid, 0.0).to(tl.float32)
-        normalized, before = _affine(z, mean, inverse, gamma, beta, channel, known)
+        apart, before = _affine(z, mean, scale, shift, channel, known)
         if ACTIVATION == "funnel":
             _, through = _split(grad, x, before)
         else:
             through = grad * slope(before, ACTIVATION)
-        if grad_beta is not None:
-            through -= channel_values(grad_beta, channel, known, 0.0)
-            through -= normalized * channel_values(grad_gamma, channel, known, 0.0)
-        scale = channel_values(inverse, channel, known, 1.0) * channel_values(gamma, channel, known, 1.0)
-        grad_z = tl.where(valid, through * scale, 0.0)
+        grad_z = through * channel_values(scale, channel, known, 1.0)
+        if of_mean is not None:
+            grad_z -= channel_values(of_mean, channel, known, 0.0)
+            grad_z -= apart * channel_values(of_apart, channel, known, 0.0)
+        grad_z = tl.where(valid, grad_z, 0.0)
         tl.store(grad_convolved + element, grad_z, valid)
         for tap in range(K * K):
             dy, dx = tap // K - K // 2, tap % K - K // 2
@@ -284,9 +280,8 @@ def depthwise_backward_input_kernel(
     input,  # [N, C, H, W], or None likewise
     weight,  # [C, K, K]
     mean,
-    inverse,
-    gamma,
-    beta,
+    scale,
+    shift,
     grad_convolved,  # [N, C, H, W] float32
     grad_input,  # [N, C, H, W]
     height,
@@ -314,7 +309,7 @@ def depthwise_backward_input_kernel(
         x = tl.load(input + element, valid, 0.0).to(tl.float32)
         grad = tl.load(grad_output + element, valid, 0.0).to(tl.float32)
         z = _convolved(input, element, pixel, valid, weight, channel, channels, height, width, pixel_stride, K, 1)
-        _, before = _affine(z, mean, inverse, gamma, beta, channel, known)
+        _, before = _affine(z, mean, scale, shift, channel, known)
         direct, _ = _split(grad, x, before)
     back = _convolved(
         grad_convolved, element, pixel, valid, weight, channel, channels, height, width, pixel_stride, K, -1
@@ -332,13 +327,12 @@ def _output(
     input: Tensor,
     weight: Tensor,
     mean: Tensor | None,
-    inverse: Tensor | None,
-    gamma: Tensor | None,
-    beta: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
     activation: str,
 ) -> Tensor:
     output, layout = torch.empty_like(input), tiles(input)
-    tensors = (input, weight, mean, inverse, gamma, beta, output)
+    tensors = (input, weight, mean, scale, shift, output)
     constants: dict[str, Any] = {"K": weight.shape[2], "ACTIVATION": activation, **layout.constants}
     launch(depthwise_forward_kernel, layout.grid, *tensors, *_sizes(input, layout), **constants)
     return output
@@ -346,24 +340,31 @@ def _output(
 
 def forward(input: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor | None, activation: str) -> Tensor:
     """act(scale * dwconv(input, weight) + shift), [N, C, H, W]."""
-    return _output(input, weight, None, None, scale, shift, activation)
+    return _output(input, weight, None, scale, shift, activation)
 
 
 def batch_norm_forward(
     input: Tensor, weight: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, activation: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """act(gamma * n + beta), [N, C, H, W]; mean and biased variance [C] of the convolution."""
+    """act(gamma * (z - mean) / deviation + beta), [N, C, H, W]; mean and biased variance [C] of z = dwconv(x)."""
     layout = tiles(input)
     means, squares = torch.empty(2, layout.parts, layout.channels, dtype=torch.float32, device=input.device)
     sizes = (layout.part_pixels, *_sizes(input, layout))
     tensors = (input, weight, means, squares)
     launch(depthwise_statistics_kernel, layout.part_grid, *tensors, *sizes, K=weight.shape[2], **layout.constants)
     mean, variance = combined_statistics(means, squares, layout.total, layout.part_pixels)
-    return _output(input, weight, mean, (variance + eps).rsqrt(), gamma, beta, activation), mean, variance
+    _, scale = _scales(variance, gamma, eps)
+    return _output(input, weight, mean, scale, beta, activation), mean, variance
+
+
+def _scales(variance: Tensor, gamma: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """1 / deviation and gamma / deviation, [C] float32."""
+    inverse = (variance + eps).rsqrt()
+    return inverse, inverse if gamma is None else inverse * gamma
 
 
 def _sums(arguments: tuple[Tensor | None, ...], activation: str, layout: Tiles) -> tuple[Tensor, Tensor]:
-    """Gradients to beta and gamma."""
+    """Gradients to shift and scale."""
     input, weight = arguments[1:3]
     sums, products = torch.empty(2, layout.parts, layout.channels, dtype=torch.float32, device=input.device)
     tensors = (*arguments, sums, products)
@@ -375,8 +376,8 @@ def _sums(arguments: tuple[Tensor | None, ...], activation: str, layout: Tiles) 
 
 def _convolution(
     arguments: tuple[Tensor | None, ...],
-    grad_beta: Tensor | None,
-    grad_gamma: Tensor | None,
+    of_mean: Tensor | None,
+    of_apart: Tensor | None,
     activation: str,
     layout: Tiles,
 ) -> tuple[Tensor, Tensor]:
@@ -384,27 +385,27 @@ def _convolution(
     input, weight = arguments[1:3]
     kernel = weight.shape[2]
     taps = power_of_2(kernel * kernel)
+    funnel = activation == "funnel"
     parts = tiles(input, 2048)
     grad_convolved = torch.empty_like(input, dtype=torch.float32)
     grad_weights = torch.empty(parts.parts, parts.channels, taps, dtype=torch.float32, device=input.device)
     launch(
         depthwise_backward_convolution_kernel,
         parts.part_grid,
-        *(*arguments, grad_beta, grad_gamma, grad_convolved, grad_weights, parts.part_pixels, *_sizes(input, parts)),
+        *(*arguments, of_mean, of_apart, grad_convolved, grad_weights, parts.part_pixels, *_sizes(input, parts)),
         K=kernel,
         TAPS=taps,
         ACTIVATION=activation,
         **parts.constants,
-        # 16 elements a thread in channels_last, where pixels share the numbers of their channels. In NCHW each has its
-        # own masks at every tap, and 16 take up to 226 registers, or fewer and spill: half as many for each thread.
-        num_warps=8 if input.is_contiguous() else 4,
+        # 8 elements a thread. In NCHW each has its own masks at every tap: 16 take up to 226 registers, or spill, as in
+        # channels_last the funnel's do.
+        num_warps=8,
     )
-    funnel = activation == "funnel"
     grad_input = torch.empty_like(input)
     launch(
         depthwise_backward_input_kernel,
         layout.grid,
-        *(arguments if funnel else (None, None, weight, None, None, None, None)),
+        *(arguments if funnel else (None, None, weight, None, None, None)),
         *(grad_convolved, grad_input, *_sizes(input, layout)),
         K=kernel,
         **layout.constants,
@@ -425,7 +426,7 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients to the tensors of `forward`."""
     layout = tiles(input)
-    arguments = (grad_output, input, weight, None, None, scale, shift)
+    arguments = (grad_output, input, weight, None, scale, shift)
     grad_scale = grad_shift = None
     if (wanted[2] and scale is not None) or (wanted[3] and shift is not None):
         grad_shift, grad_scale = _sums(arguments, activation, layout)
@@ -445,8 +446,10 @@ def batch_norm_backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients to the tensors of `batch_norm_forward`, through the statistics too."""
     layout = tiles(input)
-    arguments = (grad_output, input, weight, mean, (var + eps).rsqrt(), gamma, beta)
-    grad_beta, grad_gamma = _sums(arguments, activation, layout)
-    count = max(layout.total, 1)
-    through = (grad_beta / count, grad_gamma / count)
-    return *_convolution(arguments, *through, activation, layout), grad_gamma, grad_beta
+    inverse, scale = _scales(var, gamma, eps)
+    arguments = (grad_output, input, weight, mean, scale, beta)
+    grad_beta, grad_scale = _sums(arguments, activation, layout)
+    grad_gamma = grad_scale * inverse
+    share = scale / max(layout.total, 1)
+    of_statistics = (grad_beta * share, grad_gamma * inverse * share)
+    return *_convolution(arguments, *of_statistics, activation, layout), grad_gamma, grad_beta
