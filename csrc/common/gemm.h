@@ -140,8 +140,8 @@ inline constexpr int kTileRows = 4, kDotRows = 2;
 inline constexpr int kTileVectors = 3, kDotColumns = 4;
 
 // The product of A[rows][depth] and B[depth][columns] as they lie, in blocks of at most Rows rows and Vectors vectors;
-// no row is computed in vain, be they few. Calls finish(row, column, vector) for every vector of it. Rows of A lie
-// a_row apart and its columns a_step. `columns` is a multiple of the lanes.
+// no row is computed in vain, be they few. Calls finish(row, column, sum) for every block of it, sum[r][v] of vectors.
+// Rows of A lie a_row apart and its columns a_step. `columns` is a multiple of the lanes.
 template <class S, int Rows, int Vectors, class Finish>
 inline void multiply_blocks(int64_t rows, int64_t columns, int64_t depth, const S* a, int64_t a_row, int64_t a_step,
                             const S* b, int64_t b_step, const Finish& finish, int64_t row = 0, int64_t column = 0) {
@@ -151,11 +151,7 @@ inline void multiply_blocks(int64_t rows, int64_t columns, int64_t depth, const 
     for (int64_t r = 0; r + Rows <= rows; r += Rows) {
       Vec<S> sum[Rows][Vectors] = {};
       multiply_block<Multiply<S>>(depth, a + r * a_row, a_row, a_step, b + n, b_step, sum);
-#pragma GCC unroll 16
-      for (int i = 0; i < Rows; ++i) {
-#pragma GCC unroll 4
-        for (int v = 0; v < Vectors; ++v) finish(row + r + i, column + n + v * lanes, sum[i][v]);
-      }
+      finish(row + r, column + n, sum);
     }
   }
   if constexpr (Vectors > 1) {
@@ -173,14 +169,27 @@ inline void multiply_blocks(int64_t rows, int64_t columns, int64_t depth, const 
   }
 }
 
-// The same to C[rows][columns], whose rows lie c_row apart, or added to it.
+// Calls body(row, column, vector) for every vector of a block that multiply_blocks finishes.
+template <class S, int Rows, int Vectors, class Body>
+CELLOPS_INLINE void each_vector(int64_t row, int64_t column, const Vec<S> (&sum)[Rows][Vectors], const Body& body) {
+#pragma GCC unroll 16
+  for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < Vectors; ++v) body(row + r, column + v * kLanes<S>, sum[r][v]);
+  }
+}
+
+// The product to C[rows][columns], whose rows lie c_row apart, or added to it.
 template <class S, bool Accumulate, int Rows, int Vectors>
 inline void multiply_tile(int64_t rows, int64_t columns, int64_t depth, const S* a, int64_t a_row, int64_t a_step,
                           const S* b, int64_t b_step, S* c, int64_t c_row) {
   multiply_blocks<S, Rows, Vectors>(rows, columns, depth, a, a_row, a_step, b, b_step,
-                                    [&](int64_t r, int64_t n, Vec<S> sum) __attribute__((always_inline)) {
-                                      S* to = c + r * c_row + n;
-                                      store(to, Accumulate ? load(to) + sum : sum);
+                                    [&](int64_t row, int64_t column, const auto& sum) CELLOPS_INLINE_LAMBDA {
+                                      each_vector<S>(row, column, sum,
+                                                     [&](int64_t r, int64_t n, Vec<S> value) CELLOPS_INLINE_LAMBDA {
+                                                       S* to = c + r * c_row + n;
+                                                       store(to, Accumulate ? load(to) + value : value);
+                                                     });
                                     });
 }
 

@@ -75,9 +75,13 @@ void find_output(const Tiling& t, const Team& team, Tile& tile, const T* input, 
       tile.read(input, nullptr, first_group, position, count);
     }
     for (int64_t group = first_group; group < first_group + t.unit_groups; ++group) {
-      if (!kept) tile.convolve(group);
-      with_activation(activation,
-                      [&](auto tag) { tile.template activate<tag.value>(group, affine, streamed, output); });
+      with_activation(activation, [&](auto tag) {
+        if (kept) {
+          tile.template activate<tag.value>(group, affine, streamed, output);
+        } else {
+          tile.template produce<tag.value>(group, affine, streamed, output);
+        }
+      });
     }
   });
   if (streamed) end_streams();

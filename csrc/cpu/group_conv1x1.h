@@ -22,7 +22,8 @@ struct Channels {
 // The batch as tiles and the tiles as units of work, each for one thread.
 struct Tiling {
   // most: positions in a tile, as long as its `channels` stay in the second cache. all_groups: whether a tile has them
-  // all, as it should where they share cache lines.
+  // all, as it should where they share cache lines; the others are read and written where they lie if they end with
+  // their image.
   Tiling(const GroupConv1x1Params& p, int64_t most, int64_t channels, int64_t bytes_of_number, bool all_groups,
          int most_threads)
       : groups(p.groups),
@@ -31,15 +32,18 @@ struct Tiling {
         in{p.in_channels, p.in_channels / p.groups, 1},
         out{p.out_channels, p.out_channels / p.groups, p.shuffle ? p.groups : 1},
         rows_of_memory(p.channels_last || p.pixels == 1),
-        unit_groups(all_groups ? groups : 1) {
-    constexpr int64_t kStep = 48, kBytes = 196608;
+        unit_groups(all_groups ? groups : 1),
+        run(!all_groups && pixels % kWhole == 0 && pixels >= kStep ? pixels : max_of(positions, int64_t(1))) {
+    constexpr int64_t kBytes = 196608;
     tile = min_of(most, kBytes / (channels * bytes_of_number)) / kStep * kStep;
-    tile = max_of(kStep, min_of(tile, round_up(positions, kStep)));
+    tile = max_of(kStep, min_of(tile, round_up(run, kStep)));
+    run_tiles = div_up(run, tile);
+    if (run != pixels) tile = round_up(div_up(run, run_tiles), kWhole);  // of one size, as there may be few
     const int64_t work = positions * max_of(max_of(in.count, out.count), out.count * in.of_group / 16);
     threads = int(max_of(1, min_of(work / 16384, most_threads)));
-    const int64_t tiles = div_up(positions, tile) * (groups / unit_groups);
-    unit_positions = all_groups ? tile : tile * max_of(1, min_of(16, tiles / (8 * threads)));
-    units = div_up(positions, unit_positions) * (groups / unit_groups);
+    tiles = positions / run * run_tiles;
+    unit_tiles = all_groups ? 1 : max_of(1, min_of(16, tiles * groups / (8 * threads)));
+    units = div_up(tiles, unit_tiles) * (groups / unit_groups);
   }
 
   // Calls body(group, position, count) for every tile of the member's units; its groups are unit_groups from `group`
@@ -50,8 +54,11 @@ struct Tiling {
     int64_t begin, end;
     team.share(units, &begin, &end);
     for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t first = unit / parts * unit_positions, last = min_of(first + unit_positions, positions);
-      for (int64_t q = first; q < last; q += tile) body(unit % parts, q, min_of(tile, last - q));
+      const int64_t first = unit / parts * unit_tiles, last = min_of(first + unit_tiles, tiles);
+      for (int64_t i = first; i < last; ++i) {
+        const int64_t at = i % run_tiles * tile;
+        body(unit % parts, i / run_tiles * run + at, min_of(tile, run - at));
+      }
     }
   }
 
@@ -74,9 +81,15 @@ struct Tiling {
   const Channels in, out;
   const bool rows_of_memory;  // memory is [positions][channels]
   const int64_t unit_groups;
-  int64_t tile;  // positions
+  const int64_t run;  // neighbouring positions that are cut into tiles: an image's, or all
+  int64_t tile;       // positions
+  int64_t run_tiles, tiles;
   int threads;
-  int64_t unit_positions, units;
+  int64_t unit_tiles, units;
+
+ private:
+  static constexpr int64_t kStep = 48;   // positions in a panel of the product
+  static constexpr int64_t kWhole = 16;  // in the longest vector
 };
 
 // The weight [O][C / G], and each group's block transposed.
@@ -162,6 +175,10 @@ struct AffineLanes {
     return activate<A, S>((z - centre) * scale + shift);
   }
 };
+
+// Whether an activation is short enough to be written out for each vector of a block in registers.
+template <Activation A>
+inline constexpr bool finishes_blocks = A == Activation::none || A == Activation::relu || A == Activation::relu6;
 
 template <class S>
 struct ChainLanes {

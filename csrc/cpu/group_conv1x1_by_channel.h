@@ -200,7 +200,26 @@ class ByChannel {
   }
 
   // Forward: the convolution of a group, in the place of its output.
-  void convolve(int64_t group) { multiply(group, out_.row_of(group), out_.row_step(), false); }
+  void convolve(int64_t group) { multiply_to(group, out_.row_of(group), out_.row_step(), false); }
+
+  // Forward: the convolution of a group and what follows it, while it is in registers where that is short enough.
+  template <Activation A>
+  void produce(int64_t group, const Affine<S>& affine, bool streamed, T* output) {
+    if constexpr (finishes_blocks<A>) {
+      const int64_t first = group * t_.out.of_group;
+      if (T* place = out_.place(output, group, position_, count_)) {
+        const int64_t step = out_.place_step();
+        multiply(group, false, [&](int64_t row, int64_t column, const auto& sum) CELLOPS_INLINE_LAMBDA {
+          each_vector<S>(row, column, sum, [&](int64_t j, int64_t n, Vec<S> z) CELLOPS_INLINE_LAMBDA {
+            put(place + j * step + n, lanes_of(affine, first + j).template activated<A>(z), streamed);
+          });
+        });
+        return;
+      }
+    }
+    convolve(group);
+    activate<A>(group, affine, streamed, output);
+  }
 
   // Mean and sum of squared deviations of each channel of it.
   void find_moments(int64_t group, S* means, S* squares) const {
@@ -256,7 +275,7 @@ class ByChannel {
       }
     }
     if (found && (copied || convolution_row_ != convolution_.get())) return;
-    multiply(group, convolution_row_, convolution_step_, true);
+    multiply_to(group, convolution_row_, convolution_step_, true);
     if constexpr (sizeof(T) == sizeof(S)) {
       if (copied) in_.put_rows(t_.out.of_group, convolution_row_, convolution_step_, group, position_, count_, kept);
     }
@@ -294,19 +313,20 @@ class ByChannel {
   void convolve_back(int64_t group, bool streamed, T* grad_input) {
     const int64_t ins = t_.in.of_group, columns = round_up(count_, kLanes<S>);
     const auto product = [&](const auto& finish) {
-      multiply_blocks<S, kTileRows, kTileVectors>(ins, columns, t_.out.of_group, weights_.of(group), 1, ins,
-                                                  out_.row_of(group), out_.row_step(), finish);
+      multiply_blocks<S, kTileRows, kTileVectors>(
+          ins, columns, t_.out.of_group, weights_.of(group), 1, ins, out_.row_of(group), out_.row_step(),
+          [=](int64_t row, int64_t column, const auto& sum)
+              CELLOPS_INLINE_LAMBDA { each_vector<S>(row, column, sum, finish); });
     };
     if (T* place = in_.place(grad_input, group, position_, count_)) {
       const int64_t step = in_.place_step();
       product([=](int64_t c, int64_t n, Vec<S> value)
-                  __attribute__((always_inline)) { put(place + c * step + n, value, streamed); });
+                  CELLOPS_INLINE_LAMBDA { put(place + c * step + n, value, streamed); });
       return;
     }
     S* rows = in_.row_of(group);
     const int64_t step = in_.row_step();
-    product([=](int64_t c, int64_t n, Vec<S> value)
-                __attribute__((always_inline)) { store(rows + c * step + n, value); });
+    product([=](int64_t c, int64_t n, Vec<S> value) CELLOPS_INLINE_LAMBDA { store(rows + c * step + n, value); });
     if (is_last(group)) in_.write(group_, position_, count_, streamed, grad_input);
   }
 
@@ -314,8 +334,10 @@ class ByChannel {
   // A tile is written when it has all its groups.
   bool is_last(int64_t group) const { return group + 1 == group_ + t_.unit_groups; }
 
-  // Meanwhile it asks for the input of the panel after the next, and for the gradient where that is wanted after this.
-  void multiply(int64_t group, S* to, int64_t to_step, bool with_gradient) const {
+  // The product of a group's weights and its positions in blocks. Meanwhile it asks for the input of the panel after
+  // the next, and for the gradient where that is wanted after this.
+  template <class Finish>
+  CELLOPS_INLINE void multiply(int64_t group, bool with_gradient, const Finish& finish) const {
     constexpr int64_t kPanel = kTileVectors * kLanes<S>;
     const int64_t columns = round_up(count_, kLanes<S>), depth = t_.in.of_group, outs = t_.out.of_group;
     const int64_t share = div_up(depth * kTileRows, round_up(outs, kTileRows));  // rows of input to a block of output
@@ -324,11 +346,17 @@ class ByChannel {
       for (int64_t r = 0, c = 0; r < outs; r += kTileRows, c += share) {
         in_.prefetch(n + 2 * kPanel, kPanel, c, c + share);
         if (with_gradient) out_.prefetch(n, some, r, r + kTileRows);
-        multiply_tile<S, false, kTileRows, kTileVectors>(
-            min_of(kTileRows, outs - r), some, depth, weights_.of(group) + r * depth, depth, 1,
-            in_.read_row_of(group) + n, in_.read_row_step(), to + r * to_step + n, to_step);
+        multiply_blocks<S, kTileRows, kTileVectors>(min_of(kTileRows, outs - r), some, depth,
+                                                    weights_.of(group) + r * depth, depth, 1,
+                                                    in_.read_row_of(group) + n, in_.read_row_step(), finish, r, n);
       }
     }
+  }
+  void multiply_to(int64_t group, S* to, int64_t to_step, bool with_gradient) const {
+    multiply(group, with_gradient, [=](int64_t row, int64_t column, const auto& sum) CELLOPS_INLINE_LAMBDA {
+      each_vector<S>(row, column, sum,
+                     [=](int64_t j, int64_t n, Vec<S> z) CELLOPS_INLINE_LAMBDA { store(to + j * to_step + n, z); });
+    });
   }
 
   static AffineLanes<S> lanes_of(const Affine<S>& affine, int64_t channel) {

@@ -65,13 +65,31 @@ class ByPosition {
   void read_kept(const Half*, int64_t, int64_t, int64_t) {}  // half types are not kept
 
   void convolve(int64_t group) {
-    constexpr int64_t kSome = 2 * kRows;
-    const int64_t outs = t_.out.of_group, ins = t_.in.of_group;
-    for (int64_t i = 0; i < count_; i += kSome) {
-      prefetch(group * count_ + i, min_of(kSome, count_ - i));
-      multiply_tile<S, false, kRows, kPanelVectors>(
-          min_of(kSome, count_ - i), outs, ins, x_ + i * t_.in.count + t_.in.first(group), t_.in.count, 1,
-          weights_.transposed_of(group), outs, convolution_.get() + i * outs, outs);
+    const int64_t outs = t_.out.of_group;
+    S* to = convolution_.get();
+    multiply(group, [=](int64_t row, int64_t column, const auto& sum) CELLOPS_INLINE_LAMBDA {
+      each_vector<S>(row, column, sum,
+                     [=](int64_t i, int64_t j, Vec<S> z) CELLOPS_INLINE_LAMBDA { store(to + i * outs + j, z); });
+    });
+  }
+
+  // Forward: the convolution of a group and what follows it, while it is in registers where that is short enough.
+  template <Activation A>
+  void produce(int64_t group, const Affine<S>& affine, bool streamed, T* output) {
+    if constexpr (!finishes_blocks<A>) {
+      convolve(group);
+      activate<A>(group, affine, streamed, output);
+    } else {
+      const int64_t step = t_.out.count, first = group * t_.out.of_group;
+      T* to = output + position_ * step + first;
+      multiply(group, [&, to](int64_t row, int64_t column, const auto& sum) CELLOPS_INLINE_LAMBDA {
+        constexpr int vectors = sizeof(sum[0]) / sizeof(sum[0][0]);
+        AffineLanes<S> lanes[vectors];
+        for (int v = 0; v < vectors; ++v) lanes[v] = lanes_of(affine, first + column + v * kLanes<S>);
+        each_vector<S>(row, 0, sum, [&](int64_t i, int64_t j, Vec<S> z) CELLOPS_INLINE_LAMBDA {
+          put(to + i * step + column + j, lanes[j / kLanes<S>].template activated<A>(z), streamed);
+        });
+      });
     }
   }
 
@@ -147,10 +165,13 @@ class ByPosition {
   void convolve_back(int64_t group, bool streamed, T* grad_input) {
     const int64_t outs = t_.out.of_group, ins = t_.in.of_group, step = t_.in.count;
     T* to = grad_input + position_ * step + t_.in.first(group);
-    multiply_blocks<S, kRows, kPanelVectors>(count_, ins, outs, convolution_.get(), outs, 1, weights_.of(group), ins,
-                                             [=](int64_t i, int64_t c, Vec<S> value) __attribute__((always_inline)) {
-                                               put(to + i * step + c, value, streamed);
-                                             });
+    multiply_blocks<S, kRows, kPanelVectors>(
+        count_, ins, outs, convolution_.get(), outs, 1, weights_.of(group), ins,
+        [=](int64_t row, int64_t column, const auto& sum) CELLOPS_INLINE_LAMBDA {
+          each_vector<S>(row, column, sum, [=](int64_t i, int64_t c, Vec<S> value) CELLOPS_INLINE_LAMBDA {
+            put(to + i * step + c, value, streamed);
+          });
+        });
   }
 
  private:
@@ -160,6 +181,19 @@ class ByPosition {
     } else {
       convert_row(count_ * channels, rows, buffer.get());
       return buffer.get();
+    }
+  }
+
+  // The product of a group's positions and its weights in blocks, while the next tile is fetched.
+  template <class Finish>
+  CELLOPS_INLINE void multiply(int64_t group, const Finish& finish) const {
+    constexpr int64_t kSome = 2 * kRows;
+    const int64_t outs = t_.out.of_group, ins = t_.in.of_group;
+    for (int64_t i = 0; i < count_; i += kSome) {
+      prefetch(group * count_ + i, min_of(kSome, count_ - i));
+      multiply_blocks<S, kRows, kPanelVectors>(min_of(kSome, count_ - i), outs, ins,
+                                               x_ + i * t_.in.count + t_.in.first(group), t_.in.count, 1,
+                                               weights_.transposed_of(group), outs, finish, i);
     }
   }
 
