@@ -9,7 +9,7 @@ docs/compile.md has the figures, benchmarks/bench_compile.py takes them.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 FEWEST: dict[str, tuple[int, int]] = {
     "squeeze_excite": (262_144, 262_144),
@@ -26,7 +26,7 @@ Behind an op's name may stand a mode of it.
 """
 
 
-def stands_back(op: str, input: Tensor, *parameters: Tensor | None) -> bool:
+def stands_back(op: str, input: Tensor, *others: Tensor | nn.Module | None) -> bool:
     """Whether the composition of PyTorch's ops is to be compiled in place of an op.
 
     Only in float32 inference on a CPU, where it was measured; never where a program is exported, which runs without
@@ -35,14 +35,16 @@ def stands_back(op: str, input: Tensor, *parameters: Tensor | None) -> bool:
     Args:
         op: its name, a key of `FEWEST`.
         input: [N, C, H, W].
-        parameters: the op's other tensors.
+        others: the op's other tensors, or modules that hold them.
     """
     if not torch.compiler.is_compiling() or torch.compiler.is_exporting() or op not in FEWEST:
         return False
     if torch.is_grad_enabled() or input.device.type != "cpu" or torch.is_autocast_enabled("cpu") or input.dim() != 4:
         return False
-    if any(one is not None and (one.dtype != torch.float32 or one.device != input.device) for one in parameters):
-        return False
+    for other in others:
+        for one in other.parameters() if isinstance(other, nn.Module) else (other,):
+            if one is not None and (one.dtype != torch.float32 or one.device != input.device):
+                return False
     if input.dtype != torch.float32:
         return False
     if 0 in input.shape[1:]:  # some ops refuse empty images

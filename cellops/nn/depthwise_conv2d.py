@@ -88,7 +88,7 @@ def convolve(input: Tensor, conv: nn.Conv2d, bn: nn.BatchNorm2d | None, activati
     Raises:
         ValueError: in training, one value per channel; else the errors are those of `cellops.depthwise_conv2d`.
     """
-    if _plain_is_faster(input, conv) or _compiled.stands_back("depthwise_conv2d", input, *conv.parameters()):
+    if _plain_is_faster(input, conv) or _compiled.stands_back("depthwise_conv2d", input, conv):
         return _compose(input, conv, bn, activation)
     if bn is None:
         return depthwise_conv2d(input, conv.weight, None, conv.bias, activation)

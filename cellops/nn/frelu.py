@@ -38,7 +38,7 @@ class FReLU(nn.Module):
             ValueError: in training, one value per channel; else the errors are those of `cellops.frelu`.
         """
         conv, bn = self.conv_frelu, self.bn_frelu
-        stands_back = _compiled.stands_back("frelu", input, *self.parameters()) and input.shape[1] == conv.in_channels
+        stands_back = _compiled.stands_back("frelu", input, self) and input.shape[1] == conv.in_channels
         if stands_back or not _batch_norm.can_fuse(conv, bn):
             convolved = conv(input)
             return input.maximum(convolved if bn is None else bn(convolved))

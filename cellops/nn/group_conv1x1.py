@@ -76,7 +76,7 @@ def convolve(
     Raises:
         ValueError: in training, one value per channel; else the errors are those of `cellops.group_conv1x1`.
     """
-    if _compiled.stands_back("group_conv1x1", input, *conv.parameters()) and input.shape[1] == conv.in_channels:
+    if _compiled.stands_back("group_conv1x1", input, conv) and input.shape[1] == conv.in_channels:
         return _compose(input, conv, bn, groups, activation, shuffle)
     if bn is None:
         return group_conv1x1(input, conv.weight, None, conv.bias, groups, activation, shuffle)

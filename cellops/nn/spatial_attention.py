@@ -43,7 +43,7 @@ class SpatialAttention(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """[N, C, H, W] -> [N, C, H, W]. Errors are those of `cellops.spatial_attention`."""
-        if _compiled.stands_back(f"spatial_attention {self.mode}", input, *self.parameters()) and self._takes(input):
+        if _compiled.stands_back(f"spatial_attention {self.mode}", input, self) and self._takes(input):
             seen = input
             if self.mode == "pool":
                 seen = torch.cat([input.amax(1, keepdim=True), input.mean(1, keepdim=True)], dim=1)

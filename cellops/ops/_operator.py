@@ -135,6 +135,8 @@ class Operator:
                 "Autograd": self._backward_autograd,
             },
         )
+        self._arguments = len(self.op._schema.arguments)
+        self._backward_arguments = len(self.backward_op._schema.arguments)
         torch.library.register_vmap(f"cellops::{name}", self._vmap, lib=library)
         torch.library.register_vmap(f"cellops::{name}_backward", self._backward_vmap, lib=library)
 
@@ -218,12 +220,12 @@ class Operator:
 
     def _split(self, arguments: tuple[Any, ...]) -> tuple[Tensors, Config]:
         """Tensors, and settings with the backend, which the dispatcher leaves out where it is None."""
-        arguments += (None,) * (len(self.op._schema.arguments) - len(arguments))
+        arguments += (None,) * (self._arguments - len(arguments))
         return arguments[: self.count], arguments[self.count :]
 
     def _split_backward(self, arguments: tuple[Any, ...]) -> tuple[Tensors, Tensors, Config, Sequence[bool]]:
         """Tensors, statistics, settings with the backend, and which gradients are wanted."""
-        arguments += (None,) * (len(self.backward_op._schema.arguments) - 1 - len(arguments))
+        arguments += (None,) * (self._backward_arguments - 1 - len(arguments))
         end = self.count + len(self.statistics)
         *settings, wanted, backend = arguments[end:]
         return arguments[: self.count], arguments[self.count : end], (*settings, backend), wanted
