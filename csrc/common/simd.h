@@ -76,6 +76,16 @@ CELLOPS_INLINE Vec<S> broadcast(S value) {
 
 // Vectors ------------------------------------------------------------------------------------------------------
 
+// Makes the compiler load a vector into a register, not take it as an operand in memory of each that uses it.
+template <class S>
+CELLOPS_INLINE void keep_in_register(Vec<S>& value) {
+#if defined(__x86_64__)
+  __asm__("" : "+v"(value));
+#else
+  (void)value;
+#endif
+}
+
 CELLOPS_INLINE Vec<float> load(const float* from) { return *(const VectorOf<float, kVectorBytes>::unaligned*)from; }
 CELLOPS_INLINE Vec<double> load(const double* from) { return *(const VectorOf<double, kVectorBytes>::unaligned*)from; }
 CELLOPS_INLINE Vec<float> load(const bfloat16* from) {

@@ -269,6 +269,9 @@ inline void load_window(const DepthwiseWalk<S>& w, const DepthwiseItem& item, co
 }
 
 // The weights of a unit, tap by tap. Kernel is 0 where the compiler does not know the size; they lie in scratch then.
+//
+// What is stored might be these weights, or a DepthwiseAhead, as far as the compiler sees, and would be read again for
+// every vector. So loops over rows copy both to locals of their own, and a DepthwiseAhead back.
 template <int Kernel, class S>
 struct DepthwiseTaps {
   DepthwiseTaps(const DepthwiseWalk<S>& w, const S* weights, int64_t unit, bool flipped, S*) {
@@ -290,6 +293,13 @@ struct DepthwiseTaps<0, S> {
   const S* from;
 };
 
+// Rows that a forward pass works on at once: as many as 32 or 16 registers hold sums of beside the weights.
+#if defined(__AVX512F__) || defined(__aarch64__)
+inline constexpr int kRowsAtOnce = 4;
+#else
+inline constexpr int kRowsAtOnce = 2;
+#endif
+
 // How many rows of a block, one below the other, a loop's body works on at once: their windows overlap, so fewer values
 // are loaded for each.
 template <int Count, int Step>
@@ -299,7 +309,7 @@ struct Rows {
 };
 
 template <int Most, int Step, class S, class Body>
-CELLOPS_INLINE void for_rows_of(const DepthwiseWalk<S>& w, int64_t rows, const Body& body) {
+CELLOPS_INLINE void for_rows_of(const DepthwiseWalk<S>& w, int64_t rows, const Body& body, int64_t r = 0) {
   constexpr int lanes = kLanes<S>;
   const int64_t length = w.width * Step, whole = length / lanes * lanes;
   const FirstLanes<S> rest(length - whole);
@@ -308,11 +318,8 @@ CELLOPS_INLINE void for_rows_of(const DepthwiseWalk<S>& w, int64_t rows, const B
     for (int64_t i = 0; i < whole; i += lanes) body(row + i, result + i, EveryLane{}, block);
     if (Step == 1 && whole < length) body(row + whole, result + whole, rest, block);
   };
-  int64_t r = 0;
   for (; r + Most <= rows; r += Most) on_rows(r, Rows<Most, Step>{});
-  if constexpr (Most > 1) {
-    for (; r < rows; ++r) on_rows(r, Rows<1, Step>{});
-  }
+  if constexpr (Most > 1) for_rows_of<Most / 2, Step>(w, rows, body, r);
 }
 
 // Calls body(element, result, only, Rows) for the vectors that cover rows of a block, on `Most` rows at once where
@@ -333,24 +340,28 @@ CELLOPS_INLINE void for_rows(const DepthwiseWalk<S>& w, int64_t rows, bool flat,
   }
 }
 
-// The convolution at the elements whose windows begin at `corner`, on `Count` rows.
+// The convolution at the elements whose windows begin at `corner`, on `Count` rows, and the elements themselves.
 template <int Kernel, int Count, int Step, class S>
 CELLOPS_INLINE void convolve(int64_t kernel, int64_t pitch, const DepthwiseTaps<Kernel, S>& taps, const S* corner,
-                             Rows<Count, Step>, Vec<S>* sums) {
-  const int64_t size = Kernel ? Kernel : kernel;
-#pragma GCC unroll 2
-  for (int r = 0; r < Count; ++r) sums[r] = Vec<S>{};
+                             Rows<Count, Step>, Vec<S>* sums, Vec<S>* centres) {
+  const int64_t size = Kernel ? Kernel : kernel, half = size / 2;
 #pragma GCC unroll 4
+  for (int r = 0; r < Count; ++r) sums[r] = Vec<S>{};
+#pragma GCC unroll 6
   for (int64_t i = 0; i < size + Count - 1; ++i) {
 #pragma GCC unroll 3
     for (int64_t j = 0; j < size; ++j) {
-      const Vec<S> value = load(corner + i * pitch + j * Step);
-#pragma GCC unroll 2
+      Vec<S> value = load(corner + i * pitch + j * Step);
+      // Loaded once for all rows: as operands in memory of their products most would cross a line each time.
+      if constexpr (Kernel > 0 && Count > 1) keep_in_register<S>(value);
+#pragma GCC unroll 4
       for (int r = 0; r < Count; ++r) {
         if (i >= r && i - r < size) sums[r] += value * taps.at((i - r) * size + j);
+        if (Kernel > 0 && i - r == half && j == half) centres[r] = value;
       }
     }
   }
+  for (int r = 0; Kernel == 0 && r < Count; ++r) centres[r] = load(corner + (half + r) * pitch + half * Step);
 }
 
 // Fetches what lies ahead in an image, one vector's worth a step.

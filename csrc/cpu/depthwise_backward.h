@@ -75,26 +75,29 @@ struct DepthwiseUnit {
 
 // The two sums of a unit's rows.
 template <class E, int Kernel, class S>
-void sum_rows(const E& ending, const DepthwiseWalk<S>& w, const DepthwiseUnit<Kernel, S>& unit, int64_t at_unit,
-              const S* x, const S* grad, int64_t rows, DepthwiseAhead& ahead, DepthwiseAhead& grad_ahead,
+void sum_rows(const E& ending, const DepthwiseWalk<S>& w, const DepthwiseUnit<Kernel, S>& given_unit, int64_t at_unit,
+              const S* x, const S* grad, int64_t rows, DepthwiseAhead& given_ahead, DepthwiseAhead& given_grad_ahead,
               const DepthwiseSums& sums) {
   const int64_t pitch = w.pitch;
+  const DepthwiseUnit<Kernel, S> unit = given_unit;
+  DepthwiseAhead ahead = given_ahead, grad_ahead = given_grad_ahead;
   const S* corner = x - w.half * (pitch + w.step);
   Vec<S> sum = {}, product = {};
-  for_rows<2>(w, rows, false, [&](int64_t at, int64_t, const auto& only, auto block) CELLOPS_INLINE_LAMBDA {
-    Vec<S> z[block.count];
-    convolve<Kernel>(w.kernel, pitch, unit.taps, corner + at, block, z);
-#pragma GCC unroll 2
+  for_rows<kRowsAtOnce>(w, rows, false, [&](int64_t at, int64_t, const auto& only, auto block) CELLOPS_INLINE_LAMBDA {
+    Vec<S> z[block.count], values[block.count];
+    convolve<Kernel>(w.kernel, pitch, unit.taps, corner + at, block, z, values);
+#pragma GCC unroll 4
     for (int r = 0; r < block.count; ++r) {
       z[r] -= unit.mean;
-      const Vec<S> value = load(x + at + r * pitch), given = load(grad + at + r * pitch);
-      const Vec<S> through = only(ending.template through<S>(given, value, z[r] * unit.scale + unit.shift));
+      const Vec<S> given = load(grad + at + r * pitch);
+      const Vec<S> through = only(ending.template through<S>(given, values[r], z[r] * unit.scale + unit.shift));
       sum += through;
       product += only(through * z[r]);
       ahead.fetch();
       grad_ahead.fetch();
     }
   });
+  given_ahead = ahead, given_grad_ahead = grad_ahead;
   w.add(sum, at_unit, sums.through());
   w.add(product, at_unit, sums.products());
 }
@@ -126,28 +129,31 @@ void sum_gradients(const Params& p, const Team& team, const DepthwiseWalk<S>& w,
 // Gradient of the convolution on rows [0, rows) at `x`, `grad`, and what it gives the weights; what is summed goes to
 // `sums` where they are given.
 template <bool Norm, class E, int Kernel, class S>
-void grad_of_convolution(const E& ending, const DepthwiseWalk<S>& w, const DepthwiseUnit<Kernel, S>& unit,
+void grad_of_convolution(const E& ending, const DepthwiseWalk<S>& w, const DepthwiseUnit<Kernel, S>& given_unit,
                          int64_t at_unit, int64_t rows, const S* x, const S* grad, S* direct, S* convolved,
-                         DepthwiseAhead& ahead, DepthwiseAhead& grad_ahead, const DepthwiseSums* sums) {
+                         DepthwiseAhead& given_ahead, DepthwiseAhead& given_grad_ahead, const DepthwiseSums* sums) {
   if (rows <= 0) return;
   const int64_t pitch = w.pitch, step = w.step;
+  const DepthwiseUnit<Kernel, S> unit = given_unit;
+  DepthwiseAhead ahead = given_ahead, grad_ahead = given_grad_ahead;
   const S* corner = x - w.half * (pitch + step);
   const int64_t count = w.kernel * w.kernel;
   Vec<S> sum = {}, product = {};
   Vec<S> total[Kernel ? Kernel * Kernel : 1] = {};
   for_rows<1>(w, rows, false, [&](int64_t at, int64_t, const auto& only, auto block) CELLOPS_INLINE_LAMBDA {
-    Vec<S> z = {}, window[Kernel ? Kernel * Kernel : 1];
+    Vec<S> z = {}, value, window[Kernel ? Kernel * Kernel : 1];
     if constexpr (Kernel > 0) {
 #pragma GCC unroll 9
       for (int t = 0; t < Kernel * Kernel; ++t) {
         window[t] = load(corner + at + t / Kernel * pitch + t % Kernel * block.step);
         z += window[t] * unit.taps.at(t);
       }
+      value = window[Kernel * Kernel / 2];
     } else {
-      convolve<Kernel>(w.kernel, pitch, unit.taps, corner + at, block, &z);
+      convolve<Kernel>(w.kernel, pitch, unit.taps, corner + at, block, &z, &value);
     }
     z -= unit.mean;
-    const Vec<S> value = load(x + at), given = load(grad + at), other = z * unit.scale + unit.shift;
+    const Vec<S> given = load(grad + at), other = z * unit.scale + unit.shift;
     const Vec<S> through = ending.template through<S>(given, value, other);
     if constexpr (E::kDirect) store(direct + at, ending.template through<S>(given, other, value));
     Vec<S> result = through * unit.scale;
@@ -165,6 +171,7 @@ void grad_of_convolution(const E& ending, const DepthwiseWalk<S>& w, const Depth
     ahead.fetch();
     grad_ahead.fetch();
   });
+  given_ahead = ahead, given_grad_ahead = grad_ahead;
   for (int64_t r = 0; r < rows; ++r) {  // nothing may flow in from between the rows
     for (int64_t i = w.width * step; i < w.pitch; ++i) convolved[r * pitch + i] = 0;
   }
@@ -187,19 +194,21 @@ void grad_of_convolution(const E& ending, const DepthwiseWalk<S>& w, const Depth
 
 // What the transposed convolution gives back, and what reaches x past it.
 template <bool Direct, int Kernel, class S>
-void grad_of_input(const DepthwiseWalk<S>& w, const DepthwiseTaps<Kernel, S>& flipped, const S* convolved,
+void grad_of_input(const DepthwiseWalk<S>& w, const DepthwiseTaps<Kernel, S>& given_flipped, const S* convolved,
                    const S* direct, int64_t rows, S* result) {
   const int64_t pitch = w.pitch, result_pitch = w.result_pitch;
+  const DepthwiseTaps<Kernel, S> flipped = given_flipped;
   const S* corner = convolved - w.half * (pitch + w.step);
-  for_rows<2>(w, rows, w.flat, [&](int64_t at, int64_t to, const auto& only, auto block) CELLOPS_INLINE_LAMBDA {
-    Vec<S> sum[block.count];
-    convolve<Kernel>(w.kernel, pitch, flipped, corner + at, block, sum);
-#pragma GCC unroll 2
-    for (int r = 0; r < block.count; ++r) {
-      if constexpr (Direct) sum[r] += load(direct + at + r * pitch);
-      only.put(result + to + r * result_pitch, sum[r]);
-    }
-  });
+  for_rows<kRowsAtOnce>(w, rows, w.flat,
+                        [&](int64_t at, int64_t to, const auto& only, auto block) CELLOPS_INLINE_LAMBDA {
+                          Vec<S> sum[block.count], values[block.count];
+                          convolve<Kernel>(w.kernel, pitch, flipped, corner + at, block, sum, values);
+#pragma GCC unroll 4
+                          for (int r = 0; r < block.count; ++r) {
+                            if constexpr (Direct) sum[r] += load(direct + at + r * pitch);
+                            only.put(result + to + r * result_pitch, sum[r]);
+                          }
+                        });
 }
 
 template <int Kernel, bool Norm, class T, class S, class Params>

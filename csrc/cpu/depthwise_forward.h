@@ -17,20 +17,24 @@ struct DepthwiseForwardScratch {
 
 // A unit's rows of a block. Compiled for the compute type, as all loops over windows are.
 template <class E, int Kernel, class S>
-void end_rows(const E& ending, const DepthwiseWalk<S>& w, const DepthwiseTaps<Kernel, S>& taps, Vec<S> m, Vec<S> a,
-              Vec<S> b, const S* x, int64_t rows, S* y, DepthwiseAhead& ahead) {
+void end_rows(const E& ending, const DepthwiseWalk<S>& w, const DepthwiseTaps<Kernel, S>& given_taps, Vec<S> m,
+              Vec<S> a, Vec<S> b, const S* x, int64_t rows, S* y, DepthwiseAhead& given_ahead) {
   const int64_t pitch = w.pitch, result_pitch = w.result_pitch;
+  const DepthwiseTaps<Kernel, S> taps = given_taps;
+  DepthwiseAhead ahead = given_ahead;
   const S* corner = x - w.half * (pitch + w.step);
-  for_rows<2>(w, rows, w.flat, [&](int64_t at, int64_t to, const auto& only, auto block) CELLOPS_INLINE_LAMBDA {
-    Vec<S> convolved[block.count];
-    convolve<Kernel>(w.kernel, pitch, taps, corner + at, block, convolved);
-#pragma GCC unroll 2
-    for (int r = 0; r < block.count; ++r) {
-      const Vec<S> value = load(x + at + r * pitch), z = (convolved[r] - m) * a + b;
-      only.put(y + to + r * result_pitch, ending.template value<S>(value, z));
-      ahead.fetch();
-    }
-  });
+  for_rows<kRowsAtOnce>(w, rows, w.flat,
+                        [&](int64_t at, int64_t to, const auto& only, auto block) CELLOPS_INLINE_LAMBDA {
+                          Vec<S> convolved[block.count], values[block.count];
+                          convolve<Kernel>(w.kernel, pitch, taps, corner + at, block, convolved, values);
+#pragma GCC unroll 4
+                          for (int r = 0; r < block.count; ++r) {
+                            const Vec<S> z = (convolved[r] - m) * a + b;
+                            only.put(y + to + r * result_pitch, ending.template value<S>(values[r], z));
+                            ahead.fetch();
+                          }
+                        });
+  given_ahead = ahead;
 }
 
 // y from (conv(x) - mean) * scale + shift on a thread's items, the last first: what the statistics have read last may
@@ -84,23 +88,25 @@ struct DepthwiseMoments {
 // DepthwiseMoments of the convolution over a block of rows, of which a value in its middle is taken first, so that
 // little cancels in the squares.
 template <int Kernel, class S>
-void add_moments(const DepthwiseWalk<S>& w, const DepthwiseTaps<Kernel, S>& taps, const S* corner, int64_t rows,
-                 int64_t unit, DepthwiseAhead& ahead, const DepthwiseMoments& moments) {
+void add_moments(const DepthwiseWalk<S>& w, const DepthwiseTaps<Kernel, S>& given_taps, const S* corner, int64_t rows,
+                 int64_t unit, DepthwiseAhead& given_ahead, const DepthwiseMoments& moments) {
   constexpr int lanes = kLanes<S>;
+  const DepthwiseTaps<Kernel, S> taps = given_taps;
+  DepthwiseAhead ahead = given_ahead;
   const int64_t pitch = w.pitch;
   const S* centre = corner + rows / 2 * pitch + w.width / 2 * w.step;
-  Vec<S> middle[1];
+  Vec<S> middle[1], itself[1];
   if (w.channels_last) {
-    convolve<Kernel>(w.kernel, pitch, taps, centre, Rows<1, lanes>{}, middle);
+    convolve<Kernel>(w.kernel, pitch, taps, centre, Rows<1, lanes>{}, middle, itself);
   } else {
-    convolve<Kernel>(w.kernel, pitch, taps, centre, Rows<1, 1>{}, middle);
+    convolve<Kernel>(w.kernel, pitch, taps, centre, Rows<1, 1>{}, middle, itself);
   }
   const Vec<S> first = w.channels_last ? middle[0] : broadcast(S(middle[0][0]));
   Vec<S> sum = {}, squares = {};
-  for_rows<2>(w, rows, false, [&](int64_t at, int64_t, const auto& only, auto block) CELLOPS_INLINE_LAMBDA {
-    Vec<S> convolved[block.count];
-    convolve<Kernel>(w.kernel, pitch, taps, corner + at, block, convolved);
-#pragma GCC unroll 2
+  for_rows<kRowsAtOnce>(w, rows, false, [&](int64_t at, int64_t, const auto& only, auto block) CELLOPS_INLINE_LAMBDA {
+    Vec<S> convolved[block.count], values[block.count];
+    convolve<Kernel>(w.kernel, pitch, taps, corner + at, block, convolved, values);
+#pragma GCC unroll 4
     for (int r = 0; r < block.count; ++r) {
       const Vec<S> value = only(convolved[r] - first);
       sum += value;
@@ -108,6 +114,7 @@ void add_moments(const DepthwiseWalk<S>& w, const DepthwiseTaps<Kernel, S>& taps
       ahead.fetch();
     }
   });
+  given_ahead = ahead;
   const double count = double(rows * w.width);
   double total = 0, total_squares = 0;
   for (int i = 0; i < lanes; ++i) {
