@@ -29,7 +29,7 @@ PIP_WHEEL = (sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isol
 NO_CUDA = {"CELLOPS_CUDA": "OFF"}
 """For builds that are about something else."""
 
-BASELINE = "-DCELLOPS_VARIANTS=baseline -DCELLOPS_OPTIMIZE_BASELINE=-O1"
+BASELINE = "-DCELLOPS_VARIANTS=baseline -DCELLOPS_OPTIMIZE_BASELINE=-O0"
 ONE_VARIANT = {"CMAKE_ARGS": BASELINE} if os.uname().machine == "x86_64" else {}
 
 
