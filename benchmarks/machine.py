@@ -39,12 +39,22 @@ def steady_environment(threads: int) -> dict[str, str]:
     }
 
 
-def slug() -> str:
-    """The machine's name as a file name, like "amd-epyc-9354-avx2-2-cores": some systems tell no model's number."""
-    from cellops import _native
+def cpu() -> str:
+    """The processor's name; where a virtual machine hides its number, with family and model: "AMD EPYC, 26/2"."""
     from cellops.models.doctor import cpu_model
 
-    words = re.sub(r"\((R|TM)\)|CPU|Processor|@.*|\d+-Core", " ", cpu_model())
+    name, path = cpu_model(), Path("/proc/cpuinfo")
+    if re.search(r"\d", name) or not path.exists():
+        return name
+    numbers = re.findall(r"^(?:cpu family|model)\s*:\s*(\d+)$", path.read_text(), re.MULTILINE)[:2]
+    return f"{name}, {'/'.join(numbers)}" if numbers else name
+
+
+def slug() -> str:
+    """The machine's name as a file name, like "amd-epyc-9354-avx2-2-cores"."""
+    from cellops import _native
+
+    words = re.sub(r"\((R|TM)\)|CPU|Processor|@.*|\d+-Core", " ", cpu())
     return as_file_name(f"{words} {_native.library().isa()} {cores()} cores")
 
 
@@ -56,7 +66,6 @@ def as_file_name(text: str) -> str:
 def describe(threads: int) -> dict[str, Any]:
     """The head of a results file."""
     from cellops import __version__, _native
-    from cellops.models.doctor import cpu_model
 
     versions = {"python": platform.python_version(), "cellops": __version__}
     for package in PACKAGES:
@@ -68,7 +77,7 @@ def describe(threads: int) -> dict[str, Any]:
     return {
         "machine": {
             "name": slug(),
-            "cpu": cpu_model(),
+            "cpu": cpu(),
             "cores": cores(),
             "architecture": platform.machine(),
             "system": platform.system(),

@@ -293,7 +293,7 @@ struct DepthwiseTaps<0, S> {
   const S* from;
 };
 
-// Rows that a forward pass works on at once: as many as 32 or 16 registers hold sums of beside the weights.
+// Rows that a loop over 3x3 windows works on at once: as many as 32 or 16 registers hold sums of beside the weights.
 #if defined(__AVX512F__) || defined(__aarch64__)
 inline constexpr int kRowsAtOnce = 4;
 #else
@@ -322,8 +322,8 @@ CELLOPS_INLINE void for_rows_of(const DepthwiseWalk<S>& w, int64_t rows, const B
   if constexpr (Most > 1) for_rows_of<Most / 2, Step>(w, rows, body, r);
 }
 
-// Calls body(element, result, only, Rows) for the vectors that cover rows of a block, on `Most` rows at once where
-// there are as many; `result` is the element's place in a block of results, `only(vector)` has zeros in the lanes that
+// Calls body(element, result, only, Rows) for the vectors that cover rows of a block, on `Most` rows at once, on half as
+// many where fewer are left; `result` is the element's place in a block of results, `only(vector)` has zeros in the lanes that
 // are not of these rows. With `flat` the rows are one long row, and the zeros between them part of it.
 template <int Most, class S, class Body>
 CELLOPS_INLINE void for_rows(const DepthwiseWalk<S>& w, int64_t rows, bool flat, const Body& body) {
