@@ -322,9 +322,9 @@ CELLOPS_INLINE void for_rows_of(const DepthwiseWalk<S>& w, int64_t rows, const B
   if constexpr (Most > 1) for_rows_of<Most / 2, Step>(w, rows, body, r);
 }
 
-// Calls body(element, result, only, Rows) for the vectors that cover rows of a block, on `Most` rows at once, on half as
-// many where fewer are left; `result` is the element's place in a block of results, `only(vector)` has zeros in the lanes that
-// are not of these rows. With `flat` the rows are one long row, and the zeros between them part of it.
+// Calls body(element, result, only, Rows) for the vectors that cover rows of a block, on `Most` rows at once, on half
+// as many where fewer are left; `result` is the element's place in a block of results, `only(vector)` has zeros in the
+// lanes that are not of these rows. With `flat` the rows are one long row, and the zeros between them part of it.
 template <int Most, class S, class Body>
 CELLOPS_INLINE void for_rows(const DepthwiseWalk<S>& w, int64_t rows, bool flat, const Body& body) {
   if (w.channels_last) {
