@@ -36,18 +36,21 @@ FULL_SHAPES = ((1, 64, 7, 7), (1, 64, 28, 28), (8, 32, 14, 14), (8, 256, 7, 7), 
 
 
 class Block(nn.Module):
-    """What stands around the module. Its normalisation has no bias: before a normalised 1x1 convolution the gradient of
-    one is rounding and nothing else.
+    """What stands around the module: a normalisation and its shift, a sum and a ReLU.
+
+    The shift is not learned: before a normalised 1x1 convolution its gradient is rounding and nothing else. There is
+    one as over a single image the mean of what is normalised is rounding, too, and with it an attention's gradients.
     """
 
     def __init__(self, channels: int, module: nn.Module) -> None:
         super().__init__()
         self.norm = nn.BatchNorm2d(channels, affine=False)
+        self.register_buffer("shift", torch.rand(channels, 1, 1))
         self.module = module
 
     def forward(self, input: Tensor) -> Tensor:
         """[N, C, H, W] -> [N, C, H, W]."""
-        return torch.relu(self.module(self.norm(input)) + input)
+        return torch.relu(self.module(self.norm(input) + self.shift) + input)
 
 
 def _rows() -> list[Any]:

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 FEWEST: dict[str, tuple[int, int]] = {
     "squeeze_excite": (262_144, 262_144),
     "eca": (262_144, 262_144),
-    "frelu": (16_384, 131_072),
+    "frelu": (16_384, 262_144),
     "depthwise_conv2d": (262_144, 262_144),
     "group_conv1x1": (8_192, 8_192),
     "spatial_attention conv": (0, 262_144),
-    "spatial_attention pool": (131_072, 524_288),
+    "spatial_attention pool": (262_144, 524_288),
 }
 """From how many numbers in an image on an op is called, in NCHW and in channels_last; others always are.
 
