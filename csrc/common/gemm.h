@@ -179,18 +179,22 @@ CELLOPS_INLINE void each_vector(int64_t row, int64_t column, const Vec<S> (&sum)
   }
 }
 
-// The product to C[rows][columns], whose rows lie c_row apart, or added to it.
-template <class S, bool Accumulate, int Rows, int Vectors>
-inline void multiply_tile(int64_t rows, int64_t columns, int64_t depth, const S* a, int64_t a_row, int64_t a_step,
-                          const S* b, int64_t b_step, S* c, int64_t c_row) {
+// What multiply_blocks calls to finish a block, from what finishes a vector: finish(row, column, vector).
+template <class S, class Finish>
+CELLOPS_INLINE auto by_vector(const Finish& finish) {
+  return [finish](int64_t row, int64_t column, const auto& sum)
+             CELLOPS_INLINE_LAMBDA { each_vector<S>(row, column, sum, finish); };
+}
+
+// The product added to C[rows][columns], whose rows lie c_row apart.
+template <class S, int Rows, int Vectors>
+inline void add_product(int64_t rows, int64_t columns, int64_t depth, const S* a, int64_t a_row, int64_t a_step,
+                        const S* b, int64_t b_step, S* c, int64_t c_row) {
   multiply_blocks<S, Rows, Vectors>(rows, columns, depth, a, a_row, a_step, b, b_step,
-                                    [&](int64_t row, int64_t column, const auto& sum) CELLOPS_INLINE_LAMBDA {
-                                      each_vector<S>(row, column, sum,
-                                                     [&](int64_t r, int64_t n, Vec<S> value) CELLOPS_INLINE_LAMBDA {
-                                                       S* to = c + r * c_row + n;
-                                                       store(to, Accumulate ? load(to) + value : value);
-                                                     });
-                                    });
+                                    by_vector<S>([=](int64_t r, int64_t n, Vec<S> value) CELLOPS_INLINE_LAMBDA {
+                                      S* to = c + r * c_row + n;
+                                      store(to, load(to) + value);
+                                    }));
 }
 
 // C[r][j] += the product of row r of A and row j of B, each `depth` numbers long, a multiple of the lanes.

@@ -271,7 +271,7 @@ inline void load_window(const DepthwiseWalk<S>& w, const DepthwiseItem& item, co
 // The weights of a unit, tap by tap. Kernel is 0 where the compiler does not know the size; they lie in scratch then.
 //
 // What is stored might be these weights, or a DepthwiseAhead, as far as the compiler sees, and would be read again for
-// every vector. So loops over rows copy both to locals of their own, and a DepthwiseAhead back.
+// every vector. So loops over windows have copies of both that are theirs alone, and copy a DepthwiseAhead back.
 template <int Kernel, class S>
 struct DepthwiseTaps {
   DepthwiseTaps(const DepthwiseWalk<S>& w, const S* weights, int64_t unit, bool flipped, S*) {
@@ -362,6 +362,24 @@ CELLOPS_INLINE void convolve(int64_t kernel, int64_t pitch, const DepthwiseTaps<
     }
   }
   for (int r = 0; Kernel == 0 && r < Count; ++r) centres[r] = load(corner + (half + r) * pitch + half * Step);
+}
+
+// Calls body(element, result, only, convolved, value) for the vectors that cover rows of a block at `x`: as for_rows,
+// with the convolution and the elements themselves.
+template <int Kernel, class S, class Body>
+CELLOPS_INLINE void for_windows(const DepthwiseWalk<S>& w, int64_t rows, bool flat,
+                                const DepthwiseTaps<Kernel, S>& given_taps, const S* x, const Body& body) {
+  const DepthwiseTaps<Kernel, S> taps = given_taps;
+  const int64_t pitch = w.pitch, result_pitch = w.result_pitch;
+  const S* corner = x - w.half * (pitch + w.step);
+  for_rows<kRowsAtOnce>(w, rows, flat, [&](int64_t at, int64_t to, const auto& only, auto block) CELLOPS_INLINE_LAMBDA {
+    Vec<S> convolved[block.count], values[block.count];
+    convolve<Kernel>(w.kernel, pitch, taps, corner + at, block, convolved, values);
+#pragma GCC unroll 4
+    for (int r = 0; r < block.count; ++r) {
+      body(at + r * pitch, to + r * result_pitch, only, convolved[r], values[r]);
+    }
+  });
 }
 
 // Fetches what lies ahead in an image, one vector's worth a step.

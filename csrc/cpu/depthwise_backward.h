@@ -75,28 +75,21 @@ struct DepthwiseUnit {
 
 // The two sums of a unit's rows.
 template <class E, int Kernel, class S>
-void sum_rows(const E& ending, const DepthwiseWalk<S>& w, const DepthwiseUnit<Kernel, S>& given_unit, int64_t at_unit,
+void sum_rows(const E& ending, const DepthwiseWalk<S>& w, const DepthwiseUnit<Kernel, S>& unit, int64_t at_unit,
               const S* x, const S* grad, int64_t rows, DepthwiseAhead& given_ahead, DepthwiseAhead& given_grad_ahead,
               const DepthwiseSums& sums) {
-  const int64_t pitch = w.pitch;
-  const DepthwiseUnit<Kernel, S> unit = given_unit;
   DepthwiseAhead ahead = given_ahead, grad_ahead = given_grad_ahead;
-  const S* corner = x - w.half * (pitch + w.step);
+  const Vec<S> mean = unit.mean, scale = unit.scale, shift = unit.shift;
   Vec<S> sum = {}, product = {};
-  for_rows<kRowsAtOnce>(w, rows, false, [&](int64_t at, int64_t, const auto& only, auto block) CELLOPS_INLINE_LAMBDA {
-    Vec<S> z[block.count], values[block.count];
-    convolve<Kernel>(w.kernel, pitch, unit.taps, corner + at, block, z, values);
-#pragma GCC unroll 4
-    for (int r = 0; r < block.count; ++r) {
-      z[r] -= unit.mean;
-      const Vec<S> given = load(grad + at + r * pitch);
-      const Vec<S> through = only(ending.template through<S>(given, values[r], z[r] * unit.scale + unit.shift));
-      sum += through;
-      product += only(through * z[r]);
-      ahead.fetch();
-      grad_ahead.fetch();
-    }
-  });
+  for_windows(w, rows, false, unit.taps, x,
+              [&](int64_t at, int64_t, const auto& only, Vec<S> z, Vec<S> value) CELLOPS_INLINE_LAMBDA {
+                z -= mean;
+                const Vec<S> through = only(ending.template through<S>(load(grad + at), value, z * scale + shift));
+                sum += through;
+                product += only(through * z);
+                ahead.fetch();
+                grad_ahead.fetch();
+              });
   given_ahead = ahead, given_grad_ahead = grad_ahead;
   w.add(sum, at_unit, sums.through());
   w.add(product, at_unit, sums.products());
@@ -194,21 +187,13 @@ void grad_of_convolution(const E& ending, const DepthwiseWalk<S>& w, const Depth
 
 // What the transposed convolution gives back, and what reaches x past it.
 template <bool Direct, int Kernel, class S>
-void grad_of_input(const DepthwiseWalk<S>& w, const DepthwiseTaps<Kernel, S>& given_flipped, const S* convolved,
+void grad_of_input(const DepthwiseWalk<S>& w, const DepthwiseTaps<Kernel, S>& flipped, const S* convolved,
                    const S* direct, int64_t rows, S* result) {
-  const int64_t pitch = w.pitch, result_pitch = w.result_pitch;
-  const DepthwiseTaps<Kernel, S> flipped = given_flipped;
-  const S* corner = convolved - w.half * (pitch + w.step);
-  for_rows<kRowsAtOnce>(w, rows, w.flat,
-                        [&](int64_t at, int64_t to, const auto& only, auto block) CELLOPS_INLINE_LAMBDA {
-                          Vec<S> sum[block.count], values[block.count];
-                          convolve<Kernel>(w.kernel, pitch, flipped, corner + at, block, sum, values);
-#pragma GCC unroll 4
-                          for (int r = 0; r < block.count; ++r) {
-                            if constexpr (Direct) sum[r] += load(direct + at + r * pitch);
-                            only.put(result + to + r * result_pitch, sum[r]);
-                          }
-                        });
+  for_windows(w, rows, w.flat, flipped, convolved,
+              [&](int64_t at, int64_t to, const auto& only, Vec<S> sum, Vec<S>) CELLOPS_INLINE_LAMBDA {
+                if constexpr (Direct) sum += load(direct + at);
+                only.put(result + to, sum);
+              });
 }
 
 template <int Kernel, bool Norm, class T, class S, class Params>

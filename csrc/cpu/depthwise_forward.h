@@ -17,23 +17,14 @@ struct DepthwiseForwardScratch {
 
 // A unit's rows of a block. Compiled for the compute type, as all loops over windows are.
 template <class E, int Kernel, class S>
-void end_rows(const E& ending, const DepthwiseWalk<S>& w, const DepthwiseTaps<Kernel, S>& given_taps, Vec<S> m,
-              Vec<S> a, Vec<S> b, const S* x, int64_t rows, S* y, DepthwiseAhead& given_ahead) {
-  const int64_t pitch = w.pitch, result_pitch = w.result_pitch;
-  const DepthwiseTaps<Kernel, S> taps = given_taps;
+void end_rows(const E& ending, const DepthwiseWalk<S>& w, const DepthwiseTaps<Kernel, S>& taps, Vec<S> m, Vec<S> a,
+              Vec<S> b, const S* x, int64_t rows, S* y, DepthwiseAhead& given_ahead) {
   DepthwiseAhead ahead = given_ahead;
-  const S* corner = x - w.half * (pitch + w.step);
-  for_rows<kRowsAtOnce>(w, rows, w.flat,
-                        [&](int64_t at, int64_t to, const auto& only, auto block) CELLOPS_INLINE_LAMBDA {
-                          Vec<S> convolved[block.count], values[block.count];
-                          convolve<Kernel>(w.kernel, pitch, taps, corner + at, block, convolved, values);
-#pragma GCC unroll 4
-                          for (int r = 0; r < block.count; ++r) {
-                            const Vec<S> z = (convolved[r] - m) * a + b;
-                            only.put(y + to + r * result_pitch, ending.template value<S>(values[r], z));
-                            ahead.fetch();
-                          }
-                        });
+  for_windows(w, rows, w.flat, taps, x,
+              [&](int64_t, int64_t to, const auto& only, Vec<S> z, Vec<S> value) CELLOPS_INLINE_LAMBDA {
+                only.put(y + to, ending.template value<S>(value, (z - m) * a + b));
+                ahead.fetch();
+              });
   given_ahead = ahead;
 }
 
@@ -88,31 +79,24 @@ struct DepthwiseMoments {
 // DepthwiseMoments of the convolution over a block of rows, of which a value in its middle is taken first, so that
 // little cancels in the squares.
 template <int Kernel, class S>
-void add_moments(const DepthwiseWalk<S>& w, const DepthwiseTaps<Kernel, S>& given_taps, const S* corner, int64_t rows,
+void add_moments(const DepthwiseWalk<S>& w, const DepthwiseTaps<Kernel, S>& taps, const S* x, int64_t rows,
                  int64_t unit, DepthwiseAhead& given_ahead, const DepthwiseMoments& moments) {
   constexpr int lanes = kLanes<S>;
-  const DepthwiseTaps<Kernel, S> taps = given_taps;
   DepthwiseAhead ahead = given_ahead;
-  const int64_t pitch = w.pitch;
-  const S* centre = corner + rows / 2 * pitch + w.width / 2 * w.step;
-  Vec<S> middle[1], itself[1];
+  const S* corner = x + (rows / 2 - w.half) * w.pitch + (w.width / 2 - w.half) * w.step;
+  Vec<S> middle, itself;
   if (w.channels_last) {
-    convolve<Kernel>(w.kernel, pitch, taps, centre, Rows<1, lanes>{}, middle, itself);
+    convolve<Kernel>(w.kernel, w.pitch, taps, corner, Rows<1, lanes>{}, &middle, &itself);
   } else {
-    convolve<Kernel>(w.kernel, pitch, taps, centre, Rows<1, 1>{}, middle, itself);
+    convolve<Kernel>(w.kernel, w.pitch, taps, corner, Rows<1, 1>{}, &middle, &itself);
   }
-  const Vec<S> first = w.channels_last ? middle[0] : broadcast(S(middle[0][0]));
+  const Vec<S> first = w.channels_last ? middle : broadcast(S(middle[0]));
   Vec<S> sum = {}, squares = {};
-  for_rows<kRowsAtOnce>(w, rows, false, [&](int64_t at, int64_t, const auto& only, auto block) CELLOPS_INLINE_LAMBDA {
-    Vec<S> convolved[block.count], values[block.count];
-    convolve<Kernel>(w.kernel, pitch, taps, corner + at, block, convolved, values);
-#pragma GCC unroll 4
-    for (int r = 0; r < block.count; ++r) {
-      const Vec<S> value = only(convolved[r] - first);
-      sum += value;
-      squares += value * value;
-      ahead.fetch();
-    }
+  for_windows(w, rows, false, taps, x, [&](int64_t, int64_t, const auto& only, Vec<S> z, Vec<S>) CELLOPS_INLINE_LAMBDA {
+    const Vec<S> value = only(z - first);
+    sum += value;
+    squares += value * value;
+    ahead.fetch();
   });
   given_ahead = ahead;
   const double count = double(rows * w.width);
@@ -132,7 +116,6 @@ void add_moments(const DepthwiseWalk<S>& w, const DepthwiseTaps<Kernel, S>& give
 template <int Kernel, class T, class S>
 void measure_convolution(const Team& team, const DepthwiseWalk<S>& w, const T* input, const S* weights,
                          const DepthwiseForwardScratch<S>& own, const DepthwiseMoments& moments) {
-  const int64_t step = w.step;
   int64_t begin, end;
   team.share(w.items, &begin, &end);
   for (int64_t i = begin; i < end; ++i) {
@@ -143,7 +126,7 @@ void measure_convolution(const Team& team, const DepthwiseWalk<S>& w, const T* i
       DepthwiseAhead ahead = ahead_of(w, item, row, w.half, i + 1, input);
       for (int64_t u = 0; u < item.units; ++u) {
         const DepthwiseTaps<Kernel, S> taps(w, weights, item.unit + u, false, own.taps.get());
-        add_moments(w, taps, own.input.at(u, 0) - w.half * step, rows, item.unit + u, ahead, moments);
+        add_moments(w, taps, own.input.at(u, w.half), rows, item.unit + u, ahead, moments);
       }
     }
   }

@@ -209,11 +209,9 @@ class ByChannel {
       const int64_t first = group * t_.out.of_group;
       if (T* place = out_.place(output, group, position_, count_)) {
         const int64_t step = out_.place_step();
-        multiply(group, false, [&](int64_t row, int64_t column, const auto& sum) CELLOPS_INLINE_LAMBDA {
-          each_vector<S>(row, column, sum, [&](int64_t j, int64_t n, Vec<S> z) CELLOPS_INLINE_LAMBDA {
-            put(place + j * step + n, lanes_of(affine, first + j).template activated<A>(z), streamed);
-          });
-        });
+        multiply(group, false, by_vector<S>([=, &affine](int64_t j, int64_t n, Vec<S> z) CELLOPS_INLINE_LAMBDA {
+                   put(place + j * step + n, lanes_of(affine, first + j).template activated<A>(z), streamed);
+                 }));
         return;
       }
     }
@@ -305,18 +303,16 @@ class ByChannel {
       return;
     }
     transpose(ins, count_, in_.read_row_of(group), in_.read_row_step(), transposed_.get(), ins);
-    multiply_tile<S, true, kTileRows, kTileVectors>(outs, ins, count_, out_.row_of(group), out_.row_step(), 1,
-                                                    transposed_.get(), ins, grad_weight, ins);
+    add_product<S, kTileRows, kTileVectors>(outs, ins, count_, out_.row_of(group), out_.row_step(), 1,
+                                            transposed_.get(), ins, grad_weight, ins);
   }
 
   // The gradient to the input; may take the input's place.
   void convolve_back(int64_t group, bool streamed, T* grad_input) {
     const int64_t ins = t_.in.of_group, columns = round_up(count_, kLanes<S>);
     const auto product = [&](const auto& finish) {
-      multiply_blocks<S, kTileRows, kTileVectors>(
-          ins, columns, t_.out.of_group, weights_.of(group), 1, ins, out_.row_of(group), out_.row_step(),
-          [=](int64_t row, int64_t column, const auto& sum)
-              CELLOPS_INLINE_LAMBDA { each_vector<S>(row, column, sum, finish); });
+      multiply_blocks<S, kTileRows, kTileVectors>(ins, columns, t_.out.of_group, weights_.of(group), 1, ins,
+                                                  out_.row_of(group), out_.row_step(), by_vector<S>(finish));
     };
     if (T* place = in_.place(grad_input, group, position_, count_)) {
       const int64_t step = in_.place_step();
@@ -353,10 +349,9 @@ class ByChannel {
     }
   }
   void multiply_to(int64_t group, S* to, int64_t to_step, bool with_gradient) const {
-    multiply(group, with_gradient, [=](int64_t row, int64_t column, const auto& sum) CELLOPS_INLINE_LAMBDA {
-      each_vector<S>(row, column, sum,
-                     [=](int64_t j, int64_t n, Vec<S> z) CELLOPS_INLINE_LAMBDA { store(to + j * to_step + n, z); });
-    });
+    multiply(group, with_gradient, by_vector<S>([=](int64_t j, int64_t n, Vec<S> z) CELLOPS_INLINE_LAMBDA {
+               store(to + j * to_step + n, z);
+             }));
   }
 
   static AffineLanes<S> lanes_of(const Affine<S>& affine, int64_t channel) {

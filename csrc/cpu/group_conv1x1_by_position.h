@@ -67,10 +67,8 @@ class ByPosition {
   void convolve(int64_t group) {
     const int64_t outs = t_.out.of_group;
     S* to = convolution_.get();
-    multiply(group, [=](int64_t row, int64_t column, const auto& sum) CELLOPS_INLINE_LAMBDA {
-      each_vector<S>(row, column, sum,
-                     [=](int64_t i, int64_t j, Vec<S> z) CELLOPS_INLINE_LAMBDA { store(to + i * outs + j, z); });
-    });
+    multiply(group,
+             by_vector<S>([=](int64_t i, int64_t j, Vec<S> z) CELLOPS_INLINE_LAMBDA { store(to + i * outs + j, z); }));
   }
 
   // Forward: the convolution of a group and what follows it, while it is in registers where that is short enough.
@@ -158,8 +156,8 @@ class ByPosition {
 
   void add_grad_weight(int64_t group, S* grad_weight) const {
     const int64_t outs = t_.out.of_group, ins = t_.in.of_group;
-    multiply_tile<S, true, kTileRows, kTileVectors>(outs, ins, count_, convolution_.get(), 1, outs,
-                                                    x_ + t_.in.first(group), t_.in.count, grad_weight, ins);
+    add_product<S, kTileRows, kTileVectors>(outs, ins, count_, convolution_.get(), 1, outs, x_ + t_.in.first(group),
+                                            t_.in.count, grad_weight, ins);
   }
 
   void convolve_back(int64_t group, bool streamed, T* grad_input) {
@@ -167,11 +165,8 @@ class ByPosition {
     T* to = grad_input + position_ * step + t_.in.first(group);
     multiply_blocks<S, kRows, kPanelVectors>(
         count_, ins, outs, convolution_.get(), outs, 1, weights_.of(group), ins,
-        [=](int64_t row, int64_t column, const auto& sum) CELLOPS_INLINE_LAMBDA {
-          each_vector<S>(row, column, sum, [=](int64_t i, int64_t c, Vec<S> value) CELLOPS_INLINE_LAMBDA {
-            put(to + i * step + c, value, streamed);
-          });
-        });
+        by_vector<S>([=](int64_t i, int64_t c, Vec<S> value)
+                         CELLOPS_INLINE_LAMBDA { put(to + i * step + c, value, streamed); }));
   }
 
  private:
