@@ -221,7 +221,7 @@ def tree(folder, recipe):
         return trees.hep2(folder / "hep2", specimens=4, cells=4)
     if paper:
         return trees.sipakmed(folder / "sipakmed", clusters=8, cells=2)
-    if recipe.name == "cric":
+    if recipe.data.layout == "cric":
         return trees.cric(folder / "cric", parents=8, crops=3)
     return "synthetic" if recipe.name == "demo" else trees.pbc(folder / "pbc", count=12)
 
@@ -296,14 +296,15 @@ def test_pretrained_weights_that_cannot_be_had(tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
-def test_table_within_a_budget(tmp_path):
-    """No time: nothing is trained. Then fold by fold over the rows, and again where it stopped."""
+def test_table_within_a_budget(tmp_path, monkeypatch):
+    """No time: nothing is trained. Then fold by fold over the rows, and again where it stopped; a relative --data."""
     from cellops.models.training.console import Output
 
     torch.set_num_threads(1)
-    data = trees.sipakmed(tmp_path / "data", clusters=6, cells=2)
+    trees.sipakmed(tmp_path / "data", clusters=6, cells=2)
+    monkeypatch.chdir(tmp_path)
     changes = [
-        f"data.path='{data}'",
+        "data.path=data",
         "data.input_size=32",
         "data.folds=2",
         "data.protocol=grouped",

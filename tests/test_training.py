@@ -33,6 +33,7 @@ from cellops.models.training.checkpoint import (
 from cellops.models.training.evaluate import Predictions
 from cellops.models.training.log import RunLog, read_log
 from cellops.models.training.loop import NonFiniteLoss
+from cellops.models.training.metrics import bootstrap_intervals
 from cellops.models.training.stopping import Interrupted
 
 
@@ -359,8 +360,11 @@ def test_folds_and_both_protocols(tmp_path):
         evaluation={"worst": 0},
     )
     folder = tmp_path / "run"
-    assert not finish(start(folder, recipe), parts=3)
-    assert (folder / "grouped" / "fold_1" / "metrics.json").exists()
+    assert not finish(start(folder, recipe), parts=2)
+    assert (folder / "grouped" / "fold_1" / "metrics.json").exists(), "every protocol's first fold comes first"
+    (one,) = (json.loads(path.read_text()) for path in folder.glob("grouped/*/metrics.json"))
+    summary = json.loads((folder / "results.json").read_text())
+    assert summary["grouped"]["interval"] == one["intervals"] and summary["grouped"]["folds_done"] == 1
     first = predictions(folder / "paper" / "fold_1")
     assert finish(start(folder, resume=True))
     assert predictions(folder / "paper" / "fold_1") == first
@@ -375,7 +379,18 @@ def test_folds_and_both_protocols(tmp_path):
             for fold in (1, 2)
             for name in Predictions.load(folder / protocol / f"fold_{fold}" / "predictions.csv").ids
         ]
-        assert len(ids) == len(set(ids)) == 150
+        assert len(ids) == len(set(ids)) == summary[protocol]["images"] == 150
+        together = Predictions.join(
+            [Predictions.load(folder / protocol / f"fold_{fold}" / "predictions.csv") for fold in (1, 2)]
+        )
+        samples = json.loads((folder / f"folds_{protocol}.json").read_text())["samples"]
+        wanted = bootstrap_intervals(
+            together.probabilities,
+            together.targets,
+            recipe.evaluation.bootstrap,
+            groups=[samples[name]["group"] for name in together.ids],
+        )
+        assert summary[protocol]["interval"]["f1_macro"] == pytest.approx(wanted["f1_macro"])
     assert "Both splits side by side" in (folder / "report.html").read_text()
 
 

@@ -54,8 +54,12 @@ def _family(recipes: dict[str, dict[str, Any]]) -> str:
         return "".join(f"{name}  {told['setting']}\n" for name, told in recipes.items())
     papers = dict.fromkeys(told["paper"] for told in plain.values() if told["paper"])
     text = "".join(f"\nPaper {paper}\n" for paper in papers)
+    settings = {told["setting"] for told in plain.values()}
+    common = settings.pop() if not papers and len(settings) == 1 else ""
+    text += f"\nEach: {common}\n" if common else ""
     width = max(map(len, plain))
-    text += "".join(f"  {name:<{width}}  {told['title']}{_aside(told['setting'])}\n" for name, told in plain.items())
+    for name, told in plain.items():
+        text += f"  {name:<{width}}  {told['title']}{'' if common else _aside(told['setting'])}\n"
     for setting, example in twins.items():
         suffix = example.removeprefix(max((name for name in plain if example.startswith(name)), key=len, default=""))
         text += f"  each also as NAME{suffix}: {setting}\n"

@@ -44,17 +44,18 @@ class Part:
 
 def protocols(settings: DataSettings) -> list[str]:
     """The protocols that a run goes through."""
-    return ["paper", "grouped"] if settings.protocol == "both" else [settings.protocol]
+    return ["grouped", "paper"] if settings.protocol == "both" else [settings.protocol]
 
 
 def parts(folds: Mapping[str, Folds], folder: Path) -> list[Part]:
-    """The parts of a run; the results of a single one lie in the run's own folder."""
+    """The parts of a run, first folds first; the results of a single part lie in the run's own folder."""
     if sum(map(len, folds.values())) == 1:
         return [Part(next(iter(folds)), 0, folder)]
     return [
         Part(name, number, folder / name / f"fold_{number + 1}" if len(folds) > 1 else folder / f"fold_{number + 1}")
+        for number in range(max(map(len, folds.values())))
         for name, cut_folds in folds.items()
-        for number in range(len(cut_folds))
+        if number < len(cut_folds)
     ]
 
 

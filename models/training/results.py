@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -126,7 +125,7 @@ def measure_cost(run: Run, model: nn.Module) -> dict[str, Any]:
     return plain(asdict(cost(model, input_size=(3, height, width), measure=True)))
 
 
-def read_results(folder: Path, parts: Sequence[Part]) -> dict[str, list[dict[str, Any]]]:
+def read_results(parts: Sequence[Part]) -> dict[str, list[dict[str, Any]]]:
     """The metrics.json of every part that is done, by protocol."""
     found: dict[str, list[dict[str, Any]]] = {}
     for part in parts:
@@ -136,12 +135,30 @@ def read_results(folder: Path, parts: Sequence[Part]) -> dict[str, list[dict[str
     return found
 
 
-def summarize(folder: Path, parts: Sequence[Part]) -> dict[str, Any]:
-    """Write results.json: for each protocol the folds that are in, and mean and standard deviation over them."""
-    results = read_results(folder, parts)
+def interval_of_all(run: Run, parts: Sequence[Part]) -> dict[str, Any]:
+    """95 % intervals of the predictions of several folds together; every image is in one test part at most."""
+    predictions = Predictions.join([Predictions.load(part.folder / "predictions.csv") for part in parts])
+    groups = None
+    if run.data.grouped:
+        group_of = {sample.id: sample.group for sample in run.data.samples}
+        groups = [group_of[name] for name in predictions.ids]
+    samples, seed = run.recipe.evaluation.bootstrap, run.recipe.seed
+    return bootstrap_intervals(
+        predictions.probabilities, predictions.targets, samples=samples, seed=seed, groups=groups
+    )
+
+
+def summarize(run: Run) -> dict[str, Any]:
+    """Write results.json: for each protocol the folds that are in, mean and standard deviation over them, and the
+    intervals of their predictions together."""
+    parts = run.parts
+    results = read_results(parts)
     summary: dict[str, Any] = {}
     for protocol in dict.fromkeys(part.protocol for part in parts):
         done = results.get(protocol, [])
+        intervals = done[0]["intervals"] if len(done) == 1 else {}
+        if len(done) > 1 and run.recipe.evaluation.bootstrap > 1:
+            intervals = interval_of_all(run, [part for part in parts if part.protocol == protocol and run.done(part)])
         names = [name for name, value in done[0]["metrics"].items() if isinstance(value, (int, float))] if done else []
         values = {
             name: [one["metrics"][name] for one in done if one["metrics"].get(name) is not None] for name in names
@@ -151,7 +168,9 @@ def summarize(folder: Path, parts: Sequence[Part]) -> dict[str, Any]:
             "folds_done": len(done),
             "mean": {name: float(np.mean(found)) for name, found in values.items() if found},
             "deviation": {name: float(np.std(found, ddof=1)) for name, found in values.items() if len(found) > 1},
+            "interval": intervals,
+            "images": sum(one["training"]["images"]["test"] or one["training"]["images"]["validation"] for one in done),
             "seconds": sum(one["training"]["seconds"] for one in done),
         }
-    write_text(folder / "results.json", json.dumps(plain(summary), indent=1))
+    write_text(run.folder / "results.json", json.dumps(plain(summary), indent=1))
     return summary

@@ -252,7 +252,7 @@ class Run:
                 self.output.line(f"{part.title}: {len(self.fold(part).train)} images", style="bold")
             complete = self._train_part(part, stop_after, deadline) and complete
         if self.ranks.main:
-            summarize(self.folder, self.parts)
+            summarize(self)
             if complete:
                 self.report()
         return complete
@@ -371,6 +371,14 @@ def _lock(folder: Path) -> Any:
     return file
 
 
+def _with_whole_path(recipe: Recipe) -> Recipe:
+    """The recipe with the absolute path of its data, by which a run finds them from any folder."""
+    path = recipe.data.path
+    if path is None or path == "synthetic":
+        return recipe
+    return replace(recipe, data=replace(recipe.data, path=str(Path(path).expanduser().resolve())))
+
+
 def _resumed_recipe(recipe: Recipe | None, folder: Path, overrides: Sequence[str]) -> Recipe:
     """The recipe of an unfinished run, with what may be changed about it."""
     if not (folder / "recipe.yaml").is_file():
@@ -379,6 +387,7 @@ def _resumed_recipe(recipe: Recipe | None, folder: Path, overrides: Sequence[str
     wanted = load_recipe(folder / "recipe.yaml", overrides) if recipe is None else recipe
     if recipe is not None and recipe.data.path is None:
         wanted = replace(recipe, data=replace(recipe.data, path=stored.data.path))
+    wanted = _with_whole_path(wanted)  # as it is stored
     different = _differences(recipe_values(stored), recipe_values(wanted))
     if different:
         raise ValueError(
@@ -433,9 +442,7 @@ def prepare(
     recipe = build_recipe(recipe_values(recipe))
     if recipe.training.threads is not None:
         torch.set_num_threads(recipe.training.threads)
-    path = recipe.data.path
-    if path is not None and path != "synthetic":
-        recipe = replace(recipe, data=replace(recipe.data, path=str(Path(path).expanduser().resolve())))
+    recipe = _with_whole_path(recipe)
     data = data or read_data(recipe.data, output)
     folds = {}
     for protocol in parts_module.protocols(recipe.data):

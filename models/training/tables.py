@@ -131,28 +131,40 @@ def _summary(folder: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
+def shown(found: dict[str, Any], metric: str) -> str:
+    """A metric of a run's results.json in percent: "97.2 ± 0.5 [96.1, 98.3]", as far as it is known."""
+    mean, deviation = found.get("mean", {}), found.get("deviation", {})
+    text = f"{100 * mean[metric]:.2f}" if metric in mean else "–"
+    text += f" ± {100 * deviation[metric]:.2f}" if metric in deviation else ""
+    low, high = found.get("interval", {}).get(metric, (None, None))
+    return text + (f" [{100 * low:.1f}, {100 * high:.1f}]" if low is not None else "")
+
+
 def write_table(table: Table, rows: Sequence[Row], folder: Path, twin: str, failed: dict[str, str]) -> str:
     """Write table.md and table.json from the rows' folders, and return the Markdown text."""
     from cellops.models.training.checkpoint import write_text
 
     kind = "; ".join(dict.fromkeys(load_recipe(_recipe_name(row, twin)).setting for row in rows))
-    lines = [f"## {table.title}", "", f"Percent, mean ± standard deviation over the folds that are in; {kind}.", ""]
+    told = (
+        "Percent: mean ± standard deviation over the folds that are in, and the 95 % interval of their images together"
+    )
+    lines = [f"## {table.title}", "", f"{told}; {kind}.", ""]
     lines += [table.notes.strip(), ""] if table.notes else []
-    lines += ["| row | protocol | folds | " + " | ".join(f"{name} (paper)" for name in table.columns) + " |"]
+    printed = {name for row in rows for name in row.paper}
+    head = [f"{name} (paper)" if name in printed else name for name in table.columns]
+    lines += [f"| row | protocol | folds | {' | '.join(head)} |"]
     lines += ["|---|---|---|" + "---|" * len(table.columns)]
     records = []
     for row in rows:
         summary = _summary(folder / _recipe_name(row, twin)) or {"–": {"folds": 0, "folds_done": 0}}
         for protocol, found in summary.items():
-            mean, deviation = found.get("mean", {}), found.get("deviation", {})
-            cells = []
-            for name in table.columns:
-                ours = f"{100 * mean[name]:.2f}" if name in mean else "–"
-                ours += f" ± {100 * deviation[name]:.2f}" if name in deviation else ""
-                cells.append(f"{ours} ({row.paper[name]:g})" if name in row.paper else ours)
+            cells = [
+                shown(found, name) + (f" ({row.paper[name]:g})" if name in row.paper else "") for name in table.columns
+            ]
             folds = f"{found['folds_done']} of {found['folds']}"
             lines.append(f"| {row.label} | {protocol} | {folds} | " + " | ".join(cells) + " |")
-            records.append({"label": row.label, "protocol": protocol, "paper": row.paper, **found})
+            recipe = _recipe_name(row, twin)
+            records.append({"label": row.label, "recipe": recipe, "protocol": protocol, "paper": row.paper, **found})
     lines += [f"\nNot trained: {label}: {reason}" for label, reason in failed.items()]
     text = "\n".join(lines) + "\n"
     write_text(folder / "table.md", text)
