@@ -68,7 +68,8 @@ def main() -> int:
         return 2
     if options.again and REPEATED not in os.environ:
         print(f"{results.forget(options.again)} rows are measured again")
-    setup = Setup(options.device, options.small, options.output.resolve(), options.data, options.jobs)
+    name = head["machine"]["name"]
+    setup = Setup(options.device, options.small, options.output.resolve(), options.data, options.jobs, name)
     try:
         left = _run_steps(options.steps, setup, results, end)
     except DeadDevice as error:

@@ -6,6 +6,7 @@ import math
 import time
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -166,6 +167,31 @@ def test_resized_crops_lie_inside_and_have_the_area() -> None:
         assert found.min() >= 0 and found.max() <= 1
     assert 0.23 < min(areas) < 0.32 and 0.57 < max(areas) < 0.66
     assert min(centres) < 0.4 and max(centres) > 0.6
+
+
+def test_resized_crops_are_drawn_as_torchvision_does() -> None:
+    """Windows that reach out of the image are drawn again: cut off, one in six would touch a whole side."""
+    config = {"resized_crop": {"scale": [0.25, 1.0], "ratio": [0.75, 1.33]}}
+    geometry = build_augmentation(config, (32, 32), train=True).geometry
+    generator = torch.Generator().manual_seed(0)
+    ours = [geometry.drawn_window(128, 128, generator) for _ in range(4000)]
+    torch.manual_seed(0)
+    image = torch.zeros(3, 128, 128)
+    theirs = [v2.RandomResizedCrop.get_params(image, [0.25, 1.0], [0.75, 1.33])[2:] for _ in range(4000)]
+    assert all(window is not None and max(window) <= 128 for window in ours)
+    wanted = np.mean([height * width for height, width in theirs])
+    assert np.mean([window[0] * window[1] for window in ours if window]) == pytest.approx(wanted, rel=0.02)
+    assert geometry.drawn_window(10, 300, generator) is None, "no window of a quarter of it has these proportions"
+    assert geometry.largest_window(10, 300) == [10, pytest.approx(13.3)]
+
+
+def test_evaluation_takes_the_pixels_as_they_are_where_asked() -> None:
+    image = torch.randint(256, (3, 32, 32), dtype=torch.uint8)
+    plain = {"rotation": 180, "match_interpolation": False, "normalise": {"mean": 0.0, "std": 1.0}}
+    found = build_augmentation(plain, (32, 32), train=False)(image, torch.Generator())
+    torch.testing.assert_close(found, image / 255)
+    smoothed = build_augmentation({**plain, "match_interpolation": True}, (32, 32), train=False)
+    assert (smoothed(image, torch.Generator()) - found).abs().max() > 0.01
 
 
 def test_zoom_enlarges() -> None:

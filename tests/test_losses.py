@@ -13,7 +13,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.ops import sigmoid_focal_loss
 
+from cellops.models import create_model
 from cellops.models.training.losses import build_loss, squared_distances, triplet_batch_all, triplet_batch_hard
+from cellops.models.training.network import WithFeatures
 
 WEIGHTS = [0.5, 2.0, 1.0, 3.5]
 
@@ -225,3 +227,24 @@ def test_wrong_targets_are_named() -> None:
     for name in ("cross_entropy", "bce", "focal"):
         with pytest.raises(ValueError, match=r"targets must be \[N\] integers or \[N, 4\] floats"):
             build_loss({"name": name}, 4)(logits, targets[:, None].expand(12, 4))
+
+
+@pytest.mark.parametrize(
+    ("name", "width"),
+    [("squeezenet1_1", 512), ("mobilenetv2_100", 1280), ("shufflenet_v2_x1_0", 1024), ("ghostnet_100", 1280)],
+)
+def test_features_of_the_last_convolution(name: str, width: int) -> None:
+    """Of the four networks of the hybrid loss; GhostNet's last convolution lies behind its pooling."""
+    model = create_model(name, num_classes=5).eval()
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        wanted = model(images)
+        network = WithFeatures(model, wanted=True).eval()
+        logits, features = network(images)
+        torch.testing.assert_close(logits, wanted)
+        assert features is not None and features.shape == (2, width)
+        if name == "ghostnet_100":
+            torch.testing.assert_close(model.get_classifier()(features), logits)
+            network.train()
+            logits, features = network(images)
+            assert not torch.allclose(model.get_classifier()(features), logits), "logits have dropout, features none"

@@ -329,6 +329,33 @@ def test_table_within_a_budget(tmp_path, monkeypatch):
         train_table(table, tmp_path / "t", changes, "scratch", None, "nothing", quiet)
 
 
+def test_rows_of_a_table_on_other_pixels_read_their_own(tmp_path):
+    """HEp-2 with and without masks: the second row must not be given the first one's images."""
+    from cellops.models.training.console import Output
+
+    torch.set_num_threads(1)
+    data = trees.hep2(tmp_path / "data", specimens=4, cells=4)
+    changes = [
+        f"data.path='{data}'",
+        "data.input_size=32",
+        "data.protocol=paper",
+        "training.epochs=1",
+        "training.batch_size=4",
+        "evaluation={worst: 0, cost: false, bootstrap: 0}",
+        "model={name: shufflenet_v2_x1_0, pretrained: false}",
+        "model.arguments={}",
+    ]
+    table, quiet = load_table("hep2"), Output(quiet=True)
+    assert train_table(table, tmp_path / "t", changes, "scratch", None, "hep2_coat_mini", quiet) == 0
+    texts = {
+        name: (tmp_path / "t" / f"hep2_coat_mini{name}_scratch" / "predictions.csv").read_text()
+        for name in ("", "_unmasked")
+    }
+    assert texts[""] != texts["_unmasked"]
+    notes = (tmp_path / "t" / "hep2_coat_mini_unmasked_scratch" / "run.json").read_text()
+    assert "The masks were not used" in notes
+
+
 def test_build_recipe_from_values():
     recipe = build_recipe({"optimizer": {"name": "adam", "learning_rate": 1}})
     assert recipe.training.epochs == 10

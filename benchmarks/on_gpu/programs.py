@@ -23,13 +23,15 @@ CPU_FILES = (
 )
 NETWORKS = ("deform_resnet50", "lung_resnet50", "shufflenet_v1_g3", "dresnet", "hqnet_tiny", "hqnet_dcn")
 EXPERIMENTS = {
-    "pbc": ("pbc", "shufflenet_v1_g3", ["--set", "data.input_size=112", "--set", "data.store_size=140"]),
-    "cric": ("cric", "shufflenet_v1_g3", ["--set", "data.input_size=112", "--set", "data.store_size=112"]),
-    "pbc hqnet_tiny": ("pbc", "hqnet_tiny", ["--set", "data.input_size=112", "--set", "data.store_size=140"]),
-    "pbc dresnet": ("pbc", "dresnet", ["--set", "data.input_size=112", "--set", "data.store_size=140"]),
-    "pbc resnet18": ("pbc", "resnet18", ["--set", "data.input_size=112", "--set", "data.store_size=140"]),
+    "pbc, first fold": ("", "pbc", 1),
+    "cric, first fold by parent image": ("cric", "cric", 1),
+    "cric, first fold image by image": ("cric", "cric", 2),
+    "pbc, second fold": ("", "pbc", 2),
+    "cric, second fold": ("cric", "cric", 4),
+    "pbc, all folds": ("", "pbc", 5),
+    "cric, all folds": ("cric", "cric", 10),
 }
-"""Recipe, network and settings of each run on real cells, at 112 pixels; resnet18 is what a user has already."""
+"""Which twin of `cellops table cells`, on which data, and how many parts of each of its networks."""
 
 
 def threads(setup: Setup) -> Step:
@@ -80,43 +82,57 @@ def _bench(file: str, count: int, words: str, full: bool, more: tuple[str, ...],
 
 
 def experiments(setup: Setup) -> Step:
-    """Training on real cells; a run that is cut off is gone on with by the next call."""
+    """Every network of `cellops table cells` on real cells, one fold of all before the next; a call that is cut off is
+    gone on with by the next one."""
     if setup.small:
-        drawn = ["--set", "data.options={count: 60, size: 32}", "--set", "data.input_size=32", "--epochs", "1"]
-        return Step(
-            "experiments", [Row("experiments demo", 5.0, partial(_train, "demo", "", None, drawn, setup), True)]
-        )
+        drawn = ["data.options={count: 60, size: 32}", "data.layout=auto", "data.input_size=32", "data.store_size=32"]
+        drawn.append("data.folds=2")
+        changes = ["--rows", "hqnet_tiny", "--epochs", "1", *(part for value in drawn for part in ("--set", value))]
+        return Step("experiments", [Row("experiments drawn", 5.0, partial(_table, "", None, 1, changes, setup), True)])
     rows = [
-        Row(f"experiments {name}", 60.0, partial(_train, recipe, network, setup.data / recipe, settings, setup), True)
-        for name, (recipe, network, settings) in EXPERIMENTS.items()
+        Row(f"experiments {name}", 60.0, partial(_table, twin, setup.data / data, parts, [], setup), True)
+        for name, (twin, data, parts) in EXPERIMENTS.items()
     ]
     return Step("experiments", rows)
 
 
-def _train(recipe: str, network: str, data: Path | None, settings: list[str], setup: Setup, left: float) -> Record:
-    """One recipe: its results.json, or `OutOfTime` with its run kept beside the results."""
+def _table(twin: str, data: Path | None, parts: int, more: list[str], setup: Setup, left: float) -> Record:
+    """Its figures, written to experiments/ beside the results too; `OutOfTime` with its runs kept there."""
+    from experiments import collect, keep
+
     if data is not None and not data.is_dir():
         raise Skipped(f"--data: there is no {data}")
-    folder = setup.folder / "runs" / f"{recipe}_{network or 'default'}"
-    command = process.python("-m", "cellops.models", "train", "--output", str(folder))
-    if (folder / "recipe.yaml").is_file():
-        command.append("--resume")
-    else:
-        command += ["--recipe", recipe, *settings]
-        command += ["--data", str(data)] if data is not None else []
-        command += ["--model", network] if network else []
-    most = left - min(30.0, left / 4)  # for the report and the last epoch
+    folder = setup.folder / "runs" / (data.name if data else "drawn")
+    command = process.python("-m", "cellops.models", "table", "cells", "--output", str(folder), "--parts", str(parts))
+    command += ["--data", str(data or "synthetic"), *(["--twin", twin] if twin else []), *more]
+    if setup.device == "cuda":
+        command += ["--set", "training.precision=bfloat16", "--set", f"training.workers={max(1, setup.jobs)}"]
+    most = left - min(30.0, left / 4)  # for the last epoch and its report
     cache = {"CELLOPS_CACHE": str(setup.folder / "cache")}
     code, text = process.run([*command, "--hours", f"{most / 3600:.5f}"], left, **cache)
-    written = folder / "results.json"
+    try:
+        table = collect(folder)
+    except ValueError:  # no network has a fold that is done
+        table = {"rows": []}
+    record: Record = {"kind": "experiment", "summary": _shown(table)}
+    if table["rows"]:
+        record["file"] = keep(table, setup.machine, setup.folder / "experiments").name
     if code:
-        return {"kind": "experiment", "failed": text[-process.LAST :]}
-    if not written.is_file() or "not complete; go on with" in text:
+        reasons = [line for line in text.splitlines() if line.startswith("Not trained: ")]
+        record["failed"] = "\n".join(reasons) or text[-process.LAST :]
+    elif not table["rows"] or _unfinished(folder, parts):
         raise OutOfTime(str(folder))
-    results = json.loads(written.read_text())
-    return {"kind": "experiment", "recipe": recipe, "network": network, "results": results, "summary": _shown(results)}
+    return record
 
 
-def _shown(results: dict[str, Any]) -> str:
-    means = (found.get("mean", {}) for found in results.values() if isinstance(found, dict))
-    return "; ".join(", ".join(f"{name} {value:.4f}" for name, value in mean.items()) for mean in means)[:300]
+def _unfinished(folder: Path, parts: int) -> list[str]:
+    """The networks of a table that lack one of their first parts."""
+    done: dict[str, int] = {}
+    for row in json.loads((folder / "table.json").read_text())["rows"]:
+        done[row["label"]] = done.get(row["label"], 0) + row["folds_done"]
+    return [label for label, count in done.items() if count < parts]
+
+
+def _shown(table: Record) -> str:
+    rows = (f"{row['label']} {100 * row['mean']['accuracy_micro']:.1f}" for row in table["rows"])
+    return ", ".join(rows)

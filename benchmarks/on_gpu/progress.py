@@ -75,6 +75,7 @@ class Setup:
         folder: where results go.
         data: of the experiments: it holds pbc/ and cric/.
         jobs: processes side by side where rows are processes.
+        machine: its name in the names of files.
     """
 
     device: str
@@ -82,6 +83,7 @@ class Setup:
     folder: Path
     data: Path
     jobs: int
+    machine: str
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,6 @@ NEEDED = {
     "timm": "timm",
     "torchvision": "torchvision",
     "sklearn": "scikit-learn",
-    "torchmetrics": "torchmetrics",
     "matplotlib": "matplotlib",
     "safetensors": "safetensors",
     "PIL": "pillow",

@@ -26,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--twin", default="", metavar="SUFFIX", help="the rows' twins: scratch needs no pretrained weights"
     )
     parser.add_argument("--rows", metavar="TEXT", help="only rows whose recipe has this in its name")
+    parser.add_argument("--parts", type=int, metavar="N", help="only the first N folds of a row, over all protocols")
     parser.add_argument("--epochs", type=int, metavar="N", help="another number of epochs")
     parser.add_argument("--protocol", choices=("grouped", "paper", "both"), help="how images are split")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any setting; may be repeated")
@@ -50,6 +51,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     with bad_input():
         table = load_table(arguments.name)
+        if arguments.parts is not None and arguments.parts < 1:
+            raise ValueError(f"--parts must be at least 1, got {arguments.parts}")
         if arguments.data is None:
             raise ValueError(f"no data given: --data DIR, for this table {table.data}")
         arguments.model = None
@@ -57,7 +60,9 @@ def run(arguments: argparse.Namespace) -> int:
     folder = arguments.output or Path("runs") / "tables" / arguments.name
     try:
         with bad_input():
-            failed = train_table(table, folder, changes, arguments.twin, arguments.hours, arguments.rows, Output())
+            failed = train_table(
+                table, folder, changes, arguments.twin, arguments.hours, arguments.rows, Output(), arguments.parts
+            )
     except Interrupted as stopped:
         raise CommandError(f"{stopped}; saved. The same command goes on.", INTERRUPTED) from None
     except CheckpointError as error:

@@ -28,6 +28,7 @@ KEYS = {
     "random_crop",
     "resized_crop",
     "zoom",
+    "match_interpolation",
     "border",
     "color_jitter",
     "rand_augment",
@@ -69,10 +70,14 @@ class Geometry:
             raise ValueError(f"augmentation border must be one of {', '.join(BORDERS)}, got {border!r}")
         self.border = BORDERS[border]
         # Interpolation smooths: by nothing on a pixel, most between two. Networks notice: one trained on turned PBC
-        # cells lost 7 % of them where evaluation took the pixels as they are. At a fraction f between two pixels the
-        # power left of noise is f^2 + (1 - f)^2, in the mean 2/3, which f = (1 - 1 / sqrt(3)) / 2 leaves too.
+        # cells lost 7 % of them where evaluation took the pixels as they are. So evaluation interpolates too: at a
+        # fraction f between two pixels the power left of noise is f^2 + (1 - f)^2, in the mean 2/3, which
+        # f = (1 - 1 / sqrt(3)) / 2 leaves too.
         moved = self.rotation or self.random_crop or self.scale is not None or self.zoom != (1.0, 1.0)
-        self.phase = 1 - 1 / math.sqrt(3) if moved else 0.0  # in halves of a pixel
+        matched = config.get("match_interpolation", True)
+        if not isinstance(matched, bool):
+            raise ValueError(f"augmentation match_interpolation must be true or false, got {matched!r}")
+        self.phase = 1 - 1 / math.sqrt(3) if moved and matched else 0.0  # in halves of a pixel
 
     def __call__(self, image: Tensor, generator: torch.Generator) -> Tensor:
         height, width = image.shape[1:]
@@ -80,9 +85,11 @@ class Geometry:
         if not self.train:
             return self.sampled(image, window, [self.phase / height, self.phase / width])
         shift = [0.0, 0.0]
+        anywhere = self.random_crop
         if self.scale is not None:
-            window = self.drawn_window(height, width, generator)
-        if self.scale is not None or self.random_crop:
+            drawn = self.drawn_window(height, width, generator)
+            window, anywhere = drawn or self.largest_window(height, width), drawn is not None
+        if anywhere:
             shift = [
                 uniform(generator, window[i] - side, side - window[i]) / side for i, side in enumerate((height, width))
             ]
@@ -115,12 +122,21 @@ class Geometry:
         source = image[None].float() / 255
         return F.grid_sample(source, grid, mode="bilinear", padding_mode=self.border, align_corners=False)[0]
 
-    def drawn_window(self, height: int, width: int, generator: torch.Generator) -> list[float]:
-        """Height and width of a window of drawn area and proportions, cut to the image."""
+    def drawn_window(self, height: int, width: int, generator: torch.Generator) -> list[float] | None:
+        """Height and width of a window of drawn area and proportions; None where ten draws reach out of the image."""
         assert self.scale is not None
-        area = height * width * uniform(generator, *self.scale)
-        ratio = math.exp(uniform(generator, *map(math.log, self.ratio)))
-        return [min(math.sqrt(area / ratio), height), min(math.sqrt(area * ratio), width)]
+        for _ in range(10):
+            area = height * width * uniform(generator, *self.scale)
+            ratio = math.exp(uniform(generator, *map(math.log, self.ratio)))
+            high, wide = math.sqrt(area / ratio), math.sqrt(area * ratio)
+            if high <= height and wide <= width:
+                return [high, wide]
+        return None
+
+    def largest_window(self, height: int, width: int) -> list[float]:
+        """Height and width of the largest window whose proportions may be drawn."""
+        ratio = min(max(width / height, self.ratio[0]), self.ratio[1])
+        return [min(height, width / ratio), min(width, height * ratio)]
 
 
 def shift_hue(image: Tensor, shift: float) -> Tensor:
@@ -291,8 +307,11 @@ def build_augmentation(config: Mapping[str, Any], size: tuple[int, int], train: 
             - `horizontal_flip`, `vertical_flip`: probability
             - `crop_fraction`: side of the window seen, as a share of the image's (1); its middle, or with
               `random_crop: true` anywhere in training
-            - `resized_crop`: `scale` [low, high] of the area and `ratio` of width to height, in place of the window
+            - `resized_crop`: `scale` [low, high] of the area and `ratio` of width to height, in place of the window; a
+              window that reaches out of the image is drawn again, as in torchvision
             - `zoom`: [low, high] factor, above 1 enlarges
+            - `match_interpolation`: whether evaluation shifts images by a fraction of a pixel where training moves
+              them, so that both are smoothed alike (true); false takes the pixels as they are
             - `border`: what lies outside: "reflect" (default), "edge" or "black"
             - `color_jitter`: `brightness`, `contrast`, `saturation`, `hue`, a distance or [low, high] as in torchvision
             - `rand_augment`: `operations` (2), `magnitude` (9)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("torch", "torchvision", "timm", "numpy", "scikit-learn", "torchmetrics", "pillow")
+PACKAGES = ("torch", "torchvision", "timm", "numpy", "scikit-learn", "pillow")
 
 
 def _git(*arguments: str, folder: Path) -> str | None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TURNS = {
@@ -21,6 +22,9 @@ TURNS = {
 class WithFeatures(nn.Module):
     """A model that also returns what its last convolution found, averaged over the positions.
 
+    timm's GhostNet and MobileNetV3 have that convolution behind the pooling, in `forward_head`. There its dropout is
+    taken over by this module, which needs the features as they are before it.
+
     Args:
         model: has `forward_features` and `forward_head`.
         wanted: whether features are returned, else None.
@@ -30,11 +34,18 @@ class WithFeatures(nn.Module):
         super().__init__()
         self.model: Any = model
         self.wanted = wanted
+        self.behind_pooling = wanted and hasattr(model, "conv_head") and model.head_hidden_size != model.num_features
+        self.dropout = 0.0
+        if self.behind_pooling:
+            self.dropout, model.drop_rate = model.drop_rate, 0.0
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         if not self.wanted:
             return self.model(images), None
         features = self.model.forward_features(images)
+        if self.behind_pooling:
+            features = self.model.forward_head(features, pre_logits=True)
+            return self.model.get_classifier()(F.dropout(features, self.dropout, self.training)), features
         return self.model.forward_head(features), features.mean((2, 3)) if features.dim() == 4 else features
 
 

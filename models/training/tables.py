@@ -69,6 +69,7 @@ def train_table(
     hours: float | None,
     only: str | None,
     output: Any,
+    parts: int | None = None,
 ) -> int:
     """Train the rows of a table as far as the time goes, and write table.md and table.json after each part.
 
@@ -80,6 +81,7 @@ def train_table(
         hours: the budget; None for no limit.
         only: a part of the names of the rows' recipes.
         output: a `console.Output`.
+        parts: of each row, the first so many; None for all.
 
     Returns:
         How many rows could not be trained.
@@ -96,9 +98,9 @@ def train_table(
     recipes = {row.label: load_recipe(_recipe_name(row, twin), overrides) for row in rows}
     deadline = None if hours is None else time.monotonic() + 3600 * hours
     failed: dict[str, str] = {}
-    data = None
+    read: dict[str, Any] = {}  # data sets, by what of the settings decides what is read
     most = max(recipe.data.folds * (2 if recipe.data.protocol == "both" else 1) for recipe in recipes.values())
-    for count in range(1, most + 1):
+    for count in range(1, min(most, parts or most) + 1):
         for row in rows:
             late = deadline is not None and time.monotonic() > deadline
             if row.label in failed or late:
@@ -107,17 +109,17 @@ def train_table(
             if _parts_done(target) >= count:
                 continue
             output.line(f"{row.label}: part {count}", style="bold")
+            recipe, resume = recipes[row.label], (target / "recipe.yaml").is_file()
+            key = repr((recipe.data.path, recipe.data.layout, recipe.data.options, recipe.data.unreadable))
             try:
-                session = prepare(
-                    recipes[row.label], target, resume=(target / "recipe.yaml").is_file(), output=output, data=data
-                )
-                data = session.data
+                session = prepare(recipe, target, resume=resume, output=output, data=read.get(key))
+                read[key] = session.data
                 session.train(deadline=deadline, parts=count)
                 session.lock.close()
             except (ValueError, RuntimeError, OSError) as error:
                 failed[row.label] = str(error)
                 output.line(f"{row.label} failed: {error}", style="red")
-            output.line(write_table(table, rows, folder, twin, failed))
+            write_table(table, rows, folder, twin, failed)
     output.line(write_table(table, rows, folder, twin, failed))
     return len(failed)
 
