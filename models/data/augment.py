@@ -56,6 +56,7 @@ class Geometry:
 
     def __init__(self, config: Mapping[str, Any], size: tuple[int, int], train: bool) -> None:
         self.size = size
+        self.positions = [(2 * torch.arange(side) + 1) / side - 1 for side in size]  # of rows and columns, -1 to 1
         self.train = train
         self.fraction = number(config, "crop_fraction", 1.0, 0.1, 1.0)
         self.rotation = number(config, "rotation", 0.0, 0.0, 180.0)
@@ -111,16 +112,18 @@ class Geometry:
         """
         height, width = image.shape[1:]
         down, right = window
+        source = image.float() / 255
+        if (abs(down), abs(right)) == (height, width) == self.size and not any(shift) and not angle:
+            return source.flip([place for place, side in ((1, down), (2, right)) if side < 0])
         cos, sin = math.cos(angle), math.sin(angle)
-        theta = torch.tensor(
-            [
-                [cos * right / width, -sin * down / width, shift[1]],
-                [sin * right / height, cos * down / height, shift[0]],
-            ]
-        )
-        grid = F.affine_grid(theta[None], [1, 3, *self.size], align_corners=False)
-        source = image[None].float() / 255
-        return F.grid_sample(source, grid, mode="bilinear", padding_mode=self.border, align_corners=False)[0]
+        rows, columns = self.positions
+        # F.affine_grid's positions, which takes as long as all else here for its matrix product.
+        grid = torch.empty(1, *self.size, 2)
+        across = columns * (cos * right / width) + shift[1]
+        torch.add((rows * (-sin * down / width))[:, None], across, out=grid[0, ..., 0])
+        across = columns * (sin * right / height) + shift[0]
+        torch.add((rows * (cos * down / height))[:, None], across, out=grid[0, ..., 1])
+        return F.grid_sample(source[None], grid, mode="bilinear", padding_mode=self.border, align_corners=False)[0]
 
     def drawn_window(self, height: int, width: int, generator: torch.Generator) -> list[float] | None:
         """Height and width of a window of drawn area and proportions; None where ten draws reach out of the image."""
