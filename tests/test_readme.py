@@ -46,8 +46,9 @@ def test_blocks_of_docs_run(page: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_speed_tables_come_from_the_results() -> None:
-    command = [sys.executable, str(ROOT / "benchmarks" / "table.py"), "--check"]
+@pytest.mark.parametrize("script", ["table.py", "experiments.py"])
+def test_tables_come_from_the_results(script: str) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / script), "--check"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
