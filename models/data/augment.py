@@ -57,6 +57,7 @@ class Geometry:
     def __init__(self, config: Mapping[str, Any], size: tuple[int, int], train: bool) -> None:
         self.size = size
         self.positions = [(2 * torch.arange(side) + 1) / side - 1 for side in size]  # of rows and columns, -1 to 1
+        self.kept: tuple[Any, Tensor] = None, torch.empty(0)  # of the last image
         self.train = train
         self.fraction = number(config, "crop_fraction", 1.0, 0.1, 1.0)
         self.rotation = number(config, "rotation", 0.0, 0.0, 180.0)
@@ -115,15 +116,23 @@ class Geometry:
         source = image.float() / 255
         if (abs(down), abs(right)) == (height, width) == self.size and not any(shift) and not angle:
             return source.flip([place for place, side in ((1, down), (2, right)) if side < 0])
+        positions = (height, width, down, right, *shift, angle)
+        kept = self.kept
+        if positions != kept[0]:  # in evaluation all images of a size are sampled alike
+            kept = self.kept = positions, self.grid(*positions)
+        return F.grid_sample(source[None], kept[1], mode="bilinear", padding_mode=self.border, align_corners=False)[0]
+
+    def grid(
+        self, height: int, width: int, down: float, right: float, shift_down: float, shift_right: float, angle: float
+    ) -> Tensor:
+        """The positions [1, h, w, 2] of `F.affine_grid`, whose matrix product takes as long as all else here."""
         cos, sin = math.cos(angle), math.sin(angle)
         rows, columns = self.positions
-        # F.affine_grid's positions, which takes as long as all else here for its matrix product.
         grid = torch.empty(1, *self.size, 2)
-        across = columns * (cos * right / width) + shift[1]
-        torch.add((rows * (-sin * down / width))[:, None], across, out=grid[0, ..., 0])
-        across = columns * (sin * right / height) + shift[0]
-        torch.add((rows * (cos * down / height))[:, None], across, out=grid[0, ..., 1])
-        return F.grid_sample(source[None], grid, mode="bilinear", padding_mode=self.border, align_corners=False)[0]
+        along_x, along_y = columns * (cos * right / width), columns * (sin * right / height)
+        torch.add((rows * (-sin * down / width))[:, None], along_x + shift_right, out=grid[0, ..., 0])
+        torch.add((rows * (cos * down / height))[:, None], along_y + shift_down, out=grid[0, ..., 1])
+        return grid
 
     def drawn_window(self, height: int, width: int, generator: torch.Generator) -> list[float] | None:
         """Height and width of a window of drawn area and proportions; None where ten draws reach out of the image."""
