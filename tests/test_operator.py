@@ -198,6 +198,7 @@ def test_autocast_casts_and_returns_the_autocast_type(case: Case) -> None:
 
 @each_op
 def test_compiled_and_dynamic(case: Case) -> None:
+    torch._dynamo.reset()  # or the cases share one function, and its limit of programs
     arguments = case.make()
     tensors, _ = split(case, arguments)
     compiled = torch.compile(of_tensors(case, arguments), fullgraph=True, dynamic=True)

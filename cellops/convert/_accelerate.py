@@ -12,7 +12,7 @@ from cellops import _backend
 from cellops.convert._compare import difference
 from cellops.convert._match import Match, Stays, match
 from cellops.convert._report import Change, Report
-from cellops.convert.modules import HOOKS
+from cellops.nn._children import HOOKS
 from cellops.nn.deform_conv2d import DeformConv2dPack, load_old_keys
 
 

@@ -16,8 +16,9 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from cellops.convert._report import Change, Report
-from cellops.convert.modules import HOOKS, FusedSequential, NamedFReLU, PooledAttention
+from cellops.convert.modules import FusedSequential, NamedFReLU, PooledAttention
 from cellops.nn import DeformConv2d, DepthwiseConv2d, FReLU, GroupConv1x1
+from cellops.nn._children import HOOKS
 
 CONVOLUTIONS = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
 NORMALISATIONS = {nn.BatchNorm1d: 1, nn.BatchNorm2d: 2, nn.BatchNorm3d: 3}

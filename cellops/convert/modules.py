@@ -10,9 +10,9 @@ from typing import NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as _module
 
 from cellops.nn import FReLU, SqueezeExcite, _batch_norm, depthwise_conv2d, group_conv1x1
+from cellops.nn._children import watched
 from cellops.nn.squeeze_excite import excite
 from cellops.ops.spatial_attention import spatial_attention
 
@@ -28,8 +28,6 @@ ACTIVATIONS = {
     "HardSwishMe": "hardswish",
 }
 """Names of activation modules, and of the activations that `depthwise_conv2d` and `group_conv1x1` have."""
-
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class EfficientNetSqueezeExcite(SqueezeExcite):
@@ -166,7 +164,7 @@ def is_fusable(module: nn.Module) -> TypeGuard[nn.Conv2d]:
         return False
     if module.kernel_size != (1, 1):
         return depthwise_conv2d.fits(module)
-    return module.groups > 1 and module.stride == (1, 1) and module.padding in ((0, 0), "valid", "same")
+    return module.groups > 1 and group_conv1x1.fits(module)
 
 
 def is_norm(module: nn.Module) -> TypeGuard[nn.BatchNorm2d]:
@@ -189,8 +187,3 @@ def activation_of(module: nn.Module | None) -> str | None:
     """Our name of an activation module, or None."""
     name = ACTIVATIONS.get(type(module).__name__)
     return None if name == "gelu" and getattr(module, "approximate", "none") != "none" else name
-
-
-def watched(*modules: nn.Module) -> bool:
-    """Whether one of the modules, or every module, has a hook that is called around it."""
-    return any(getattr(module, hooks) for module in modules for hooks in HOOKS) or _module._has_any_global_hook()

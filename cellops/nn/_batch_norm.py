@@ -1,22 +1,9 @@
-"""What fused modules ask of the `nn.BatchNorm2d` they hold: whether it may be fused, and what it would have done."""
+"""What fused modules ask of the `nn.BatchNorm2d` they hold: what it would have done."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as _module
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
-def can_fuse(conv: nn.Module, bn: nn.Module | None) -> bool:
-    """Whether the children are what they were made as, and nobody watches them being called.
-
-    A converted child (SyncBatchNorm, a frozen or parametrised one) or a hook wants the plain composition.
-    """
-    if type(conv) is not nn.Conv2d or not (bn is None or type(bn) is nn.BatchNorm2d) or _module._has_any_global_hook():
-        return False
-    return not any(getattr(child, hooks) for child in (conv, bn) if child is not None for hooks in _HOOKS)
 
 
 def uses_batch_statistics(bn: nn.BatchNorm2d) -> bool:

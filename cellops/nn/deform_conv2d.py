@@ -25,7 +25,7 @@ class DeformConv2d(nn.Module):
         bias: whether to add a learned bias.
 
     Raises:
-        ValueError: `groups` does not divide both channel counts, or a size is neither an integer nor a pair.
+        ValueError: `groups` does not divide both channel counts, a size is neither an integer nor a pair, or too small.
     """
 
     bias: nn.Parameter | None
@@ -43,7 +43,7 @@ class DeformConv2d(nn.Module):
     ) -> None:
         super().__init__()
         for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
-            if channels % groups:
+            if groups < 1 or channels < 1 or channels % groups:
                 raise ValueError(f"{name} must be a multiple of groups = {groups}, got {channels}")
         self.in_channels = in_channels
         self.out_channels = out_channels
@@ -51,6 +51,9 @@ class DeformConv2d(nn.Module):
         self.stride = pair("stride", stride)
         self.padding = pair("padding", padding)
         self.dilation = pair("dilation", dilation)
+        for name in ("kernel_size", "stride", "dilation"):
+            if min(getattr(self, name)) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         self.groups = groups
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels // groups, *self.kernel_size))
         self.register_parameter("bias", nn.Parameter(torch.empty(out_channels)) if bias else None)
@@ -120,7 +123,7 @@ class DeformConv2dPack(DeformConv2d):
         modulated: bool = True,
     ) -> None:
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
-        if in_channels % offset_groups:
+        if offset_groups < 1 or in_channels % offset_groups:
             raise ValueError(f"in_channels must be a multiple of offset_groups = {offset_groups}, got {in_channels}")
         self.offset_groups = offset_groups
         self.modulated = modulated
@@ -175,6 +178,8 @@ def load_old_keys(parent: nn.Module) -> None:
 def _rename_old_keys(parent: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
     for name, child in parent.named_children():
         if not isinstance(child, DeformConv2dPack):
+            continue
+        if f"{name}_offset" in parent._modules:  # a layer of that name has these keys itself
             continue
         for parameter in ("weight", "bias"):
             old, new = f"{prefix}{name}_offset.{parameter}", f"{prefix}{name}.conv_offset.{parameter}"

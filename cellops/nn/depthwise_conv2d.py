@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
-from cellops.nn import _batch_norm, _compiled
+from cellops.nn import _batch_norm, _children, _compiled
 from cellops.ops.depthwise_conv2d import depthwise_conv2d, depthwise_conv2d_batch_norm
 from cellops.ops.group_conv1x1 import ACTIVATION_CODES
 from cellops.reference._activation import ACTIVATIONS
@@ -57,7 +58,7 @@ class DepthwiseConv2d(nn.Module):
         Raises:
             ValueError: in training, one value per channel; else the errors are those of `cellops.depthwise_conv2d`.
         """
-        if not (fits(self.conv) and _batch_norm.can_fuse(self.conv, self.bn)):
+        if not (fits(self.conv) and _children.are_plain(self.conv, self.bn)):
             return _compose(input, self.conv, self.bn, self.activation)
         return convolve(input, self.conv, self.bn, self.activation)
 
@@ -69,17 +70,7 @@ def fits(conv: nn.Module) -> bool:
     """Whether a convolution is one that the op computes: depthwise, odd and square, stride 1, padded to its size."""
     if not isinstance(conv, nn.Conv2d):
         return False
-    height, width = conv.kernel_size
-    half = height // 2
-    return (
-        conv.groups == conv.in_channels == conv.out_channels
-        and height == width
-        and height % 2 == 1
-        and conv.stride == (1, 1)
-        and conv.dilation == (1, 1)
-        and (conv.padding in ((half, half), "same") or (half == 0 and conv.padding == "valid"))
-        and conv.padding_mode == "zeros"
-    )
+    return conv.groups == conv.in_channels == conv.out_channels and _children.keeps_size(conv)
 
 
 def convolve(input: Tensor, conv: nn.Conv2d, bn: nn.BatchNorm2d | None, activation: str) -> Tensor:
@@ -88,6 +79,9 @@ def convolve(input: Tensor, conv: nn.Conv2d, bn: nn.BatchNorm2d | None, activati
     Raises:
         ValueError: in training, one value per channel; else the errors are those of `cellops.depthwise_conv2d`.
     """
+    # A tracer wants modules, and whichever mode they are in later; an image without a batch is nn.Conv2d's alone.
+    if isinstance(input, Proxy) or input.dim() == 3:
+        return _compose(input, conv, bn, activation)
     if _plain_is_faster(input, conv) or _compiled.stands_back("depthwise_conv2d", input, conv):
         return _compose(input, conv, bn, activation)
     if bn is None:

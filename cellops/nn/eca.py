@@ -6,13 +6,15 @@ import math
 
 from torch import Tensor, nn
 
-from cellops.nn import _compiled
+from cellops.nn import _children, _compiled
 from cellops.ops.eca import eca
 from cellops.reference import eca as reference
 
 
 class EfficientChannelAttention(nn.Module):
     """Efficient channel attention (Wang et al. 2020); stands in for timm's `EcaModule`, whose `conv.weight` it holds.
+
+    The child `conv` is called where it is not what it was made as or has hooks.
 
     Args:
         channels: C, from which the kernel size follows: `t = int(|log2(C) + 1| / 2)`, made odd, at least 3.
@@ -33,5 +35,8 @@ class EfficientChannelAttention(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """[N, C, H, W] -> [N, C, H, W]. Errors are those of `cellops.eca`."""
-        weight = self.conv.weight
+        conv = self.conv
+        if not (_children.are_plain(conv) and conv.bias is None and _children.keeps_size(conv)):
+            return input * conv(input.mean((2, 3)).unsqueeze(1)).sigmoid().view(*input.shape[:2], 1, 1)
+        weight = conv.weight
         return reference.eca(input, weight) if _compiled.stands_back("eca", input, weight) else eca(input, weight)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
+from torch.fx import Proxy
 
-from cellops.nn import _batch_norm, _compiled
+from cellops.nn import _batch_norm, _children, _compiled
+from cellops.nn.depthwise_conv2d import fits
 from cellops.ops.frelu import frelu, frelu_batch_norm
 
 
@@ -12,7 +14,8 @@ class FReLU(nn.Module):
     """Funnel activation (Ma et al. 2020); loads the official port's `conv_frelu.*` and `bn_frelu.*`.
 
     In training the convolution is normalised by its batch, in evaluation by the running statistics, which are folded
-    into scale and shift. A child that is not what it was made as (SyncBatchNorm, a frozen one) or has hooks is called.
+    into scale and shift. A child that is not what it was made as (SyncBatchNorm, a frozen one, another padding) or has
+    hooks is called; so are both where the module is traced by `torch.fx`.
 
     Args:
         channels: C.
@@ -38,8 +41,8 @@ class FReLU(nn.Module):
             ValueError: in training, one value per channel; else the errors are those of `cellops.frelu`.
         """
         conv, bn = self.conv_frelu, self.bn_frelu
-        stands_back = _compiled.stands_back("frelu", input, self) and input.shape[1] == conv.in_channels
-        if stands_back or not _batch_norm.can_fuse(conv, bn):
+        plain = _children.are_plain(conv, bn) and fits(conv) and not isinstance(input, Proxy)
+        if not plain or (_compiled.stands_back("frelu", input, self) and input.shape[1] == conv.in_channels):
             convolved = conv(input)
             return input.maximum(convolved if bn is None else bn(convolved))
         if bn is None:

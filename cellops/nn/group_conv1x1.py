@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
+from torch.fx import Proxy
 
-from cellops.nn import _batch_norm, _compiled
+from cellops.nn import _batch_norm, _children, _compiled
 from cellops.ops.group_conv1x1 import ACTIVATION_CODES, group_conv1x1, group_conv1x1_batch_norm
 from cellops.reference._activation import ACTIVATIONS
 
@@ -60,12 +61,17 @@ class GroupConv1x1(nn.Module):
         Raises:
             ValueError: in training, one value per channel; else the errors are those of `cellops.group_conv1x1`.
         """
-        if not _batch_norm.can_fuse(self.conv, self.bn):
+        if not (_children.are_plain(self.conv, self.bn) and fits(self.conv) and self.conv.groups == self.groups):
             return _compose(input, self.conv, self.bn, self.groups, self.activation, self.shuffle)
         return convolve(input, self.conv, self.bn, self.groups, self.activation, self.shuffle)
 
     def extra_repr(self) -> str:
         return f"activation={self.activation!r}, shuffle={self.shuffle}"
+
+
+def fits(conv: nn.Conv2d) -> bool:
+    """Whether a convolution is one that the op computes: 1x1, stride 1, no padding."""
+    return conv.kernel_size == (1, 1) and _children.keeps_size(conv)
 
 
 def convolve(
@@ -76,6 +82,9 @@ def convolve(
     Raises:
         ValueError: in training, one value per channel; else the errors are those of `cellops.group_conv1x1`.
     """
+    # A tracer wants modules, and whichever mode they are in later; an image without a batch is nn.Conv2d's alone.
+    if isinstance(input, Proxy) or input.dim() == 3:
+        return _compose(input, conv, bn, groups, activation, shuffle)
     if _compiled.stands_back("group_conv1x1", input, conv) and input.shape[1] == conv.in_channels:
         return _compose(input, conv, bn, groups, activation, shuffle)
     if bn is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from cellops.nn import _compiled
+from cellops.nn import _children, _compiled
 from cellops.ops.spatial_attention import spatial_attention
 from cellops.reference.spatial_attention import MODES
 
@@ -15,7 +15,8 @@ class SpatialAttention(nn.Module):
 
     The child `conv` has a bias in both modes. Where a network's convolution has none, set `conv.bias` to None; where a
     BatchNorm of one channel follows it, as in CBAM's own code, fold that into weight and bias. "pool" takes the
-    maximum's weights first: weights of timm's `SpatialAttn` need `weight.flip(1)`.
+    maximum's weights first: weights of timm's `SpatialAttn` need `weight.flip(1)`. It is called where it is not what it
+    was made as or has hooks.
 
     Args:
         channels: C; "conv" needs it, "pool" takes any number of channels.
@@ -43,7 +44,9 @@ class SpatialAttention(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """[N, C, H, W] -> [N, C, H, W]. Errors are those of `cellops.spatial_attention`."""
-        if _compiled.stands_back(f"spatial_attention {self.mode}", input, self) and self._takes(input):
+        plain = _children.are_plain(self.conv) and _children.keeps_size(self.conv) and self.conv.groups == 1
+        name = f"spatial_attention {self.mode}"
+        if not plain or (_compiled.stands_back(name, input, self) and self._takes(input)):
             seen = input
             if self.mode == "pool":
                 seen = torch.cat([input.amax(1, keepdim=True), input.mean(1, keepdim=True)], dim=1)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from cellops.nn import _compiled
-from cellops.ops.squeeze_excite import squeeze_excite
+from cellops.nn import _children, _compiled
+from cellops.ops.squeeze_excite import check_names, squeeze_excite
 from cellops.reference import squeeze_excite as reference
 
 
@@ -13,6 +13,7 @@ class SqueezeExcite(nn.Module):
     """Squeeze-and-excitation (Hu et al. 2018); stands in for timm's `SEModule` and `SqueezeExcite`.
 
     The children `fc1` and `fc2` are 1x1 convolutions, as in timm's `SEModule` and torchvision's `SqueezeExcitation`.
+    They are called where one is not what it was made as (an adapter, one prepared for quantisation) or has hooks.
 
     Args:
         channels: C.
@@ -23,7 +24,7 @@ class SqueezeExcite(nn.Module):
         gate: "sigmoid" or "hard_sigmoid".
 
     Raises:
-        ValueError: `rd_channels` is less than 1; `act` or `gate` is unknown, at the first call.
+        ValueError: `channels` or `rd_channels` is less than 1; `act` or `gate` is unknown, at the first call.
     """
 
     def __init__(
@@ -36,6 +37,8 @@ class SqueezeExcite(nn.Module):
         gate: str = "sigmoid",
     ) -> None:
         super().__init__()
+        if channels < 1:
+            raise ValueError(f"channels must be at least 1, got {channels}")
         if rd_channels is None:
             rd_channels = max(rd_divisor, int(channels * rd_ratio + rd_divisor / 2) // rd_divisor * rd_divisor)
         if rd_channels < 1:
@@ -54,10 +57,19 @@ class SqueezeExcite(nn.Module):
 
 
 def excite(input: Tensor, fc1: nn.Conv2d, fc2: nn.Conv2d, act: str, gate: str) -> Tensor:
-    """The op with the weights of two convolutions, or the composition where that compiles to faster code."""
+    """The op with the weights of two convolutions, or the composition: where that compiles to faster code, and where a
+    convolution wants to be called."""
+    if not (_children.are_plain(fc1, fc2) and _is_linear(fc1) and _is_linear(fc2)):
+        check_names(act, gate)
+        pooled = input.mean((2, 3), keepdim=True)
+        return input * reference.GATES[gate](fc2(reference.ACTIVATIONS[act](fc1(pooled))))
     parameters = (fc1.weight, fc1.bias, fc2.weight, fc2.bias)
     if _compiled.stands_back("squeeze_excite", input, *parameters):
         known = act in reference.ACTIVATIONS and gate in reference.GATES
         if known and input.shape[1] == fc1.weight.shape[1]:  # the op says what is wrong
             return reference.squeeze_excite(input, *parameters, act, gate)
     return squeeze_excite(input, *parameters, act=act, gate=gate)
+
+
+def _is_linear(conv: nn.Conv2d) -> bool:
+    return conv.kernel_size == (1, 1) and conv.groups == 1 and _children.keeps_size(conv)

@@ -29,6 +29,7 @@ from cellops.ops._registration import (
     is_transformed_for_reverse_mode,
     library,
     needs_dispatch,
+    one_by_one,
     takes_formula,
 )
 
@@ -165,7 +166,9 @@ class Operator:
     def _check_dtypes(self, dtypes: Sequence[torch.dtype | None]) -> None:
         if dtypes[0] not in _native.DTYPE_CODES:
             raise TypeError(f"input must be one of {', '.join(map(str, _native.DTYPE_CODES))}, got {dtypes[0]}")
-        for name, wide, dtype in zip(self.names, self.wide, dtypes, strict=True):
+        for name, wide, optional, dtype in zip(self.names, self.wide, self.optional, dtypes, strict=True):
+            if dtype is None and not optional:
+                raise TypeError(f"{name} must be a tensor, got None")
             if dtype is None or dtype == dtypes[0]:
                 continue
             if not wide:
@@ -387,12 +390,14 @@ class Operator:
 
     def gradients(self, ctx: Any, grad_output: Tensor) -> Tensors:
         """The gradients that a Function owes for its tensors, by the backward op."""
-        tensors = ctx.saved_tensors[: self.count]
+        saved = ctx.saved_tensors  # once: checkpoints compute each again as it is asked for
+        tensors = saved[: self.count]
         wanted = [
             need and tensor is not None
             for need, tensor in zip(ctx.needs_input_grad[1 : self.count + 1], tensors, strict=True)
         ]
-        found = iter(self.backward_op(grad_output, *ctx.saved_tensors, *ctx.config[:-1], wanted, ctx.config[-1]))
+        *settings, backend = ctx.config
+        found = iter(one_by_one(lambda one: self.backward_op(one, *saved, *settings, wanted, backend), grad_output))
         return tuple(next(found) if want else None for want in wanted)
 
     def _autograd(self, *arguments: Any) -> Result:

@@ -91,6 +91,24 @@ def takes_formula(op: str, tensors: Iterable[Tensor | None], differentiable: boo
     return True
 
 
+def one_by_one(backward: Callable[[Tensor], Sequence[Tensor]], grad_output: Tensor) -> Sequence[Tensor]:
+    """What a backward gives for a gradient, or for each of many.
+
+    `is_grads_batched` and `vectorize=True` of `torch.autograd` give many at once by an older vmap than `torch.func`'s,
+    which asks no op for a rule of its own and has none for ops that return lists.
+
+    Args:
+        backward: from one gradient to those of the tensors.
+        grad_output: one, or many as one tensor of that vmap.
+    """
+    if not torch._C._functorch.is_legacy_batchedtensor(grad_output):
+        return backward(grad_output)
+    level = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    found = [backward(one) for one in torch._remove_batch_dim(grad_output, level, 1, 0)]
+    return [torch._add_batch_dim(torch.stack(gradients), 0, level) for gradients in zip(*found, strict=True)]
+
+
 def expect(name: str, shape: Sequence[int] | None, expected: Sequence[int]) -> None:
     """Raise ValueError unless a tensor is absent or has the expected shape."""
     if shape is not None and tuple(shape) != tuple(expected):

@@ -10,6 +10,7 @@ from Python to the dispatcher (4.2 against 2.8 µs on an AMD EPYC with torch 2.1
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from operator import index
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from cellops.ops._registration import (
     is_transformed_for_reverse_mode,
     library,
     needs_dispatch,
+    one_by_one,
     takes_formula,
 )
 
@@ -82,6 +84,9 @@ def deform_conv2d(
         stride_y, stride_x = pair("stride", stride)
         pad_y, pad_x = pair("padding", padding)
         dilation_y, dilation_x = pair("dilation", dilation)
+    if input is None or offset is None or weight is None:
+        missing = ("input", "offset", "weight")[(input, offset, weight).index(None)]
+        raise TypeError(f"{missing} must be a tensor, got None")
     if torch.is_grad_enabled() and torch._C._any_requires_grad(input, offset, weight, bias, mask):
         config = (stride_y, stride_x, pad_y, pad_x, dilation_y, dilation_x, backend)
         return _DeformConv2d.apply(input, offset, weight, bias, mask, config)
@@ -97,11 +102,12 @@ def pair(name: str, value: Any) -> tuple[int, int]:
     Raises:
         ValueError: it is neither, naming the argument.
     """
-    if isinstance(value, (list, tuple)) and len(value) == 2:
-        return value[0], value[1]
-    if isinstance(value, (int, torch.SymInt)):
-        return value, value  # type: ignore[return-value]  # a SymInt stands for an int
-    raise ValueError(f"{name} must be an integer or a pair (vertical, horizontal), got {value!r}")
+    both = value if isinstance(value, (list, tuple)) and len(value) == 2 else (value, value)
+    try:
+        vertical, horizontal = (one if isinstance(one, (int, torch.SymInt)) else index(one) for one in both)
+    except TypeError:
+        raise ValueError(f"{name} must be an integer or a pair (vertical, horizontal), got {value!r}") from None
+    return vertical, horizontal  # type: ignore[return-value]  # a SymInt stands for an int
 
 
 # Reverse mode
@@ -154,7 +160,8 @@ class _DeformConv2dFunctorch(torch.autograd.Function):
 def _gradients(ctx: Any, grad_output: Tensor) -> Gradients:
     wanted = ctx.needs_input_grad[:5]
     sizes, backend = ctx.config[:6], ctx.config[6]
-    found = iter(_backward_op(grad_output, *ctx.saved_tensors, *sizes, wanted, backend))
+    saved = ctx.saved_tensors
+    found = iter(one_by_one(lambda one: _backward_op(one, *saved, *sizes, wanted, backend), grad_output))
     return tuple(next(found) if want else None for want in wanted)
 
 

@@ -55,14 +55,19 @@ def squeeze_excite(
     return _operator(input, weight1, bias1, weight2, bias2, act, gate, backend)
 
 
-def _check(call: Call) -> tuple[int, ...]:
-    input, weight1, bias1, weight2, bias2 = call.shapes
-    act, gate = call.settings
-    assert input is not None and weight1 is not None
+def check_names(act: str, gate: str) -> None:
+    """Raise ValueError unless both are known."""
     if act not in ACTIVATION_CODES:
         raise ValueError(f"act must be one of {', '.join(map(repr, ACTIVATION_CODES))}, got {act!r}")
     if gate not in GATE_CODES:
         raise ValueError(f"gate must be one of {', '.join(map(repr, GATE_CODES))}, got {gate!r}")
+
+
+def _check(call: Call) -> tuple[int, ...]:
+    input, weight1, bias1, weight2, bias2 = call.shapes
+    act, gate = call.settings
+    assert input is not None and weight1 is not None
+    check_names(act, gate)
     channels = input[1]
     if len(weight1) != 4 or weight1[0] < 1:
         raise ValueError(f"weight1 must have shape (hidden, {channels}, 1, 1), got {tuple(weight1)}")
