@@ -36,7 +36,7 @@ def markdown(measured: list[Record]) -> str:
     calls = [["op", "input", "direction", "must move", "does move", "products", "bound", "by", "measured"]]
     kernels = [["op", "direction", "kernel", "launches", "bytes", "of an input", "gathered", "products"]]
     seen: set[tuple[str, str]] = set()
-    for point in shapes.points():
+    for point in sorted(shapes.points(), key=lambda point: shapes.OPS.index(point.op)):
         if (point.dtype, point.layout, point.sweep) != (DTYPE, LAYOUT, False):
             continue
         dtype = shapes.DTYPES[point.dtype]

@@ -4,6 +4,7 @@ python benchmarks/gpu.py all --minutes 9 --output results/        # again and ag
 python benchmarks/gpu.py suite sanitizer --output results/        # the tests, compute-sanitizer
 python benchmarks/gpu.py ops --output results/                    # every op beside its peers
 python benchmarks/gpu.py threads zoo experiments --output results/
+python benchmarks/gpu.py ops --only "1x64x56x56 bfloat16 channels_last" --output results/
 python benchmarks/gpu.py ops --again "frelu" --output results/    # measure rows anew
 python benchmarks/gpu.py all --device cpu --small --output /tmp/x # walk through every path where there is no GPU
 
@@ -71,7 +72,7 @@ def main() -> int:
     name = head["machine"]["name"]
     setup = Setup(options.device, options.small, options.output.resolve(), options.data, options.jobs, name)
     try:
-        left = _run_steps(options.steps, setup, results, end)
+        left = _run_steps(options.steps, options.only, setup, results, end)
     except DeadDevice as error:
         print(f"{error} took the GPU from this process: a new one goes on", flush=True)
         os.environ[REPEATED] = str(end)
@@ -102,6 +103,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--small", action="store_true", help="tiny shapes and few rows")
     parser.add_argument("--again", metavar="TEXT", help="forget rows with this in their name first")
+    parser.add_argument("--only", default="", metavar="TEXT", help="rows with this in their name")
     parser.add_argument(
         "--data",
         type=Path,
@@ -109,7 +111,7 @@ def _options() -> argparse.Namespace:
         metavar="DIR",
         help="holds pbc/ and cric/, for the experiments (shared/data beside or inside the repository)",
     )
-    parser.add_argument("--jobs", type=int, default=max(1, machine.cores() // 2), help="test processes side by side")
+    parser.add_argument("--jobs", type=int, default=max(1, machine.cores() - 2), help="test processes side by side")
     parser.add_argument("--commit", metavar="HASH", help="what this tree is of, where there is no git")
     options = parser.parse_args()
     if options.minutes <= 0:
@@ -149,12 +151,13 @@ def describe(device: str, commit: str | None) -> Record:
     return head
 
 
-def _run_steps(names: list[str], setup: Setup, results: Results, end: float) -> list[str]:
+def _run_steps(names: list[str], only: str, setup: Setup, results: Results, end: float) -> list[str]:
     """Run the steps one after another while there is time; returns the rows that are not done."""
     left: list[str] = []
     budget = Budget(end - time.time())
     for name in (name for name in STEPS if name in names):
         step = _step(name, setup)
+        step.rows = [row for row in step.rows if only in row.key]
         print(f"== {name}: {len(step.rows)} rows, {max(budget.left, 0):.0f} s", flush=True)
         run(step, results, budget, lambda line: print(line, flush=True))
         left += step.left

@@ -213,7 +213,8 @@ def compare(case: Case, arguments: dict[str, Any], dtype: torch.dtype, special: 
     Where a value is not finite, its own type is asked which results are, by autograd and by the formula of the
     gradients. Whether padding is multiplied by it is left open: they differ, and a kernel may find zero where both do.
     """
-    found = forward_and_gradients(functools.partial(case.function, backend="cpu"), arguments)
+    backend = "cpu" if arguments["input"].device.type == "cpu" else None
+    found = forward_and_gradients(functools.partial(case.function, backend=backend), arguments)
     eager = forward_and_gradients(case.reference, arguments)
     formula = forward_and_gradients(functools.partial(case.function, backend="reference"), arguments)
     wanted = forward_and_gradients(case.reference, to_dtype(arguments, torch.float64), grad_dtype=dtype)

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import INTERPRETER_ERROR
 
 pytest.importorskip("timm", reason="timm is not installed")
 
@@ -49,6 +50,7 @@ def test_full_sizes_are_for_a_gpu(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(INTERPRETER_ERROR is not None, reason=str(INTERPRETER_ERROR))
 def test_every_step_on_tiny_shapes_and_a_second_call_that_goes_on(tmp_path: Path) -> None:
     """144 s on two busy cores, most of it Triton's interpreter and starting processes."""
     words = ("--device", "cpu", "--small", "--minutes", "30", "--jobs", "1")
@@ -358,3 +360,31 @@ def test_work_of_calls() -> None:
     assert kernel.products == 2 * pixels * 128 * 128 * 9
     assert kernel.gathered_bytes == 4 * 2 * pixels * 128 * 9
     assert done.bound[0] >= done.floor_bytes / work.COPY_BYTES
+
+
+def test_a_process_that_is_out_of_time_says_what_it_knows() -> None:
+    """Ctrl-C first: pytest then names the tests that failed; what pays no heed to it is ended."""
+    process, module = importlib.import_module("on_gpu.process"), progress()
+    slow = (
+        "import time\nprint('one failed')\ntry:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('a summary')"
+    )
+    with pytest.raises(module.OutOfTime, match="one failed\na summary"):
+        process.run([sys.executable, "-c", f"import time\n{slow}"], 3.0)
+    deaf = "import signal, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\nprint('deaf')\ntime.sleep(60)"
+    with pytest.raises(module.OutOfTime, match="deaf"):
+        process.run([sys.executable, "-c", deaf], 3.0)
+
+
+def test_what_an_unfinished_row_wrote_is_kept_until_it_is_done(tmp_path: Path) -> None:
+    module = progress()
+    results = module.Results(tmp_path / "r.json", HEAD)
+
+    def unfinished(left: float) -> Any:
+        raise module.OutOfTime("F test_one\n")
+
+    module.run(module.Step("s", [module.Row("row", 0.0, unfinished)]), results, module.Budget(60), print)
+    assert json.loads((tmp_path / "r.json").read_text())["wrote"] == {"row": "F test_one\n"}
+    again = module.Results(tmp_path / "r.json", HEAD)
+    done = module.Step("s", [module.Row("row", 0.0, lambda left: {"summary": "done"})])
+    module.run(done, again, module.Budget(600), print)
+    assert json.loads((tmp_path / "r.json").read_text())["wrote"] == {}

@@ -321,3 +321,25 @@ def test_images_in_chunks_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None
                 patch.setattr(module, "image_slices", lambda batch, *_: [slice(i, i + 1) for i in range(batch)])
             for key, tensor in call(case.make()).items():
                 torch.testing.assert_close(tensor, whole[key], rtol=1e-6, atol=1e-6, msg=key)
+
+
+def test_float32_is_multiplied_as_torch_was_told() -> None:
+    """Whichever way the user tells it: torch's older flag cannot be read once its newer setting was set."""
+    told = ("", "m.allow_tf32 = True", "m.fp32_precision = 'tf32'", "torch.backends.fp32_precision = 'tf32'")
+    told += ("torch.set_float32_matmul_precision('high')",)
+    for line in told:
+        text = f"import torch\nm = torch.backends.cuda.matmul\n{line}\nfrom cellops.triton._launch import dot_precision"
+        done = subprocess.run([sys.executable, "-c", f"{text}\nprint(dot_precision())"], capture_output=True, text=True)
+        assert done.stdout.strip() == ("tf32" if line else "tf32x3"), f"{line}: {done.stdout}{done.stderr}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+@pytest.mark.parametrize("op", TRITON_OPS)
+def test_no_kernel_multiplies_float32_in_tf32_unasked(op: str, dtype: torch.dtype) -> None:
+    """Ten bits lose what batch statistics leave of a gradient, of half types too; the interpreter cannot see it."""
+    from cellops.testing._compile_kernels import call_launchers
+    from cellops.triton._launch import noted_launches
+
+    with noted_launches() as launches:
+        call_launchers(op, cases(op, "small")[0].make(dtype, "meta"), deterministic=False)
+    assert launches and not [one.kernel.__name__ for one in launches if "tf32" in one.constants.values()]

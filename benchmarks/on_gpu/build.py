@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+import sysconfig
 from pathlib import Path
 
 from on_gpu import process
@@ -16,7 +17,8 @@ from on_gpu.progress import Budget, OutOfTime
 
 def up_to_date() -> bool:
     """Whether the tree has a library that is no older than its sources."""
-    built = [path.stat().st_mtime for path in (ROOT / "cellops").glob("_C*.so")]
+    name = "_C" + sysconfig.get_config_var("EXT_SUFFIX")  # of this Python
+    built = [path.stat().st_mtime for path in (ROOT / "cellops").glob(name)]
     sources = [path.stat().st_mtime for path in (ROOT / "csrc").rglob("*") if path.is_file()]
     return bool(built) and max(built) >= max(sources)
 
@@ -55,6 +57,7 @@ def build(budget: Budget) -> None:
         f"-DPython_EXECUTABLE={sys.executable}",
         f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
         f"-DCELLOPS_VERSION={_version()}",
+        *_architectures(),
     ]
     for command in (configure, [cmake, "--build", str(folder), "--target", "_C", "--parallel"]):
         try:
@@ -63,6 +66,16 @@ def build(budget: Budget) -> None:
             raise RuntimeError(f"{' '.join(command)} was not finished in this call's time") from None
         if code:
             raise RuntimeError(f"{' '.join(command)} failed:\n{text[-4000:]}")
+
+
+def _architectures() -> list[str]:
+    """That of the GPUs here alone: nvcc compiles the six one after another."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    found = {torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())}
+    return [f"-DCELLOPS_CUDA_ARCHS={';'.join(f'{major}{minor}' for major, minor in sorted(found))}"]
 
 
 def _version() -> str:

@@ -20,6 +20,7 @@ Call = Callable[[], Any]
 Timing = dict[str, Any]
 
 ROUNDS = 15
+LEAST_ROUNDS, MOST_SECONDS = 3, 1.0  # where 15 rounds of the slowest variant take longer, fewer do
 LEAST_SECONDS = 2e-4  # of a timed replay; events tell half a microsecond
 MOST_CALLS = 64  # in a graph
 WARM_UP = 3  # calls: libraries choose their algorithms, Triton compiles
@@ -46,10 +47,8 @@ def compare(
     if device.type != "cuda":
         return _on_cpu(runs, rounds), failed
     taken: dict[str, list[float]] = {name: [] for name in runs}
-    for run, _, _ in runs.values():
-        run()
-    torch.cuda.synchronize()
-    for _ in range(rounds):
+    slowest = max((_elapsed(run) for run, _, _ in runs.values()), default=0.0)
+    for _ in range(min(rounds, max(LEAST_ROUNDS, int(MOST_SECONDS / max(slowest, 1e-6))))):
         for name, (run, calls, _) in runs.items():
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             run()  # the GPU is busy when the events are queued, and the caches hold this variant's tensors, if any

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -13,13 +14,14 @@ from on_gpu.progress import OutOfTime
 
 ROOT = Path(__file__).resolve().parents[2]
 LAST = 6000  # characters of what a failed process wrote that are kept
+GRACE = 10.0  # seconds between Ctrl-C, after which pytest says what failed, and the end
 
 
 def run(command: Sequence[str], seconds: float, **environment: str) -> tuple[int, str]:
     """Exit code and output of a command in the repository's root; this tree's cellops comes first.
 
     Raises:
-        OutOfTime: it was still running; it and its children are ended.
+        OutOfTime: it was still running, and is ended with its children; with what it wrote.
     """
     variables = {**os.environ, "PYTHONPATH": _path(os.environ), "PYTHONUNBUFFERED": "1", **environment}
     process = subprocess.Popen(
@@ -32,13 +34,26 @@ def run(command: Sequence[str], seconds: float, **environment: str) -> tuple[int
         stderr=subprocess.STDOUT,
         start_new_session=True,
     )
+    grace = min(GRACE, seconds / 4)
     try:
-        text, _ = process.communicate(timeout=max(seconds, 1.0))
+        text, _ = process.communicate(timeout=max(seconds - grace, 1.0))
+        return process.returncode, text
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGINT)
+    try:
+        text, _ = process.communicate(timeout=max(grace, 1.0))
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-        raise OutOfTime(" ".join(command)) from None
-    return process.returncode, text
+        text, _ = process.communicate()
+    finally:
+        _end_group(process.pid)
+    raise OutOfTime(text)
+
+
+def _end_group(leader: int) -> None:
+    """End what a process has left of its own children."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(leader, signal.SIGKILL)
 
 
 def python(*arguments: str) -> list[str]:

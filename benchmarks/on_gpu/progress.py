@@ -20,6 +20,8 @@ from typing import Any
 
 Record = dict[str, Any]
 
+WROTE = 6000  # characters of what an unfinished row wrote that are kept
+
 FATAL = (
     *("CUDA error", "CUBLAS_STATUS", "CUDNN_STATUS_EXECUTION_FAILED"),
     *("illegal memory access", "device-side assert", "misaligned address", "launch failure"),  # Triton's words
@@ -31,7 +33,8 @@ HARMLESS = ("NOT_SUPPORTED", "ALLOC_FAILED", "no kernel image", "out of memory")
 
 
 class OutOfTime(Exception):
-    """A row was not finished within what was left of the budget; it is tried again by the next call."""
+    """A row was not finished within what was left of the budget; it is tried again by the next call. Its text is what
+    the row's process wrote."""
 
 
 class Skipped(Exception):
@@ -115,7 +118,7 @@ class Step:
 
 class Results:
     """The JSON of a run: "records" of what was measured, failures too; "skipped", why other rows cannot be measured;
-    "stopped", how many seconds a row had that was not finished in them.
+    "stopped", how many seconds a row had that was not finished in them, and "wrote", the end of what it wrote by then.
 
     Args:
         path: the file; what is in it is kept.
@@ -127,7 +130,15 @@ class Results:
 
     def __init__(self, path: Path, head: Record) -> None:
         self.path, self._lock = path, threading.Lock()
-        self.data: Record = {"format": 1, **head, "running": [], "skipped": {}, "stopped": {}, "records": []}
+        self.data: Record = {
+            "format": 1,
+            **head,
+            "running": [],
+            "skipped": {},
+            "stopped": {},
+            "wrote": {},
+            "records": [],
+        }
         if path.is_file():
             kept = json.loads(path.read_text())
             for what, there, here in (
@@ -138,7 +149,7 @@ class Results:
                     raise ValueError(
                         f"--output: {path} was measured elsewhere ({what}: {there}, here {here}); take another folder"
                     )
-            self.data |= {name: kept[name] for name in ("skipped", "stopped", "records")}
+            self.data |= {name: kept[name] for name in ("skipped", "stopped", "wrote", "records") if name in kept}
             for key in kept.get("running", []):
                 self._append(key, {"failed": "the call that measured it was cut off; not tried again"})
         self._write()
@@ -170,11 +181,23 @@ class Results:
             self.data["skipped"].pop(key, None)
             self._write()
 
-    def end(self, key: str, record: Record | None, *, skipped: str | None = None, stopped: float | None = None) -> None:
-        """Keep a row; None if it is to be tried again, with why it was skipped or how many seconds were too few."""
+    def end(
+        self,
+        key: str,
+        record: Record | None,
+        *,
+        skipped: str | None = None,
+        stopped: float | None = None,
+        wrote: str = "",
+    ) -> None:
+        """Keep a row; None if it is to be tried again, with why it was skipped or how many seconds were too few, and
+        what it wrote in them."""
         with self._lock:
             self.data["running"].remove(key)
             self.data["stopped"].pop(key, None)
+            self.data["wrote"].pop(key, None)
+            if wrote.strip():
+                self.data["wrote"][key] = wrote[-WROTE:]
             if record is not None:
                 self._append(key, record)
             if skipped is not None:
@@ -220,8 +243,8 @@ def run(step: Step, results: Results, budget: Budget, say: Callable[[str], None]
         started = time.monotonic()
         try:
             record = row.measure(budget.left)
-        except OutOfTime:
-            results.end(row.key, None, stopped=None if row.resumes else had)
+        except OutOfTime as unfinished:
+            results.end(row.key, None, stopped=None if row.resumes else had, wrote=str(unfinished))
             step.left.append(row.key)
             say(f"{row.key}: not finished in {had:.0f} s")
             return

@@ -251,7 +251,7 @@ def group_conv1x1_backward_input_kernel(
     count, image_pixels, channels, out_channels, groups, group_in, group_out,
     channel_stride, pixel_stride, out_channel_stride, out_pixel_stride,
     ACTIVATION: tl.constexpr, SHUFFLE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr,
-    BLOCK_C: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, GRAD_PRECISION: tl.constexpr,
+    BLOCK_C: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
     AXIS: tl.constexpr,
 ):  # fmt: skip
     """grad_input[p, c] = sum over o of grad_z[p, o] * weight[o, c]."""
@@ -294,7 +294,7 @@ def group_conv1x1_backward_input_kernel(
             PRECISION,
         )
         kernel = tl.load(weight + out[:, None] * group_in + channel[None, :], known[:, None] & inside[None, :], 0.0)
-        sum = dot(grad, kernel.to(tl.float32), sum, GRAD_PRECISION)
+        sum = dot(grad, kernel.to(tl.float32), sum, PRECISION)
     element = _elements(place, group * group_in + channel, channel_stride)
     tl.store(grad_input + element, narrow(sum, grad_input.dtype.element_ty), exists[:, None] & inside[None, :])
 
@@ -307,7 +307,7 @@ def group_conv1x1_backward_weight_kernel(
     count, image_pixels, channels, out_channels, groups, group_in, group_out,
     channel_stride, pixel_stride, out_channel_stride, out_pixel_stride,
     ACTIVATION: tl.constexpr, SHUFFLE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr,
-    BLOCK_C: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, GRAD_PRECISION: tl.constexpr,
+    BLOCK_C: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
     AXIS: tl.constexpr,
 ):  # fmt: skip
     """grad_weight[o, c] = sum over p of grad_z[p, o] * x[p, c], over a part of the pixels."""
@@ -352,6 +352,6 @@ def group_conv1x1_backward_weight_kernel(
         )
         element = _elements(place, group * group_in + channel, channel_stride)
         x = tl.load(input + element, exists[:, None] & inside[None, :], 0.0).to(tl.float32)
-        sum = dot(tl.trans(grad), x, sum, GRAD_PRECISION)
+        sum = dot(tl.trans(grad), x, sum, PRECISION)
     element = (tl.program_id(AXIS) * out_channels + out[:, None]) * group_in + channel[None, :]
     tl.store(grad_weights + element, sum, known[:, None] & inside[None, :])

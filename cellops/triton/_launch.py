@@ -134,4 +134,9 @@ def dot_precision() -> str:
 
     Three products leave an error of about 1e-6 and run on the tensor cores; Triton's "ieee" does not.
     """
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+    matmul = torch.backends.cuda.matmul
+    try:
+        fast = matmul.allow_tf32
+    except RuntimeError:  # somebody set `fp32_precision`, and the older flag cannot be read any more
+        fast = matmul.fp32_precision == "tf32"
+    return "tf32" if fast else "tf32x3"

@@ -48,7 +48,11 @@ class _Geometry(NamedTuple):
         return ceil_div(self.total, part_pixels), part_pixels
 
 
-def _geometry(input: Tensor, weight: Tensor, groups: int) -> _Geometry:
+BACKWARD_PIXELS = 64
+"""Of a tile at most: gradients are multiplied in float32, whose three TF32 products spill with 128."""
+
+
+def _geometry(input: Tensor, weight: Tensor, groups: int, most_pixels: int = 128) -> _Geometry:
     """Tiles of 64 or 128 pixels and up to 64 channels of a group: 16-byte loads where it has 8 of a half type."""
     batch, channels, height, width = input.shape
     out_channels, group_in, pixels = weight.shape[0], weight.shape[1], height * width
@@ -58,7 +62,7 @@ def _geometry(input: Tensor, weight: Tensor, groups: int) -> _Geometry:
     else:
         strides = (1, channels, 1, out_channels)
     block_o, block_c = power_of_2(group_out, 16, 64), power_of_2(group_in, 16, 64)
-    block_p = 128 if max(block_o, block_c) <= 32 and input.element_size() == 2 else 64  # 128 of float32 spill
+    block_p = most_pixels if max(block_o, block_c) <= 32 and input.element_size() == 2 else 64  # 128 of float32 spill
     wide = needs_int64(input) or batch * max(out_channels, 2) * pixels >= 2**31  # the last part may end beyond
     return _Geometry(
         sizes=(batch * pixels, pixels, channels, out_channels, groups, group_in, group_out, *strides),
@@ -75,11 +79,6 @@ def _geometry(input: Tensor, weight: Tensor, groups: int) -> _Geometry:
             "WIDE": wide,
         },
     )
-
-
-def _grad_precision(input: Tensor) -> str:
-    """Gradients are multiplied in float32: TF32 has the digits of float16 and the range of bfloat16."""
-    return "tf32" if input.element_size() == 2 else dot_precision()
 
 
 def _forward(
@@ -146,7 +145,7 @@ def _convolution(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients to input and weight, those that are wanted."""
     input, weight = tensors[1:3]
-    constants = {**settings, **geometry.constants, "GRAD_PRECISION": _grad_precision(input)}
+    constants = {**settings, **geometry.constants}
     grad_input = grad_weight = None
     if wanted[0]:
         grad_input = torch.empty_like(input)
@@ -174,7 +173,10 @@ def group_conv1x1_backward_triton(
     wanted: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     """Gradients to the tensors of `group_conv1x1`."""
-    geometry, settings = _geometry(input, weight, groups), {"ACTIVATION": activation, "SHUFFLE": shuffle}
+    geometry, settings = (
+        _geometry(input, weight, groups, BACKWARD_PIXELS),
+        {"ACTIVATION": activation, "SHUFFLE": shuffle},
+    )
     tensors = (grad_output, input, weight, None, None, scale, shift)
     grad_scale = grad_shift = None
     if (wanted[2] and scale is not None) or (wanted[3] and shift is not None):
@@ -197,7 +199,10 @@ def group_conv1x1_batch_norm_backward_triton(
     wanted: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     """Gradients to the tensors of `group_conv1x1_batch_norm`, through the statistics too."""
-    geometry, settings = _geometry(input, weight, groups), {"ACTIVATION": activation, "SHUFFLE": shuffle}
+    geometry, settings = (
+        _geometry(input, weight, groups, BACKWARD_PIXELS),
+        {"ACTIVATION": activation, "SHUFFLE": shuffle},
+    )
     tensors = (grad_output, input, weight, mean, (var + eps).rsqrt(), gamma, beta)
     grad_beta, grad_gamma = _sums(tensors, geometry, settings)
     through = (grad_beta / max(geometry.total, 1), grad_gamma / max(geometry.total, 1))
