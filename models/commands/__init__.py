@@ -55,7 +55,7 @@ def bad_input() -> Iterator[None]:
 
     try:
         yield
-    except (ValueError, OSError, ModuleNotFoundError, CheckpointError) as error:
+    except (ValueError, TypeError, OverflowError, OSError, ModuleNotFoundError, CheckpointError) as error:
         if os.environ.get("CELLOPS_TRACEBACK"):
             raise
         raise CommandError(str(error) or type(error).__name__) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,6 @@ def run(arguments: argparse.Namespace) -> int:
     need_models_extra()
     from cellops.models.training.checkpoint import CheckpointError
     from cellops.models.training.console import Output
-    from cellops.models.training.loop import NonFiniteLoss
     from cellops.models.training.recipe import load_recipe
     from cellops.models.training.run import prepare
     from cellops.models.training.stopping import Interrupted
@@ -94,8 +94,12 @@ def run(arguments: argparse.Namespace) -> int:
         complete = session.train(arguments.stop_after, deadline)
     except Interrupted as stopped:
         raise CommandError(f"{stopped}; saved. Go on with: {session.resume_command()}", INTERRUPTED) from None
-    except (NonFiniteLoss, CheckpointError, OSError) as error:
+    except (CheckpointError, OSError) as error:
         raise CommandError(f"{error}\nGo on with: {session.resume_command()}", FAILED) from error
+    except (ValueError, RuntimeError) as error:  # of a batch or a result that cannot be; NonFiniteLoss among them
+        if os.environ.get("CELLOPS_TRACEBACK"):
+            raise
+        raise CommandError(f"{error}\nSaved in {session.folder}; CELLOPS_TRACEBACK=1 shows where", FAILED) from error
     finally:
         session.ranks.close()
     if not complete:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -76,7 +77,10 @@ def save_checkpoint(folder: Path, state: Mapping[str, Any], keep_previous: bool 
         torch.save(pack(state), file)
         if keep_previous and last.exists():
             link.unlink(missing_ok=True)
-            os.link(last, link)
+            try:
+                os.link(last, link)
+            except OSError:  # a file system without hard links: exFAT, some network shares
+                shutil.copyfile(last, link)
             os.replace(link, previous)
 
     write_atomically(last, write)

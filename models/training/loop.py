@@ -28,6 +28,7 @@ from cellops.models.training.checkpoint import (
 )
 from cellops.models.training.console import Bar, Output
 from cellops.models.training.log import RunLog
+from cellops.models.training.metrics import LOWER_IS_BETTER
 from cellops.models.training.mixing import mix
 from cellops.models.training.network import Logits, WithFeatures, autocast, place, predict_batches
 from cellops.models.training.optim import MovingAverage, build_optimizer, build_schedule
@@ -367,9 +368,9 @@ class Trainer:
         )
         if progress.non_finite_in_row >= self.settings.non_finite_limit:
             raise NonFiniteLoss(
-                f"{progress.non_finite_in_row} batches in a row were left out, the last because {reason}. Lower "
-                "optimizer.learning_rate, set training.clip, or look at the images named in log.jsonl; "
-                "the checkpoint is from before these batches"
+                f"{progress.non_finite_in_row} batches in a row were left out, the last because {reason}. Look at "
+                "the images named in log.jsonl, or start anew with a lower optimizer.learning_rate or with "
+                "training.clip; the checkpoint is from before these batches"
             )
 
     def update(self) -> None:
@@ -426,7 +427,7 @@ class Trainer:
         found = self.ranks.gather(indices, found, wanted)
         metrics = quick_metrics(found, self.labels[wanted], self.settings.monitor)
         value = metrics[self.settings.monitor]
-        return -value if self.settings.monitor == "loss" else value, metrics["loss"], metrics
+        return -value if self.settings.monitor in LOWER_IS_BETTER else value, metrics["loss"], metrics
 
     def _end_epoch(self) -> None:
         """Validate, keep the weights if they are the best, log and checkpoint."""

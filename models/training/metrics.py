@@ -15,6 +15,9 @@ import numpy as np
 BINS = 15  # of the calibration error, as in Guo et al. 2017
 RESAMPLES_AT_ONCE = 100
 
+LOWER_IS_BETTER = ("loss", "log_loss_micro", "brier_micro")
+"""Of the metrics that may choose an epoch."""
+
 
 def checked(probabilities: Any, targets: Any) -> tuple[np.ndarray, np.ndarray]:
     """Probabilities as float64 [N, K] and targets as int64 [N].

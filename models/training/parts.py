@@ -85,8 +85,19 @@ def read_data(settings: DataSettings, output: Output, strict: bool = False) -> C
             hint = "" if strict else "\nRepair or remove them, or leave them out with --set data.unreadable=skip"
             raise ValueError(text + hint)
         output.line(f"warning: left out, {text}", style="yellow")
+        _check_classes(data, {item.id for item in unreadable})
         data = data.without([item.id for item in unreadable])
     return data
+
+
+def _check_classes(data: CellData, unreadable: set[str]) -> None:
+    """Raise where all images of a class are among those that cannot be read: what is left is another problem."""
+    left = {data.classes[sample.label] for sample in data.samples if sample.id not in unreadable}
+    if lost := [name for name in data.classes if name not in left]:
+        raise ValueError(
+            f"no image of {', '.join(lost)} can be read: repair them, or leave the class out with "
+            "--set data.options.classes=[...]"
+        )
 
 
 def cut(data: CellData, recipe: Recipe, protocol: str) -> Folds:

@@ -16,6 +16,7 @@ import copy
 import dataclasses
 import difflib
 import functools
+import math
 import re
 import types
 import typing
@@ -113,6 +114,8 @@ def _convert(value: Any, wanted: Any, where: str) -> Any:
     if dataclasses.is_dataclass(wanted):
         return _build(typing.cast(type, wanted), value, where)
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if number and not math.isfinite(value):
+        raise RecipeError(f"{where} must be a finite number, got {value!r}")
     if origin is typing.Literal and isinstance(value, str):
         if value in typing.get_args(wanted):
             return value
@@ -332,6 +335,12 @@ def build_recipe(values: Mapping[str, Any]) -> Recipe:
         ("mixing.mixup", mixing.mixup >= 0, "must not be negative"),
         ("mixing.cutmix", mixing.cutmix >= 0, "must not be negative"),
         ("mixing.probability", 0 <= mixing.probability <= 1, "must lie in [0, 1]"),
+        (
+            "evaluation.batch_size",
+            recipe.evaluation.batch_size is None or recipe.evaluation.batch_size >= 1,
+            "must be at least 1",
+        ),
+        ("evaluation.worst", recipe.evaluation.worst >= 0, "must not be negative"),
         ("evaluation.bootstrap", recipe.evaluation.bootstrap >= 0, "must not be negative"),
     ]
     for name, size in (("input_size", data.input_size), ("store_size", data.store_size or [1, 1])):
@@ -353,6 +362,18 @@ def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if values.pop("abstract"):
         names = [known for known, found in _recipes_of(FOLDER / f"{name}.yaml").items() if not found.get("abstract")]
         raise RecipeError(f"{name} is a family of recipes, take one of: {', '.join(sorted(names))}")
+    for assignment in overrides:
+        _override(values, assignment)
+    return build_recipe(values)
+
+
+def overridden(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
+    """A recipe with settings changed, such as `training.epochs=5`.
+
+    Raises:
+        RecipeError: a key or value is wrong.
+    """
+    values = recipe_values(recipe)
     for assignment in overrides:
         _override(values, assignment)
     return build_recipe(values)

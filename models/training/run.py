@@ -35,7 +35,14 @@ from cellops.models.training.optim import warmup_epochs
 from cellops.models.training.parts import Batches, Part, class_weights, cut, parts, read_data
 from cellops.models.training.randomness import seed_everything
 from cellops.models.training.ranks import Ranks
-from cellops.models.training.recipe import RecipeError, build_recipe, dump_recipe, load_recipe, recipe_values
+from cellops.models.training.recipe import (
+    RecipeError,
+    build_recipe,
+    dump_recipe,
+    load_recipe,
+    overridden,
+    recipe_values,
+)
 from cellops.models.training.results import judge, summarize
 from cellops.models.training.settings import Recipe
 
@@ -44,6 +51,7 @@ METRICS = "metrics.json"
 
 # What may differ when a run is resumed: nothing that changes the numbers, and the number of epochs.
 MAY_CHANGE = (
+    "data.path",  # images are known by their hashes, wherever they lie
     "training.epochs",
     "training.workers",
     "training.device",
@@ -100,10 +108,18 @@ def build_model(recipe: Recipe, classes: Sequence[str]) -> nn.Module:
 def free_folder(folder: Path) -> Path:
     """The folder, or the first of folder-2, folder-3, ... that holds nothing."""
     number, candidate = 1, folder
-    while candidate.exists() and any(candidate.iterdir()):
+    while _is_taken(candidate):
         number += 1
         candidate = folder.with_name(f"{folder.name}-{number}")
     return candidate
+
+
+def _is_taken(folder: Path) -> bool:
+    """Whether a folder holds more than what a start leaves that was ended before it wrote a recipe."""
+    return folder.exists() and any(
+        not (path.name == ".lock" or (path.name.startswith(".") and path.name.endswith(".tmp")))
+        for path in folder.iterdir()
+    )
 
 
 def _differences(old: Any, new: Any, where: str = "") -> list[str]:
@@ -365,9 +381,11 @@ def _lock(folder: Path) -> Any:
     file = open(folder / ".lock", "w")  # noqa: SIM115 (open as long as the run)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         file.close()
         raise ValueError(f"another process is training in {folder}") from None
+    except OSError:  # a file system without locks: nobody is kept out
+        pass
     return file
 
 
@@ -387,13 +405,21 @@ def _resumed_recipe(recipe: Recipe | None, folder: Path, overrides: Sequence[str
     wanted = load_recipe(folder / "recipe.yaml", overrides) if recipe is None else recipe
     if recipe is not None and recipe.data.path is None:
         wanted = replace(recipe, data=replace(recipe.data, path=stored.data.path))
-    wanted = _with_whole_path(wanted)  # as it is stored
-    different = _differences(recipe_values(stored), recipe_values(wanted))
+    old, new = recipe_values(stored), recipe_values(wanted)
+    different = _differences(old, new)
     if different:
         raise ValueError(
             f"the run in {folder} was started with other settings: {'; '.join(different)}. "
             "Leave these out to resume it, or choose another --output"
         )
+    done = [path.parent for path in folder.rglob(METRICS) if (path.parent / WEIGHTS).is_file()]
+    judged = {"training.epochs": lambda of: of["training"]["epochs"], "evaluation": lambda of: of["evaluation"]}
+    for key, value in judged.items():
+        if done and value(old) != value(new):
+            raise ValueError(
+                f"{done[0]} is done, by {key} {value(old)!r}, not {value(new)!r}: its results would not be those of "
+                "the recipe. Leave that out, or choose another --output"
+            )
     return wanted
 
 
@@ -436,8 +462,7 @@ def prepare(
     if not resume and folder == default and (free := free_folder(folder)) != folder:
         output.line(f"{folder} is taken, this run goes to {free} (--resume goes on with {folder})")
         folder = free
-    taken = folder.exists() and any(folder.iterdir())
-    if not resume and ranks.any_true(taken)[0]:  # every process looks before the first one writes
+    if not resume and ranks.any_true(_is_taken(folder))[0]:  # every process looks before the first one writes
         raise ValueError(f"{folder} is not empty: --resume goes on with the run in it, or choose another --output")
     recipe = build_recipe(recipe_values(recipe))
     if recipe.training.threads is not None:
@@ -484,7 +509,7 @@ def train(
     Returns:
         The run; its `folder` holds the results.
     """
-    loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
+    loaded = overridden(recipe, overrides) if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
     if data is not None:
         loaded = replace(loaded, data=replace(loaded.data, path=str(data)))
     run = prepare(loaded, folder, resume, Output(quiet))
