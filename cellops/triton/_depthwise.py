@@ -25,6 +25,7 @@ from cellops.triton._pixels import (
     channel_values,
     combined_statistics,
     pixel_elements,
+    scales,
     tile_elements,
     tiles,
     with_tile,
@@ -353,14 +354,8 @@ def batch_norm_forward(
     tensors = (input, weight, means, squares)
     launch(depthwise_statistics_kernel, layout.part_grid, *tensors, *sizes, K=weight.shape[2], **layout.constants)
     mean, variance = combined_statistics(means, squares, layout.total, layout.part_pixels)
-    _, scale = _scales(variance, gamma, eps)
+    _, scale = scales(variance, gamma, eps)
     return _output(input, weight, mean, scale, beta, activation), mean, variance
-
-
-def _scales(variance: Tensor, gamma: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    """1 / deviation and gamma / deviation, [C] float32."""
-    inverse = (variance + eps).rsqrt()
-    return inverse, inverse if gamma is None else inverse * gamma
 
 
 def _sums(arguments: tuple[Tensor | None, ...], activation: str, layout: Tiles) -> tuple[Tensor, Tensor]:
@@ -446,7 +441,7 @@ def batch_norm_backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients to the tensors of `batch_norm_forward`, through the statistics too."""
     layout = tiles(input)
-    inverse, scale = _scales(var, gamma, eps)
+    inverse, scale = scales(var, gamma, eps)
     arguments = (grad_output, input, weight, mean, scale, beta)
     grad_beta, grad_scale = _sums(arguments, activation, layout)
     grad_gamma = grad_scale * inverse

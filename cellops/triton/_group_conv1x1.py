@@ -1,6 +1,7 @@
 """The kernels of the grouped 1x1 convolution: a program multiplies the channels of one group, pixel by pixel.
 
-n = (z - mean) * inverse and before = gamma * n + beta throughout; an absent tensor counts as 0 (mean, beta) or 1.
+before = (z - mean) * scale + shift throughout; with statistics of the batch, scale is gamma / deviation and shift is
+beta. An absent tensor counts as 0 (mean, shift) or 1.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ def _row(values, out, known, ABSENT: tl.constexpr):
 
 
 @triton.jit
-def _affine(z, mean, inverse, gamma, beta, out, known):
-    """n and before, [P, O]."""
-    normalized = (z - _row(mean, out, known, 0.0)) * _row(inverse, out, known, 1.0)
-    return normalized, normalized * _row(gamma, out, known, 1.0) + _row(beta, out, known, 0.0)
+def _affine(z, mean, scale, shift, out, known):
+    """z - mean and before, [P, O]."""
+    apart = z - _row(mean, out, known, 0.0)
+    return apart, apart * _row(scale, out, known, 1.0) + _row(shift, out, known, 0.0)
 
 
 @triton.jit
@@ -110,11 +111,10 @@ def _grad_convolved(
     exists,
     weight,
     mean,
-    inverse,
-    gamma,
-    beta,
-    grad_beta,
-    grad_gamma,
+    scale,
+    shift,
+    of_mean,
+    of_apart,
     group,
     out,
     known,
@@ -128,28 +128,28 @@ def _grad_convolved(
     BLOCK_C: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """grad_z = (grad - grad_beta - n * grad_gamma) * gamma * inverse, [P, O]."""
+    """grad_z = grad * scale - of_mean - (z - mean) * of_apart, [P, O]."""
     z = _convolved(input, place, exists, weight, group, out, known, group_in, channel_stride, BLOCK_C, PRECISION)
-    normalized, before = _affine(z, mean, inverse, gamma, beta, out, known)
+    apart, before = _affine(z, mean, scale, shift, out, known)
     grad = _grad_of_affine(
         grad_output, out_place, exists, out, known, out_channel_stride, groups, group_out, before, ACTIVATION, SHUFFLE
     )
-    if grad_beta is not None:
-        grad -= _row(grad_beta, out, known, 0.0) + normalized * _row(grad_gamma, out, known, 0.0)
-    grad *= _row(gamma, out, known, 1.0) * _row(inverse, out, known, 1.0)
+    grad *= _row(scale, out, known, 1.0)
+    if of_mean is not None:
+        grad -= _row(of_mean, out, known, 0.0) + apart * _row(of_apart, out, known, 0.0)
     return tl.where(exists[:, None] & known[None, :], grad, 0.0)
 
 
 @triton.jit
 def group_conv1x1_forward_kernel(
-    input, weight, mean, inverse, gamma, beta,
+    input, weight, mean, scale, shift,
     output,  # [N, O, H, W]
     count, image_pixels, channels, out_channels, groups, group_in, group_out,
     channel_stride, pixel_stride, out_channel_stride, out_pixel_stride,
     ACTIVATION: tl.constexpr, SHUFFLE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr,
     BLOCK_C: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, AXIS: tl.constexpr,
 ):  # fmt: skip
-    """output = shuffle(act(gamma * (z - mean) * inverse + beta))."""
+    """output = shuffle(act((z - mean) * scale + shift))."""
     index = tl.program_id(AXIS).to(tl.int64 if WIDE else tl.int32) * BLOCK_P + tl.arange(0, BLOCK_P)
     exists = index < count
     place, out_place = _pixels(index, image_pixels, channels, out_channels, pixel_stride, out_pixel_stride, WIDE)
@@ -159,7 +159,7 @@ def group_conv1x1_forward_kernel(
     known = out < group_out
     out += group * group_out
     z = _convolved(input, place, exists, weight, group, out, known, group_in, channel_stride, BLOCK_C, PRECISION)
-    _, before = _affine(z, mean, inverse, gamma, beta, out, known)
+    _, before = _affine(z, mean, scale, shift, out, known)
     element = _elements(out_place, _shuffled(out, groups, group_out, SHUFFLE), out_channel_stride)
     y = narrow(activated(before, ACTIVATION), output.dtype.element_ty)
     tl.store(output + element, y, exists[:, None] & known[None, :])
@@ -200,16 +200,16 @@ def group_conv1x1_statistics_kernel(
 
 @triton.jit
 def group_conv1x1_backward_sums_kernel(
-    grad_output, input, weight, mean, inverse, gamma, beta,
+    grad_output, input, weight, mean, scale, shift,
     sums,  # [parts, O] float32: of the gradient before the activation
-    products,  # [parts, O] float32: of it times the normalized convolution
+    products,  # [parts, O] float32: of it times z - mean
     part_pixels,
     count, image_pixels, channels, out_channels, groups, group_in, group_out,
     channel_stride, pixel_stride, out_channel_stride, out_pixel_stride,
     ACTIVATION: tl.constexpr, SHUFFLE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr,
     BLOCK_C: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, AXIS: tl.constexpr,
 ):  # fmt: skip
-    """Gradients to beta and gamma over a part of the pixels."""
+    """Gradients to shift and scale over a part of the pixels."""
     out_blocks = tl.cdiv(group_out, BLOCK_O)
     group = tl.program_id(1 - AXIS) // out_blocks
     out = tl.program_id(1 - AXIS) % out_blocks * BLOCK_O + tl.arange(0, BLOCK_O)
@@ -223,7 +223,7 @@ def group_conv1x1_backward_sums_kernel(
         exists = index < count
         place, out_place = _pixels(index, image_pixels, channels, out_channels, pixel_stride, out_pixel_stride, WIDE)
         z = _convolved(input, place, exists, weight, group, out, known, group_in, channel_stride, BLOCK_C, PRECISION)
-        normalized, before = _affine(z, mean, inverse, gamma, beta, out, known)
+        apart, before = _affine(z, mean, scale, shift, out, known)
         grad = _grad_of_affine(
             grad_output,
             out_place,
@@ -238,7 +238,7 @@ def group_conv1x1_backward_sums_kernel(
             SHUFFLE,
         )
         sum += tl.sum(grad, 0)
-        product += tl.sum(tl.where(exists[:, None], grad * normalized, 0.0), 0)
+        product += tl.sum(tl.where(exists[:, None], grad * apart, 0.0), 0)
     row = tl.program_id(AXIS) * out_channels + out
     tl.store(sums + row, sum, known)
     tl.store(products + row, product, known)
@@ -246,7 +246,7 @@ def group_conv1x1_backward_sums_kernel(
 
 @triton.jit
 def group_conv1x1_backward_input_kernel(
-    grad_output, input, weight, mean, inverse, gamma, beta, grad_beta, grad_gamma,
+    grad_output, input, weight, mean, scale, shift, of_mean, of_apart,
     grad_input,  # [N, C, H, W]
     count, image_pixels, channels, out_channels, groups, group_in, group_out,
     channel_stride, pixel_stride, out_channel_stride, out_pixel_stride,
@@ -275,11 +275,10 @@ def group_conv1x1_backward_input_kernel(
             exists,
             weight,
             mean,
-            inverse,
-            gamma,
-            beta,
-            grad_beta,
-            grad_gamma,
+            scale,
+            shift,
+            of_mean,
+            of_apart,
             group,
             out,
             known,
@@ -301,7 +300,7 @@ def group_conv1x1_backward_input_kernel(
 
 @triton.jit
 def group_conv1x1_backward_weight_kernel(
-    grad_output, input, weight, mean, inverse, gamma, beta, grad_beta, grad_gamma,
+    grad_output, input, weight, mean, scale, shift, of_mean, of_apart,
     grad_weights,  # [parts, O, C / G] float32
     part_pixels,
     count, image_pixels, channels, out_channels, groups, group_in, group_out,
@@ -332,11 +331,10 @@ def group_conv1x1_backward_weight_kernel(
             exists,
             weight,
             mean,
-            inverse,
-            gamma,
-            beta,
-            grad_beta,
-            grad_gamma,
+            scale,
+            shift,
+            of_mean,
+            of_apart,
             group,
             out,
             known,

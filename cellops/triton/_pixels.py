@@ -132,3 +132,9 @@ def combined_statistics(means: Tensor, squares: Tensor, total: int, part_pixels:
     mean = (means * sizes).sum(0) / total if total else means.sum(0) / 0
     variance = (squares + (means - mean).square() * sizes).sum(0) / max(total, 1)
     return mean, variance if total else mean
+
+
+def scales(variance: Tensor, gamma: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """1 / deviation and gamma / deviation, [C] float32."""
+    inverse = (variance + eps).rsqrt()
+    return inverse, inverse if gamma is None else inverse * gamma

@@ -27,7 +27,7 @@ from cellops.triton._group_conv1x1 import (
     group_conv1x1_statistics_kernel,
 )
 from cellops.triton._launch import ceil_div, dot_precision, launch, multiprocessors, needs_int64, power_of_2
-from cellops.triton._pixels import combined_statistics
+from cellops.triton._pixels import combined_statistics, scales
 
 
 class _Geometry(NamedTuple):
@@ -104,7 +104,7 @@ def group_conv1x1_forward_triton(
     shuffle: bool,
 ) -> Tensor:
     """[N, O, H, W]; arguments as in `cellops.group_conv1x1`."""
-    tensors = (input, weight, None, None, scale, shift)
+    tensors = (input, weight, None, scale, shift)
     return _forward(tensors, _geometry(input, weight, groups), groups, activation, shuffle)
 
 
@@ -125,12 +125,13 @@ def group_conv1x1_batch_norm_forward_triton(
     arguments = (input, weight, means, squares, part_pixels, *geometry.sizes)
     launch(group_conv1x1_statistics_kernel, (parts, geometry.out_blocks), *arguments, **geometry.constants)
     mean, variance = combined_statistics(means, squares, geometry.total, part_pixels)
-    tensors = (input, weight, mean, (variance + eps).rsqrt(), gamma, beta)
+    _, scale = scales(variance, gamma, eps)
+    tensors = (input, weight, mean, scale, beta)
     return _forward(tensors, geometry, groups, activation, shuffle), mean, variance
 
 
 def _sums(tensors: tuple[Tensor | None, ...], geometry: _Geometry, settings: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Gradients to beta and gamma."""
+    """Gradients to shift and scale."""
     device = tensors[1].device
     parts, part_pixels = geometry.parts(geometry.out_blocks, device)
     sums, products = torch.empty(2, parts, geometry.out_channels, dtype=torch.float32, device=device)
@@ -173,15 +174,13 @@ def group_conv1x1_backward_triton(
     wanted: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     """Gradients to the tensors of `group_conv1x1`."""
-    geometry, settings = (
-        _geometry(input, weight, groups, BACKWARD_PIXELS),
-        {"ACTIVATION": activation, "SHUFFLE": shuffle},
-    )
-    tensors = (grad_output, input, weight, None, None, scale, shift)
+    geometry, narrower = _geometry(input, weight, groups), _geometry(input, weight, groups, BACKWARD_PIXELS)
+    settings = {"ACTIVATION": activation, "SHUFFLE": shuffle}
+    tensors = (grad_output, input, weight, None, scale, shift)
     grad_scale = grad_shift = None
     if (wanted[2] and scale is not None) or (wanted[3] and shift is not None):
         grad_shift, grad_scale = _sums(tensors, geometry, settings)
-    return *_convolution((*tensors, None, None), geometry, settings, wanted), grad_scale, grad_shift
+    return *_convolution((*tensors, None, None), narrower, settings, wanted), grad_scale, grad_shift
 
 
 def group_conv1x1_batch_norm_backward_triton(
@@ -199,11 +198,12 @@ def group_conv1x1_batch_norm_backward_triton(
     wanted: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     """Gradients to the tensors of `group_conv1x1_batch_norm`, through the statistics too."""
-    geometry, settings = (
-        _geometry(input, weight, groups, BACKWARD_PIXELS),
-        {"ACTIVATION": activation, "SHUFFLE": shuffle},
-    )
-    tensors = (grad_output, input, weight, mean, (var + eps).rsqrt(), gamma, beta)
-    grad_beta, grad_gamma = _sums(tensors, geometry, settings)
-    through = (grad_beta / max(geometry.total, 1), grad_gamma / max(geometry.total, 1))
-    return *_convolution((*tensors, *through), geometry, settings, wanted), grad_gamma, grad_beta
+    geometry, narrower = _geometry(input, weight, groups), _geometry(input, weight, groups, BACKWARD_PIXELS)
+    settings = {"ACTIVATION": activation, "SHUFFLE": shuffle}
+    inverse, scale = scales(var, gamma, eps)
+    tensors = (grad_output, input, weight, mean, scale, beta)
+    grad_beta, grad_scale = _sums(tensors, geometry, settings)
+    grad_gamma = grad_scale * inverse
+    share = scale / max(geometry.total, 1)
+    of_statistics = (grad_beta * share, grad_gamma * inverse * share)
+    return *_convolution((*tensors, *of_statistics), narrower, settings, wanted), grad_gamma, grad_beta
