@@ -148,8 +148,10 @@ def test_unreadable_images(capsys, tmp_path):
     assert "--set data.unreadable=skip" in err and not (tmp_path / "run").exists()
     code, out, _ = run(capsys, *arguments, "--set", "data.unreadable=skip")
     assert code == 0 and "left out, 1 of 25" in out
-    code, _, err = run(capsys, "evaluate", tmp_path / "run")
-    assert code == 2 and "broken.png" in err  # an evaluation never skips
+    code, out, _ = run(capsys, "evaluate", tmp_path / "run")
+    assert code == 0 and "a/broken.png" in out  # it is in no part of the run
+    code, _, err = run(capsys, "evaluate", tmp_path / "run", "--data", data, "--output", tmp_path / "all")
+    assert code == 2 and "broken.png" in err  # an evaluation of other images never skips
 
 
 def test_a_name_that_is_taken(capsys, trained, tmp_path, monkeypatch):
@@ -262,7 +264,7 @@ def test_too_many_nans(capsys, trained, tmp_path):
         *changes,
     ]
     code, out, err = run(capsys, *arguments)
-    assert code == 1 and "3 batches in a row" in err and "Lower optimizer.learning_rate" in err
+    assert code == 1 and "3 batches in a row" in err and "start anew with a lower optimizer.learning_rate" in err
     assert "left out" in out
 
 

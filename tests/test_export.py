@@ -314,6 +314,14 @@ def test_command(trained: Path, few_images: Path, tmp_path: Path, capsys: pytest
         Predictor.load(path)
 
 
+def test_another_size_than_the_runs(trained: Path, tmp_path: Path) -> None:
+    """Images are not shrunk to the run's 32 pixels and enlarged again."""
+    path = tmp_path / "x.onnx"
+    assert main(["export", str(trained), "--output", str(path), "--size", "96", "64", "--no-check"]) == 0
+    preparation = json.loads(said(path)["preparation"])
+    assert preparation["input_size"] == preparation["store_size"] == [96, 64]
+
+
 @pytest.mark.slow
 def test_command_in_8_bits(trained: Path, few_images: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """What the command says of accuracy is what the file does on the held-out images."""

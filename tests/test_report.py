@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import re
 import shutil
 import subprocess
+import warnings
 
 import numpy as np
 import pytest
@@ -12,9 +15,10 @@ import torch
 from PIL import Image
 from training_runs import TinyCells, finish, start, tiny_recipe
 
-from cellops.models.report import write_report
+from cellops.models.report import figures, write_report
 from cellops.models.report.mistakes import grad_cam, overlay, worst
 from cellops.models.training.evaluate import Predictions, calibrate, with_temperature
+from cellops.models.training.metrics import calibration
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +102,83 @@ def test_opens_in_a_browser(folder, tmp_path):
         [browser, *options, "--dump-dom", address], check=True, capture_output=True, text=True, timeout=120
     ).stdout
     assert "SYNTHETIC images" in dumped and dumped.count("<img") == 19
+
+
+def test_whose_calibration_error(tmp_path, monkeypatch):
+    """Of several folds the card has their mean, and the text that of all images too; each says which it is."""
+    monkeypatch.setenv("CELLOPS_CACHE", str(tmp_path / "cache"))
+    data = {"options": {"count": 90}, "folds": 3, "test_fraction": None, "validation": 0.0}
+    finish(start(tmp_path / "run", tiny_recipe(data=data, training={"epochs": 1})))
+    text = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    parts = [tmp_path / "run" / f"fold_{number}" for number in (1, 2, 3)]
+    found = [json.loads((part / "metrics.json").read_text())["calibration"] for part in parts]
+    before, after = (float(np.mean([one[f"ece_{when}"] for one in found])) for when in ("before", "after"))
+    pooled = Predictions.join([Predictions.load(part / "predictions.csv") for part in parts])
+    all_images = calibration(pooled.probabilities, pooled.targets)["ece"]
+    assert f"<b>{after:.3f}</b>calibration error<span>mean of the folds, {before:.3f} before" in text
+    assert f"Calibration error (ECE): {all_images:.3f} as trained" in text
+    told = f"of the images of all folds together; the mean of the folds, each by itself, is {before:.3f} as trained and"
+    assert f"{told} {after:.3f} after." in text
+
+
+def test_one_fold_has_one_calibration_error(folder):
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    assert "calibration error" in text and "of all folds together" not in text and "mean of the folds" not in text
+
+
+def drawn(name):
+    """The figures that a class name stands in, as SVG; of paths, so that every character is looked for in the fonts."""
+    classes = (name, "other", "third")
+    rows = np.random.default_rng(0).dirichlet(np.ones(3), 40)
+    pictures = [figures.confusion(np.eye(3), classes), figures.roc(rows, np.arange(40) % 3, classes)]
+    return [base64.b64decode(picture.partition(",")[2]).decode() for picture in pictures]
+
+
+@pytest.mark.parametrize("name", ["p16 $x_{$", "$x_2$", r"\$a$ \frac{", "a $ b", "$$"])
+def test_dollars_are_no_formula(name):
+    for picture in drawn(name):
+        assert f"<!-- {figures.short(name)}" in picture  # matplotlib says what it draws
+
+
+def test_names_without_spaces_are_cut():
+    assert figures.short("Superficial-Intermediate") == "Superficial-…"
+    assert figures.short("x" * 20) == "x" * 15 + "…"
+    assert figures.short("a_b") == "a b" and figures.short("_") == "_"
+
+
+def test_names_in_chinese(tmp_path, monkeypatch):
+    """With a font that has the characters; made here, since few machines of tests have one."""
+    from fontTools.fontBuilder import FontBuilder
+    from fontTools.pens.ttGlyphPen import TTGlyphPen
+    from matplotlib import font_manager
+
+    name = "细胞"
+    names = [f"u{ord(letter):x}" for letter in name]
+    pen = TTGlyphPen(None)
+    for number, point in enumerate([(0, 0), (0, 700), (600, 900), (600, 100)]):
+        (pen.lineTo if number else pen.moveTo)(point)
+    pen.closePath()
+    shape = pen.glyph()
+    builder = FontBuilder(1000, isTTF=True)
+    builder.setupGlyphOrder([".notdef", *names])
+    builder.setupCharacterMap({ord(letter): glyph for letter, glyph in zip(name, names, strict=True)})
+    builder.setupGlyf(dict.fromkeys([".notdef", *names], shape))
+    builder.setupHorizontalMetrics(dict.fromkeys([".notdef", *names], (1000, 0)))
+    builder.setupHorizontalHeader(ascent=900, descent=-100)
+    builder.setupNameTable({"familyName": "Noto Sans CJK SC", "styleName": "Regular"})
+    builder.setupOS2()
+    builder.setupPost()
+    builder.save(tmp_path / "font.ttf")
+    others = [font for font in font_manager.fontManager.ttflist if font.name not in figures.EAST_ASIAN]
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", others)
+    assert figures.families() == ["DejaVu Sans"]
+    with pytest.warns(UserWarning, match="missing from font"):
+        drawn(name)
+    font_manager.fontManager.addfont(tmp_path / "font.ttf")
+    assert figures.families() == ["DejaVu Sans", "Noto Sans CJK SC"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        drawn(name)
 
 
 def test_grad_cam_finds_the_spot():

@@ -13,6 +13,8 @@ examples:
   cellops evaluate runs/pbc                                  its own held-out images again
   cellops evaluate runs/pbc --tta dihedral                   each image seen in eight ways
   cellops evaluate runs/pbc --data other_hospital/           every image of another folder, with the same class names
+
+--data may hold images that the network was trained on: the output and metrics.json say how many.
 """
 
 
@@ -23,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layout", default="auto", help="of --data (auto)")
     parser.add_argument("--tta", choices=("none", "flips", "dihedral"), help="views of each image (the recipe's)")
     parser.add_argument("--output", type=Path, metavar="DIR", help="folder of the results (RUN/evaluation)")
+    parser.add_argument("--overwrite", action="store_true", help="replace the results in --output")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -33,6 +36,12 @@ def run(arguments: argparse.Namespace) -> int:
 
     with bad_input():
         evaluate_run(
-            arguments.run, arguments.data, arguments.layout, arguments.tta, arguments.output, Output(quiet=False)
+            arguments.run,
+            arguments.data,
+            arguments.layout,
+            arguments.tta,
+            arguments.output,
+            Output(quiet=False),
+            arguments.overwrite,
         )
     return 0

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 from cellops.models.data.images import SUFFIXES
+from cellops.models.data.layouts.listing import LITTER
 
 Found = tuple[Path, str | None]
 """A file, and why it cannot be read where that is known: a folder that may not be listed stands here too."""
@@ -18,7 +19,8 @@ def image_files(paths: Iterable[str | Path], leave_out: Iterable[Path] = ()) -> 
     """The files given, and the images in the folders given, each once; folders are read on the way.
 
     A folder's images come in the order of their names, and of one folder at a time the names are held. Links to files
-    are followed, links to folders are not.
+    are followed, links to folders are not. What file managers and archives leave in folders (`._x.jpg`, `__MACOSX/`,
+    hidden files) is passed over, as in training; a path that is given counts whatever its name.
 
     Args:
         paths: files of any name, and folders, of which files named as images are taken.
@@ -60,7 +62,8 @@ def _inside(folder: Path, skipped: Files) -> Iterator[Found]:
             names = sorted(
                 (entry.name, entry.is_dir(follow_symlinks=False))
                 for entry in entries
-                if entry.is_dir(follow_symlinks=False) or os.path.splitext(entry.name)[1].lower() in SUFFIXES
+                if not LITTER.match(entry.name)
+                and (entry.is_dir(follow_symlinks=False) or os.path.splitext(entry.name)[1].lower() in SUFFIXES)
             )
     except OSError as error:
         yield folder, f"{folder}: the folder cannot be read: {error.strerror or error}"
@@ -82,7 +85,7 @@ def _is_found_in(path: Path, folders: Collection[str]) -> bool:
     if not path.is_dir() and path.suffix.lower() not in SUFFIXES:
         return False
     parent = Path(os.path.abspath(path))
-    while parent != parent.parent:
+    while parent != parent.parent and not LITTER.match(parent.name):
         parent = parent.parent
         if str(parent) in folders:
             return True

@@ -69,8 +69,14 @@ class Preparation:
         }
 
     def with_input_size(self, input_size: tuple[int, int]) -> Preparation:
-        """The same for another size of the network's input."""
-        return replace(self, input_size=input_size)
+        """The same for another size of the network's input.
+
+        The stored size grows or shrinks with it, so that the same window is seen, from pixels that are there.
+        """
+        (height, width), (old_height, old_width) = input_size, self.input_size
+        stored_height, stored_width = self.store_size
+        stored = max(1, round(stored_height * height / old_height)), max(1, round(stored_width * width / old_width))
+        return replace(self, input_size=input_size, store_size=stored)
 
     def without_normalisation(self) -> Preparation:
         """The same with values from 0 to 1, to be looked at."""

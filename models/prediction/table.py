@@ -76,6 +76,8 @@ class PredictionTable:
         self._time = 0.0
         self._listed: BinaryIO | None = None
         path = folder / TABLE
+        if (folder / "run.json").is_file():
+            raise ValueError(f"{folder} is a training run, whose own predictions lie there: choose another --output")
         if path.exists() and path.stat().st_size and not (resume or overwrite):
             raise ValueError(f"{path} is there already: --resume goes on with it, --overwrite begins anew")
         if not path.exists() and not overwrite:

@@ -11,6 +11,7 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
@@ -21,9 +22,36 @@ from cellops.models.training.metrics import roc_curves
 INK, MUTED, GRID, FIRST, SECOND = "#1d2733", "#667085", "#e4e7ec", "#2b5fa8", "#d9622b"
 CLASSES = ["#2b5fa8", "#d9622b", "#2f8f5b", "#8e5bb5", "#c8992e", "#c2446e", "#3aa0b0", "#6b7280", "#8a5a3c", "#94a83d"]
 SHADES = LinearSegmentedColormap.from_list("shades", ["#ffffff", "#c6d7ee", "#6f9bd1", "#2b5fa8", "#153a70"])
+FONT = "DejaVu Sans"  # comes with matplotlib
+EAST_ASIAN = (
+    "Noto Sans CJK SC",
+    "Noto Sans CJK JP",
+    "Noto Sans CJK TC",
+    "Noto Sans CJK KR",
+    "Noto Sans SC",
+    "Noto Sans JP",
+    "Noto Sans KR",
+    "Source Han Sans SC",
+    "Source Han Sans CN",
+    "WenQuanYi Micro Hei",
+    "WenQuanYi Zen Hei",
+    "Droid Sans Fallback",
+    "IPAGothic",
+    "IPAexGothic",
+    "NanumGothic",
+    "PingFang SC",
+    "Hiragino Sans",
+    "Hiragino Sans GB",
+    "Apple SD Gothic Neo",
+    "Arial Unicode MS",
+    "Microsoft YaHei",
+    "Yu Gothic",
+    "Malgun Gothic",
+    "SimHei",
+)
+"""Fonts with the characters that DejaVu Sans lacks, for class names in Chinese, Japanese or Korean."""
 STYLE: dict[Any, Any] = {
-    "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans"],
+    "text.parse_math": False,  # class names are text: two dollars in them would be a formula, and mostly a wrong one
     "font.size": 9,
     "axes.edgecolor": "#98a2b3",
     "axes.labelcolor": INK,
@@ -51,11 +79,21 @@ STYLE: dict[Any, Any] = {
 Log = Sequence[Mapping[str, float]]
 
 
+def families() -> list[str]:
+    """Fonts to look for a character in, one after the other: of those for East Asian names the ones installed here.
+
+    They must be named as families, as matplotlib takes only one font of a generic family; and one that is not there
+    would be warned about in every figure.
+    """
+    installed = {font.name for font in font_manager.fontManager.ttflist}
+    return [FONT, *(name for name in EAST_ASIAN if name in installed)]
+
+
 @contextmanager
 def drawing(width: float, height: float, columns: int = 1) -> Iterator[tuple[list[Axes], dict[str, str]]]:
     """Axes to draw on; when it is left, the dictionary holds the picture as a data address under "image"."""
     result: dict[str, str] = {}
-    with mpl.rc_context(STYLE):
+    with mpl.rc_context({**STYLE, "font.family": families()}):
         figure = Figure(figsize=(width, height), layout="constrained")
         axes = figure.subplots(1, columns, squeeze=False)[0]
         yield list(axes), result
@@ -66,7 +104,9 @@ def drawing(width: float, height: float, columns: int = 1) -> Iterator[tuple[lis
 
 def short(name: str, width: int = 16) -> str:
     """A class name that fits beside a figure."""
-    return textwrap.shorten(name.replace("_", " "), width, placeholder="…") or name[:width]
+    text = name.replace("_", " ").strip()
+    found = textwrap.shorten(text, width, placeholder="…")
+    return found if found not in ("", "…") else f"{name[: width - 1]}…" if len(name) > width else name
 
 
 def learning_curves(logs: Sequence[tuple[str, Log]]) -> str:

@@ -220,7 +220,8 @@ def _header(facts: dict[str, Any], recipe_text: str, protocols: Sequence[Protoco
     ]
     errors = [fold.found["calibration"]["ece_after"] for fold in first.folds]
     before = np.mean([fold.found["calibration"]["ece_before"] for fold in first.folds])
-    cards.append((f"{np.mean(errors):.3f}", "calibration error", f"{before:.3f} before temperature scaling"))
+    of_folds = "mean of the folds, " if len(first.folds) > 1 else ""
+    cards.append((f"{np.mean(errors):.3f}", "calibration error", f"{of_folds}{before:.3f} before temperature scaling"))
     costs = [fold.found.get("cost") for fold in first.folds]
     if costs[0]:
         cards.append((_millions(costs[0]["parameters"]), "parameters", f"{costs[0]['megabytes']:.1f} MiB of weights"))
@@ -295,6 +296,15 @@ def _results(protocol: Protocol, facts: dict[str, Any], alone: bool) -> str:
         f"after dividing the logits by the temperature {temperatures}, found on "
         f"{protocol.folds[0].found['calibration']['source']}."
     )
+    if len(protocol.folds) > 1:
+        # Bins of a fold hold few images, so that its own error is mostly larger; the card above has that mean.
+        own = np.mean(
+            [[fold.found["calibration"][f"ece_{when}"] for when in ("before", "after")] for fold in protocol.folds], 0
+        )
+        note += (
+            f" These are of the images of all folds together; the mean of the folds, each by itself, is {own[0]:.3f} "
+            f"as trained and {own[1]:.3f} after."
+        )
     text += section(f"Ranking and calibration{suffix}", f'<div class="pair">{pair}</div><p class="muted">{note}</p>')
     text += _interval_section(protocol, facts, suffix)
     return text + _mistakes(protocol, suffix)
