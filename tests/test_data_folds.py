@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -127,10 +129,100 @@ def test_classes_that_cannot_be_split_are_named() -> None:
         make_folds(lone, 2)
     check(make_folds(lone, 2, protocol="paper"), groups=False)
     few = data_of([["a", "b", "c"], ["d", "e", "f"]])
-    with pytest.raises(FoldError, match="folds: 8 of 6 groups"):
+    with pytest.raises(FoldError, match="folds: 8 parts of at most 3 images of a class; use 3 or fewer"):
         make_folds(few, 8)
-    with pytest.raises(FoldError, match="folds: 5 of at most 3 images"):
+    with pytest.raises(FoldError, match="folds: 5 parts of at most 3 images of a class"):
         make_folds(few, 5, protocol="paper")
+    with pytest.raises(FoldError, match="folds: 5 parts of 4 groups; use 4 or fewer"):
+        make_folds(data_of([["a", "a", "b", "b", "b"], ["c", "d"]]), 5)
+
+
+def test_hints_name_the_keys_of_a_recipe() -> None:
+    for groups, folds in (([["a"] * 5 + ["b"] * 5, ["c"]], 2), ([["a"] * 5 + ["b"] * 5, ["c"] * 6], 1)):
+        with pytest.raises(FoldError, match=r"Leave the class out \(data\.options\.classes\)"):
+            make_folds(data_of(groups), folds)
+    untrained = data_of([["a", "b"], ["c", "d"]], splits=["train", "train", "test", "test"])
+    with pytest.raises(
+        FoldError, match=r"training part has no image of b\. .*data\.options\.classes.*data\.prescribed"
+    ):
+        make_folds(untrained)
+
+
+@pytest.mark.parametrize(("part", "other"), [("train", "test"), ("test", "train")])
+def test_prescribed_split_with_an_empty_part_is_an_error(part: str, other: str) -> None:
+    data = data_of([["a", "b"], ["c", "d"]], splits=[part] * 4)
+    with pytest.raises(FoldError, match=f"made: every image is marked {part}, and none is left to {other} on"):
+        make_folds(data)
+    check(make_folds(data, 2, prescribed=False), groups=True)
+
+
+def clumped() -> CellData:
+    """Like CRIC: groups of all sizes with two classes each, and a small class that lies in the largest ones."""
+    sizes = [50, 40, 29, 27, 25, *range(20, 4, -1), *[4] * 30]
+    groups: list[list[str]] = [[], [], [], []]
+    for number, size in enumerate(sizes):
+        groups[number % 3].extend([f"g{number}"] * size)
+        groups[(number + 1) % 3].extend([f"g{number}"] * (size // 3))
+    groups[3] = ["g0"] * 10 + ["g1"] * 8 + ["g2"] * 6 + [f"g{number}" for number in range(20, 40)]
+    return data_of(groups)
+
+
+@pytest.mark.parametrize("part", ["test", "validation"])
+def test_no_group_is_held_out_for_every_seed_or_for_none(part: str) -> None:
+    data = clumped()
+    names = np.array(data.groups)
+    options = {"folds": 2, "validation": 0.2} if part == "validation" else {"folds": 1, "test_fraction": 0.2}
+    seeds = range(60)
+    made = [make_folds(data, seed=seed, **options) for seed in seeds]
+    held = [{name for fold in one.folds for name in names[list(getattr(fold, part))]} for one in made]
+    for group in [f"g{number}" for number in range(16)]:
+        assert 0.03 < sum(group in one for one in held) / len(seeds) < 0.5, group
+    assert len({frozenset(one) for one in held}) > 50
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.15, 0.2, 0.5, 0.9, 0.99])
+def test_hold_out_finds_a_split_that_trains_every_class(fraction: float) -> None:
+    """With classes of two groups, which most random choices would hold out or lack."""
+    rare = [["t0"] * 5 + ["t1"] * 5, ["u0"] * 3 + ["t1"] * 2, ["s0"] * 9 + ["s1"]]
+    data = data_of([[f"s{number // 4}" for number in range(80)], *rare])
+    for seed in range(20):
+        made = make_folds(data, 1, test_fraction=fraction, seed=seed)
+        check(made, groups=True)
+        assert set(data.labels[list(made[0].train)]) == {0, 1, 2, 3}
+        if fraction in (0.15, 0.2, 0.5):
+            assert len(made[0].test) / len(data) == pytest.approx(fraction, abs=0.06)
+            assert set(data.labels[list(made[0].test)]) == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+@pytest.mark.parametrize("options", [{"validation": 0.15}, {"validation": 0.001}, {"folds": 1, "test_fraction": 0.99}])
+def test_small_sets_are_split(options: dict[str, Any], grouped: bool, recwarn: pytest.WarningsRecorder) -> None:
+    """A dozen images of a class, and a class of two: of a group each, in pairs, and with warnings left to notes."""
+    sizes = (12, 12, 2)
+    data = data_of(
+        [
+            [f"{label}-{number // (2 if grouped and size > 2 else 1)}" for number in range(size)]
+            for label, size in enumerate(sizes)
+        ],
+        grouped=grouped,
+    )
+    for protocol in ("grouped", "paper"):
+        for seed in range(5):
+            made = make_folds(data, **{"folds": 2, **options}, protocol=protocol, seed=seed)
+            check(made, groups=protocol == "grouped")
+            for fold in made.folds:
+                assert bool(fold.validation) == ("validation" in options) and fold.test
+    with pytest.raises(FoldError, match=r"data\.folds: 13 parts of at most 12 images of a class; use 12 or fewer"):
+        make_folds(data, 13)
+    assert not [str(warning.message) for warning in recwarn]
+
+
+def test_many_images_without_groups_are_split_quickly() -> None:
+    data = data_of([[f"{label}-{number}" for number in range(4000)] for label in range(5)], grouped=False)
+    start = time.perf_counter()
+    made = make_folds(data, 1, validation=0.15)
+    assert time.perf_counter() - start < 5  # 0.1 s measured; 18 s as groups of one image
+    assert np.bincount(data.labels[list(made[0].validation)]).tolist() == [480] * 5
 
 
 def test_class_missing_from_a_test_part_is_a_note() -> None:

@@ -52,6 +52,20 @@ def test_sixteen_bits_keep_the_whole_range(tmp_path: Path, suffix: str) -> None:
     assert found[..., 0].tolist() == [[0, 1, 100], [128, 254, 255]]
 
 
+@pytest.mark.parametrize(("highest", "told"), [(4095, True), (255, True), (4096, False), (65535, False)])
+def test_twelve_bits_stored_in_sixteen_are_noted(tmp_path: Path, highest: int, told: bool) -> None:
+    for number in range(4):
+        values = (trees.picture(number)[..., 0] / 255 * highest).astype(np.uint16)
+        values[0, 0] = highest
+        trees.write(tmp_path / "ab"[number % 2] / f"{number}.tif", values)
+    trees.write(tmp_path / "a" / "grey.png", trees.picture(9))
+    (tmp_path / "b" / "broken.tif").write_bytes(b"II")
+    data = open_data(tmp_path)
+    text = f"The 16-bit images use little of their range (at most {highest} of 65535 in 4 looked at)"
+    assert any(text in note for note in data.notes) == told
+    assert data.read(0).max() == round(highest / 257)  # and the pixels stay what they were
+
+
 def test_thirty_two_bits_only_within_sixteen(tmp_path: Path) -> None:
     found = read_image(saved(tmp_path / "a.tif", Image.fromarray(np.array([[0, 65535]], dtype=np.int32))))
     assert found[0, :, 0].tolist() == [0, 255]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import trees
 
-from cellops.models.data import CellData, LayoutError, Sample, open_data
+from cellops.models.data import CellData, LayoutError, Sample, open_data, scan
 
 
 def counts(data: CellData) -> set[int]:
@@ -194,6 +195,36 @@ def test_train_and_test_folders_prescribe_the_split(tmp_path: Path) -> None:
     data = open_data(tmp_path)
     assert data.classes == ("a", "b") and data.prescribed
     assert [sample.split for sample in data.samples].count("test") == 4
+    assert noted(data, "4 images of the part val became training images; data.validation takes a validation part")
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        (
+            ("train", "val"),
+            "train/, val/ would be a class, .* no test/ is there. Rename what is the test part to test/",
+        ),
+        (("Training", "valid"), "Training/, valid/ would be a class, .* no test/ is there"),
+        (("val", "testing"), None),
+        (("test", "one"), "test/ would be a class, .* no train/ is there"),
+        (
+            ("train", "test", "more", "old"),
+            "more/, old/ beside .*, which are parts of a split, would be classes",
+        ),
+        (("train", "one"), "train/ would be a class"),
+    ],
+)
+def test_parts_of_a_split_are_no_classes(tmp_path: Path, parts: tuple[str, ...], message: str | None) -> None:
+    for part in parts:
+        trees.class_folders(tmp_path / "cells" / part, ("a", "b"), count=2)
+    if message is None:
+        assert open_data(tmp_path).classes == ("a", "b")
+    else:
+        for layout in ("auto", "folders"):
+            with pytest.raises(LayoutError, match=message):
+                open_data(tmp_path, layout=layout)
+    assert open_data(tmp_path / "cells" / parts[0]).classes == ("a", "b")
 
 
 @pytest.mark.parametrize("delimiter", [",", ";", "\t"])
@@ -204,6 +235,30 @@ def test_tables(tmp_path: Path, delimiter: str) -> None:
     assert (data.name, data.classes, len(data), len(set(data.groups))) == ("cells", ("a", "b"), 12, 6)
     assert data.grouped and data.prescribed
     assert open_data(tmp_path) == data
+
+
+def test_several_tables_are_not_guessed_among(tmp_path: Path) -> None:
+    table = trees.table(tmp_path)
+    shutil.copy(table, tmp_path / "other.csv")
+    for layout in ("auto", "table"):
+        with pytest.raises(
+            LayoutError, match=r"has 2 tables with the columns label, path: cells.csv, other.csv\. Give one"
+        ):
+            open_data(tmp_path, layout=layout)
+    assert open_data(table).grouped and open_data(tmp_path / "other.csv").name == "other"
+    root = trees.cric(tmp_path / "cric")
+    (root / "old").mkdir()
+    shutil.copy(root / "crops.csv", root / "old")
+    with pytest.raises(LayoutError, match=r"has 2 tables with the columns .*: crops.csv, old/crops.csv"):
+        open_data(root)
+    assert open_data(root / "crops.csv").grouped
+
+
+def test_a_validation_part_of_a_table_is_noted(tmp_path: Path) -> None:
+    path = trees.table(tmp_path, columns=("path", "label", "group", "split"))
+    path.write_text(path.read_text().replace("0.png,a,g0,train", "0.png,a,g0,valid"))
+    data = open_data(path)
+    assert noted(data, "1 image of the part valid became training images") and data.prescribed
 
 
 @pytest.mark.parametrize(
@@ -285,26 +340,61 @@ def test_missing_path_and_other_layout(tmp_path: Path) -> None:
         open_data(tmp_path / "ig" / "IG_000000.jpg")
 
 
-def test_links_out_of_the_folder_are_refused(tmp_path: Path) -> None:
+def test_links_out_of_the_folder_are_not_read(tmp_path: Path) -> None:
+    """Those to images are listed with what cannot be read; folders and tables would be missed without a word."""
     outside = trees.write(tmp_path / "outside" / "secret.png", trees.picture(1))
     root = trees.pbc(tmp_path / "data")
     os.symlink(outside, root / "ig" / "linked.png")
-    with pytest.raises(LayoutError, match=r"ig/linked.png is a symbolic link to .*secret.png, outside the data folder"):
-        open_data(root)
-    (root / "ig" / "linked.png").unlink()
+    os.symlink(root / "nothing", root / "ig" / "dangling.png")
+    listed = {item.id: item.reason for item in scan(open_data(root))}
+    assert set(listed) == {"ig/linked.png", "ig/dangling.png"}
+    assert "outside the data folder" in listed["ig/linked.png"] and "no such file" in listed["ig/dangling.png"]
+    for name in ("linked", "dangling"):
+        (root / "ig" / f"{name}.png").unlink()
     os.symlink(outside.parent, root / "more")
     with pytest.raises(LayoutError, match=r"more is a symbolic link to .*outside, outside the data folder"):
         open_data(root)
     (root / "more").unlink()
-    os.symlink(root / "nothing", root / "ig" / "dangling.png")
-    with pytest.raises(LayoutError, match="which does not exist"):
-        open_data(root)
-    (root / "ig" / "dangling.png").unlink()
+    for target, message in (("/etc/hostname", "outside the data folder"), (root / "gone", "which does not exist")):
+        os.symlink(target, root / "cells.csv")
+        with pytest.raises(LayoutError, match=rf"cells.csv is a symbolic link to .*{message}"):
+            open_data(root)
+        (root / "cells.csv").unlink()
     os.symlink(root / "ig", root / "again")  # inside, and a second way to the same files
     data = open_data(root)
     assert len(data) == 32 and noted(data, "1 links to folders inside the data folder were not followed")
     os.symlink(root, tmp_path / "link")  # the way to the folder itself may be a link
     assert len(open_data(tmp_path / "link")) == 32
+
+
+def test_links_to_other_files_do_not_matter(tmp_path: Path) -> None:
+    root = trees.pbc(tmp_path / "data")
+    (root / "venv" / "bin").mkdir(parents=True)
+    os.symlink("/etc/hostname", root / "README")
+    os.symlink(sys.executable, root / "venv" / "bin" / "python")
+    os.symlink(tmp_path / "nothing", root / "older")
+    data = open_data(root)
+    assert len(data) == 32 and noted(data, "Links that lead nowhere were left out: older.")
+    table = trees.table(tmp_path / "table")
+    os.symlink(trees.write(tmp_path / "secret.png", trees.picture(1)), table.parent / "pictures" / "x.png")
+    assert noted(open_data(table), "1 images are not in cells.csv and were left out")
+    table.write_text(table.read_text() + "pictures/x.png,a,g9\n")
+    with pytest.raises(LayoutError, match=r"line 14: pictures/x.png leads to .*secret.png, outside"):
+        open_data(table)
+
+
+@pytest.mark.parametrize("name", [b"Pr\xf6be.png", b"Pr\xf6ben/1.png", b"B\xe4r.txt"])
+def test_names_that_are_not_utf8_are_shown(tmp_path: Path, name: bytes) -> None:
+    trees.class_folders(tmp_path, ("a", "b"))
+    path = Path(os.fsdecode(os.path.join(os.fsencode(tmp_path / "a"), name)))
+    try:
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"x")
+    except OSError:
+        pytest.skip("this file system takes names in UTF-8 alone")
+    with pytest.raises(LayoutError, match=r"the name of a/(Pr\\xf6be|B\\xe4r).* is not in UTF-8.* Rename it") as error:
+        open_data(tmp_path)
+    str(error.value).encode()
 
 
 def test_classes_are_selected_and_joined(tmp_path: Path) -> None:
@@ -317,6 +407,15 @@ def test_classes_are_selected_and_joined(tmp_path: Path) -> None:
         (["Parabasal", "Round"], "sipakmed has no class 'Round'; its classes: Dyskeratotic"),
         ({"a": ["Parabasal"], "b": ["Parabasal"]}, "'Parabasal' is used twice"),
         (["Parabasal"], "at least two are needed"),
+        (5, "data.options.classes must be a list of names, .*; got 5"),
+        ("Parabasal", "data.options.classes must be a list of names, .*; got 'Parabasal'"),
+        (
+            [["Parabasal", "Metaplastic"], "Dyskeratotic"],
+            r"data.options.classes must .*; got \['Parabasal', 'Metaplastic'\]",
+        ),
+        ([1, 2], "data.options.classes must .*; got 1; a name that is a number goes in quotes"),
+        ({"normal": None, "abnormal": "Dyskeratotic"}, "data.options.classes must .*; got None"),
+        (["Parabasal", "Parabasal"], "data.options.classes has 'Parabasal' twice"),
     ):
         with pytest.raises(ValueError, match=message):
             open_data(tmp_path, classes=classes)

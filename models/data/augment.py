@@ -62,7 +62,7 @@ class Geometry:
         self.fraction = number(config, "crop_fraction", 1.0, 0.1, 1.0)
         self.rotation = number(config, "rotation", 0.0, 0.0, 180.0)
         self.flips = tuple(number(config, f"{way}_flip", 0.0, 0.0, 1.0) for way in ("horizontal", "vertical"))
-        self.random_crop = bool(config.get("random_crop", False))
+        self.random_crop = switch(config, "random_crop", False)
         self.zoom = interval(config.get("zoom", 1.0), "zoom", around=None)
         crop = section(config, "resized_crop", {"scale", "ratio"})
         self.scale = interval(crop.get("scale", (0.08, 1.0)), "resized_crop.scale", around=None) if crop else None
@@ -76,9 +76,7 @@ class Geometry:
         # fraction f between two pixels the power left of noise is f^2 + (1 - f)^2, in the mean 2/3, which
         # f = (1 - 1 / sqrt(3)) / 2 leaves too.
         moved = self.rotation or self.random_crop or self.scale is not None or self.zoom != (1.0, 1.0)
-        matched = config.get("match_interpolation", True)
-        if not isinstance(matched, bool):
-            raise ValueError(f"augmentation match_interpolation must be true or false, got {matched!r}")
+        matched = switch(config, "match_interpolation", True)
         self.phase = 1 - 1 / math.sqrt(3) if moved and matched else 0.0  # in halves of a pixel
 
     def __call__(self, image: Tensor, generator: torch.Generator) -> Tensor:
@@ -199,7 +197,8 @@ class RandAugment:
     """torchvision's RandAugment, its draws taken from the generator given instead of the global one."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        self.transform = v2.RandAugment(int(config.get("operations", 2)), int(config.get("magnitude", 9)))
+        operations = whole(config, "rand_augment.operations", 2, 0, 100)
+        self.transform = v2.RandAugment(operations, whole(config, "rand_augment.magnitude", 9, 0, 30))
 
     def __call__(self, image: Tensor, generator: torch.Generator) -> Tensor:
         state = torch.default_generator.get_state()
@@ -214,7 +213,7 @@ class Erasing:
     """A rectangle of noise or of one value, after normalisation (Zhong et al. 2020)."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        self.probability = number(config, "probability", 0.5, 0.0, 1.0)
+        self.probability = number(config, "erasing.probability", 0.5, 0.0, 1.0)
         self.area = interval(config.get("area", (0.02, 1 / 3)), "erasing.area", around=None)
         self.ratio = interval(config.get("ratio", (0.3, 3.3)), "erasing.ratio", around=None)
         self.value = config.get("value", "noise")
@@ -240,8 +239,8 @@ class Cutout:
     """Squares of the mean value, which may reach over the border (DeVries and Taylor 2017)."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        self.holes = int(config.get("holes", 1))
-        self.side = number(config, "size", 0.25, 0.0, 1.0)
+        self.holes = whole(config, "cutout.holes", 1, 0, 1000)
+        self.side = number(config, "cutout.size", 0.25, 0.0, 1.0)
 
     def __call__(self, image: Tensor, generator: torch.Generator) -> Tensor:
         height, width = image.shape[1:]
@@ -264,6 +263,10 @@ class Normalise:
             return
         if not isinstance(config, Mapping) or set(config) != {"mean", "std"}:
             raise ValueError(f"augmentation normalise must be per_image, imagenet or {{mean, std}}, got {config!r}")
+        for name in ("mean", "std"):
+            values = config[name] if isinstance(config[name], Sequence) else [config[name]]
+            if not values or not all(isinstance(value, int | float) for value in values):
+                raise ValueError(f"augmentation normalise.{name} must be one number or three, got {config[name]!r}")
         self.mean, self.std = (
             torch.tensor(config[name], dtype=torch.float32).reshape(-1, 1, 1) for name in ("mean", "std")
         )
@@ -353,11 +356,27 @@ def section(config: Mapping[str, Any], name: str, known: set[str]) -> Mapping[st
 
 
 def number(config: Mapping[str, Any], name: str, default: float, low: float, high: float) -> float:
-    """A number in a range."""
-    value = config.get(name, default)
+    """A number in a range; of a part of the configuration by the name with the part's before it."""
+    value = config.get(name.rpartition(".")[2], default)
     if not isinstance(value, int | float) or not low <= value <= high:
         raise ValueError(f"augmentation {name} must be from {low:g} to {high:g}, got {value!r}")
     return float(value)
+
+
+def whole(config: Mapping[str, Any], name: str, default: int, low: int, high: int) -> int:
+    """A whole number in a range, named as in `number`."""
+    value = config.get(name.rpartition(".")[2], default)
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise ValueError(f"augmentation {name} must be a whole number from {low} to {high}, got {value!r}")
+    return value
+
+
+def switch(config: Mapping[str, Any], name: str, default: bool) -> bool:
+    """True or false."""
+    value = config.get(name, default)
+    if not isinstance(value, bool):
+        raise ValueError(f"augmentation {name} must be true or false, got {value!r}")
+    return value
 
 
 def interval(value: Any, name: str, around: float | None) -> tuple[float, float]:

@@ -165,8 +165,8 @@ def make_folds(
 
     Raises:
         ValueError: an argument is out of range.
-        FoldError: a class cannot be both learned and tested, since it has one image or one group. A class that only
-            some test parts lack is a note.
+        FoldError: a class cannot be both learned and tested, since it has one image or one group, or the data set
+            prescribes no training or no test part. A class that only some test parts lack is a note.
     """
     if protocol not in PROTOCOLS:
         raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}, got {protocol!r}")
@@ -182,12 +182,7 @@ def make_folds(
     groups = np.array(data.groups) if protocol == "grouped" else None
     notes = []
     if prescribed and data.prescribed:
-        splits = [
-            (
-                everything[[sample.split == "train" for sample in data.samples]],
-                everything[[sample.split == "test" for sample in data.samples]],
-            )
-        ]
+        splits = [_prescribed(data)]
         if folds > 1:
             notes.append(
                 f"{data.name} prescribes its test part, so there is one fold, not {folds} (prescribed: false)."
@@ -212,6 +207,22 @@ def make_folds(
     return Folds(data, protocol, seed, tuple(made), (*notes, *_absences(data, made)))
 
 
+def _prescribed(data: CellData) -> tuple[np.ndarray, np.ndarray]:
+    """The data set's own training and test part.
+
+    Raises:
+        FoldError: one of them is empty.
+    """
+    splits = np.array([sample.split for sample in data.samples])
+    for part, other in (("train", "test"), ("test", "train")):
+        if not (splits == part).any():
+            raise FoldError(
+                f"{data.name}: every image is marked {other}, and none is left to {part} on. Mark some as {part}, or "
+                "leave the marks aside (data.prescribed: false)"
+            )
+    return np.flatnonzero(splits == "train"), np.flatnonzero(splits == "test")
+
+
 def _absences(data: CellData, folds: Sequence[Fold]) -> list[str]:
     """Which parts lack a class; a class that the training part lacks is an error.
 
@@ -229,7 +240,9 @@ def _absences(data: CellData, folds: Sequence[Fold]) -> list[str]:
             if part == "train":
                 raise FoldError(
                     f"fold {number + 1}: the training part has no image of {', '.join(lacking)}. Leave the class out "
-                    "(classes: ...), use fewer folds or another seed, or split image by image (protocol: paper)"
+                    "(data.options.classes), use other data.folds or another seed, or split image by image "
+                    "(data.protocol: paper); of a split that the data set prescribes, leave it aside "
+                    "(data.prescribed: false)"
                 )
             notes.append(f"Fold {number + 1}: the {part} part has no {', '.join(lacking)}; class means leave it out.")
     return notes

@@ -23,6 +23,9 @@ SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".gif", 
 # A field of a slide has 3 megapixels, a crop far less; what claims more is refused before it is decoded.
 MAX_PIXELS = 64_000_000
 
+# Images of which the brightness is looked at; one camera or program made all of a data set's, as a rule.
+LOOKED_AT = 20
+
 DECODING_ERRORS = (
     OSError,
     SyntaxError,
@@ -54,7 +57,7 @@ def read_image(path: Path | str, root: Path | str | None = None, mask: Path | st
     """Decode a file to uint8 [H, W, 3] in RGB.
 
     The first frame of an animation or page of a TIFF; turned as its EXIF orientation says; alpha laid over white, as
-    slides are; 16-bit grey divided by 257, so that the whole range stays.
+    slides are; 16-bit grey divided by 257, so that the whole range stays (`dark_note` tells where little is used).
 
     Args:
         path: the file.
@@ -139,6 +142,34 @@ def _grey(image: Image.Image, path: Path) -> Image.Image:
     if image.mode.startswith("I"):
         return Image.fromarray((np.asarray(image) > 0).astype(np.uint8))
     return image.convert("RGB").convert("L") if image.mode == "P" else image.convert("L")
+
+
+def dark_note(data: CellData) -> str | None:
+    """A note where a sample of the 16-bit images stays below a sixteenth of the range, as those of 12-bit cameras do.
+
+    `read_image` does not brighten them: which range was meant, the files do not say.
+    """
+
+    def sixteen_bits(image: Image.Image, path: Path) -> Image.Image:
+        return image if image.mode.startswith("I") else Image.new("1", (1, 1))
+
+    highest = []
+    for index in np.linspace(0, len(data) - 1, min(LOOKED_AT, len(data))).round().astype(int):
+        path = data.samples[index].path
+        if path is None:
+            continue
+        try:
+            pixels = _decode(path, data.root, sixteen_bits)
+        except ImageError:  # `scan` tells
+            continue
+        if pixels.dtype != bool:
+            highest.append(int(pixels.max()))
+    if not highest or max(highest) >= 65536 // 16:
+        return None
+    return (
+        f"The 16-bit images use little of their range (at most {max(highest)} of 65535 in {len(highest)} looked at) "
+        "and are nearly black with 8 bits. Save them scaled to the whole range, those of a 12-bit camera times 16."
+    )
 
 
 def scan(data: CellData, workers: int = 0, progress: Progress | None = None) -> list[Unreadable]:

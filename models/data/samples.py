@@ -130,13 +130,13 @@ class CellData:
                 `{"normal": ["Parabasal", "Superficial-Intermediate"], "abnormal": "Dyskeratotic"}`.
 
         Raises:
-            ValueError: a name is not a class, is used twice, or no two classes are left.
+            ValueError: `classes` is of another form, a name is not a class or used twice, or no two classes are left.
         """
-        wanted = dict(classes) if isinstance(classes, Mapping) else {name: name for name in classes}
+        wanted = _checked_classes(classes)
         position = {name: label for label, name in enumerate(self.classes)}
         new_label: dict[int, int] = {}
         for new, (name, members) in enumerate(wanted.items()):
-            for member in (members,) if isinstance(members, str) else members:
+            for member in members:
                 if member not in position:
                     raise ValueError(f"{self.name} has no class {member!r}; its classes: {', '.join(self.classes)}")
                 if position[member] in new_label:
@@ -151,3 +151,26 @@ class CellData:
         if len(kept) < len(self.samples):
             notes.append(f"{len(self.samples) - len(kept)} images of other classes were left out.")
         return replace(self, classes=tuple(wanted), samples=kept, notes=tuple(notes))
+
+
+def _checked_classes(classes: Mapping[str, str | Collection[str]] | Sequence[str]) -> dict[str, Collection[str]]:
+    """New class -> the names that it joins, as `CellData.select` describes it.
+
+    Raises:
+        ValueError: the classes have another form; they come from `data.options.classes` of a recipe.
+    """
+    form = "data.options.classes must be a list of names, or new names with the name or list of names that each joins"
+    if not isinstance(classes, Mapping | Sequence) or isinstance(classes, str):
+        raise ValueError(f"{form}; got {classes!r}")
+    pairs = list(classes.items() if isinstance(classes, Mapping) else ((name, name) for name in classes))
+    wanted: dict[str, Collection[str]] = {}
+    for name, joined in pairs:
+        members = list(joined) if isinstance(joined, Collection) and not isinstance(joined, str) else [joined]
+        for one in (name, *members):
+            if not isinstance(one, str):
+                hint = "; a name that is a number goes in quotes" if isinstance(one, int | float) else ""
+                raise ValueError(f"{form}; got {one!r}{hint}")
+        if name in wanted:
+            raise ValueError(f"data.options.classes has {name!r} twice")
+        wanted[name] = members
+    return wanted

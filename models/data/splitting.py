@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold, StratifiedShuffleSplit
 
 from cellops.models.data.samples import CellData
 
 ATTEMPTS = 20  # draws of a grouped split, of which the most even is taken
+DRAWS = 25  # of the smaller groups of a part that is held out, in each attempt
+LARGEST = 8  # groups that are held out by chance alone
 
 
 class FoldError(ValueError):
@@ -29,13 +33,13 @@ def _check_classes(data: CellData, indices: np.ndarray, groups: np.ndarray | Non
         if len(members) < 2:
             raise FoldError(
                 f"class {data.classes[label]!r} has one image, {data.samples[members[0]].id}: it cannot be both "
-                "learned and tested. Leave the class out (classes: ...) or add images"
+                "learned and tested. Leave the class out (data.options.classes) or add images"
             )
         if groups is not None and len(set(groups[members])) < 2:
             raise FoldError(
                 f"class {data.classes[label]!r}: all {len(members)} images are of one group, "
                 f"{str(groups[members[0]])!r}, so that it cannot be both learned and tested. Leave the class out "
-                "(classes: ...), add images or split image by image (protocol: paper)"
+                "(data.options.classes), add images or split image by image (data.protocol: paper)"
             )
 
 
@@ -52,12 +56,19 @@ def _unevenness(labels: np.ndarray, splits: list[Split]) -> tuple[int, float]:
     return lacking, float(np.abs(np.array(shares) - np.array(target)[:, None]).max())
 
 
+def _split(splitter: StratifiedKFold | StratifiedGroupKFold, labels: np.ndarray, groups: np.ndarray | None) -> list:
+    """The splits of scikit-learn, whose warning of a class with fewer images than folds Folds.notes says by name."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The least populated class")
+        return list(splitter.split(labels, labels, groups))
+
+
 def _grouped(labels: np.ndarray, groups: np.ndarray, parts: int, seed: int) -> list[Split]:
     """The most even of some random grouped splits; the first where no class is lacking anywhere."""
     best: tuple[tuple[int, float], list[Split]] | None = None
     for attempt in range(ATTEMPTS):
         folder = StratifiedGroupKFold(parts, shuffle=True, random_state=(seed * 1009 + attempt) % 2**32)
-        splits = list(folder.split(labels, labels, groups))
+        splits = _split(folder, labels, groups)
         score = _unevenness(labels, splits)
         if best is None or score < best[0]:
             best = score, splits
@@ -84,20 +95,15 @@ def cross_validation(
     """
     _check_classes(data, indices, groups)
     labels = data.labels[indices]
+    largest = int(np.bincount(labels).max())
+    if folds > largest:
+        raise FoldError(f"data.folds: {folds} parts of at most {largest} images of a class; use {largest} or fewer")
     if groups is None:
-        largest = int(np.bincount(labels).max())
-        if folds > largest:
-            raise FoldError(f"folds: {folds} of at most {largest} images of a class cannot each test one")
-        import warnings
-
-        with warnings.catch_warnings():
-            # A class with fewer images than folds is absent from some test parts, which Folds.notes says.
-            warnings.filterwarnings("ignore", message="The least populated class")
-            splits = list(StratifiedKFold(folds, shuffle=True, random_state=seed % 2**32).split(labels, labels))
+        splits = _split(StratifiedKFold(folds, shuffle=True, random_state=seed % 2**32), labels, None)
     else:
         count = len(set(groups[indices]))
         if folds > count:
-            raise FoldError(f"folds: {folds} of {count} groups cannot each test one")
+            raise FoldError(f"data.folds: {folds} parts of {count} groups; use {count} or fewer")
         splits = _grouped(labels, groups[indices], folds, seed)
     return [(indices[train], indices[test]) for train, test in splits]
 
@@ -116,8 +122,8 @@ def set_aside(data: CellData, indices: np.ndarray, groups: np.ndarray | None, fr
     free = np.array([index for index in indices if names[index] not in kept], dtype=int)
     if len(np.unique(data.labels[free])) < 2:
         raise FoldError(
-            "no two classes have a second image or group for a validation part. Train without one (validation: 0), or "
-            "split image by image (protocol: paper)"
+            "no two classes have a second image or group for a validation part. Train without one "
+            "(data.validation: 0), or split image by image (data.protocol: paper)"
         )
     _, held = hold_out(data, free, groups, min(fraction * len(indices) / len(free), 0.9), seed)
     return np.setdiff1d(indices, held), held
@@ -126,33 +132,78 @@ def set_aside(data: CellData, indices: np.ndarray, groups: np.ndarray | None, fr
 def hold_out(data: CellData, indices: np.ndarray, groups: np.ndarray | None, fraction: float, seed: int) -> Split:
     """One split, `fraction` of the images (about that, where groups stay whole) on the second side.
 
+    The first side has every class, so that the second is smaller than asked where that needs it.
+
     Raises:
         FoldError: a class of one image or group.
     """
     _check_classes(data, indices, groups)
-    labels = data.labels[indices]
-    if groups is None:
-        count = min(max(round(fraction * len(indices)), len(set(labels))), len(indices) - len(set(labels)))
-        splitter = StratifiedShuffleSplit(1, test_size=count, random_state=seed % 2**32)
-        rest, held = next(splitter.split(labels, labels))
-        return indices[rest], indices[held]
-    parts, taken = _nearest_ratio(fraction, len(set(groups[indices])))
-    best: tuple[tuple[int, float], Split] | None = None
+    present, labels = np.unique(data.labels[indices], return_inverse=True)
+    count = min(max(round(fraction * len(indices)), len(present)), len(indices) - len(present))
+    if groups is None or len(set(groups[indices])) == len(indices):
+        held = _drawn_images(labels, count, seed)
+    else:
+        held = _drawn_groups(labels, groups[indices], count, seed)
+    return indices[~held], indices[held]
+
+
+def _drawn_images(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """Which images are held out, bool [N]: `count` of them, but for one of a class that all would be of."""
+    _, drawn = next(StratifiedShuffleSplit(1, test_size=count, random_state=seed % 2**32).split(labels, labels))
+    held = np.isin(np.arange(len(labels)), drawn)
+    for label in set(labels.tolist()) - set(labels[~held].tolist()):
+        held[drawn[labels[drawn] == label][0]] = False
+    return held
+
+
+def _drawn_groups(labels: np.ndarray, groups: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """Which images are held out, bool [N]: whole groups with about `count`, every class among them where that can be.
+
+    Chance decides on each of the largest groups, since the most even part has none of them, whatever the seed, and
+    StratifiedGroupKFold deals them out nearly alike for every seed. The others make the part as even as they can.
+    """
+    _, group = np.unique(groups, return_inverse=True)
+    counts = np.zeros((int(group.max()) + 1, int(labels.max()) + 1), dtype=np.int64)
+    np.add.at(counts, (group, labels), 1)
+    share, random = count / len(labels), np.random.default_rng(seed)
+    by_size = np.argsort(-(counts / counts.sum(0)).max(1), kind="stable")
+    largest, others = np.split(by_size, [min(LARGEST, len(counts) // 4)])
+    best: tuple[tuple[int, float], np.ndarray] | None = None
     for attempt in range(ATTEMPTS):
-        folder = StratifiedGroupKFold(parts, shuffle=True, random_state=(seed * 1009 + attempt) % 2**32)
-        tests = [test for _, test in folder.split(labels, labels, groups[indices])]
-        held = np.sort(np.concatenate(tests[:taken]))
-        split = np.setdiff1d(np.arange(len(indices)), held), held
-        score = _unevenness(labels, [split])
-        if best is None or score < best[0]:
-            best = score, split
-        if score[0] == 0 and score[1] < 0.05:
+        # Each with the probability `share`, and as many as that makes, to the next whole number.
+        ends = np.floor(random.random() + share * np.arange(len(largest) + 1))
+        chosen = random.permutation(largest)[np.diff(ends) > 0]
+        if attempt >= ATTEMPTS // 2:  # every class is worth more than chance
+            chosen, others = largest[:0], by_size
+        for _ in range(DRAWS):
+            taken = _taken(counts, np.concatenate([chosen, random.permutation(others)]), count)
+            found = counts[taken].sum(0)
+            shares = np.array([*(found / counts.sum(0)), found.sum() / len(labels)])
+            score = int((found == 0).sum()), float(np.abs(shares - share).max())
+            if best is None or score < best[0]:
+                best = score, taken
+            if score[0] == 0 and score[1] < 0.05:
+                break
+        if best is not None and best[0][0] == 0:
             break
     assert best is not None
-    return indices[best[1][0]], indices[best[1][1]]
+    return np.isin(group, best[1])
 
 
-def _nearest_ratio(fraction: float, groups: int) -> tuple[int, int]:
-    """Parts, and how many of them to take, whose ratio is nearest to a fraction; few parts where that is as near."""
-    ratios = [(parts, taken) for parts in range(2, min(20, groups) + 1) for taken in range(1, parts)]
-    return min(ratios, key=lambda ratio: (round(abs(ratio[1] / ratio[0] - fraction), 3), ratio[0]))
+def _taken(counts: np.ndarray, order: np.ndarray, count: int) -> np.ndarray:
+    """Groups in an order, each where it brings the part nearer to `count` images and leaves some of every class.
+
+    Args:
+        counts: images by group and class; every class has two groups, so that any one group can be taken.
+        order: of the groups that may be taken.
+        count: images wanted.
+    """
+    sizes, left, total = counts.sum(1), counts.sum(0), 0
+    taken = []
+    for group in order:
+        if abs(total + sizes[group] - count) < abs(total - count) and (left > counts[group]).all():
+            taken.append(group)
+            left, total = left - counts[group], total + sizes[group]
+        if total >= count:
+            break
+    return np.array(taken or [order[sizes[order].argmin()]])

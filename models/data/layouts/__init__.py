@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
 from cellops.models.data import synthetic
+from cellops.models.data.images import dark_note
 from cellops.models.data.layouts import folders, hep2, herlev, multi_cancer, sipakmed, table
 from cellops.models.data.layouts.listing import LayoutError, Listing
 from cellops.models.data.samples import CellData
@@ -53,7 +54,8 @@ def open_data(path: str | Path, layout: str = "auto", **options: Any) -> CellDat
             `masks` for hep2; `hash_groups`, `workers` and `progress` for multi_cancer.
 
     Raises:
-        LayoutError: the path is missing or empty, holds another layout, has links that lead out of it, or one class.
+        LayoutError: the path is missing or empty, holds another layout, has folders or tables that are links out of it,
+            or one class.
         ValueError: an option is unknown or not of this layout.
     """
     classes = options.pop("classes", None)
@@ -61,6 +63,8 @@ def open_data(path: str | Path, layout: str = "auto", **options: Any) -> CellDat
         data = synthetic.draw_cells(**_known(synthetic.draw_cells, options, "synthetic"))
     else:
         data = _from_disk(Path(path).expanduser(), layout, options)
+        dark = dark_note(data)
+        data = replace(data, notes=(*data.notes, dark)) if dark else data
     if classes is not None:
         data = data.select(classes)
     present = [name for name, count in data.class_counts.items() if count]
@@ -93,11 +97,9 @@ def _from_file(path: Path, layout: str, options: dict[str, Any]) -> CellData:
         raise LayoutError(f"{path} is a file.\n{_expected(layout)}")
     listing = Listing.of(path.parent)
     cric = {"file", "class", "parent_image"} <= table.columns_of(path)
-    data = (
-        table.read_cric(listing) if layout == "cric" or (layout == "auto" and cric) else table.read_table(listing, path)
-    )
-    if data is None:
-        raise LayoutError(f"{path}: not the expected table.\n{_expected('cric')}")
+    read = table.read_cric if layout == "cric" or (layout == "auto" and cric) else table.read_table
+    data = read(listing, path)
+    assert data is not None  # a table that is given is read or refused
     _known(table.read_cric, options, data.name)
     return data
 

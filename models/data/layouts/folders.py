@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterable
 from pathlib import PurePosixPath
 
-from cellops.models.data.layouts.listing import Found, Listing, assemble, counted, stem
-from cellops.models.data.layouts.table import SPLITS
+from cellops.models.data.layouts.listing import Found, LayoutError, Listing, assemble, counted, stem
+from cellops.models.data.layouts.table import SPLITS, merged
 from cellops.models.data.samples import CellData
 
 EXPECTS = "<class>/*.{png,jpg,bmp,tif} for two classes or more, also below train/ and test/"
@@ -18,7 +18,11 @@ MASK = re.compile(r"[-_]mask$", re.IGNORECASE)
 
 
 def read(listing: Listing) -> CellData | None:
-    """The first folder's name is the class; folders that wrap all the others are passed over."""
+    """The first folder's name is the class; folders that wrap all the others are passed over.
+
+    Raises:
+        LayoutError: folders are named like parts of a split that lacks a part, or has other folders beside it.
+    """
     images, masks = without_masks(listing.images)
     prefix = wrapper(images)
     top: dict[str, list[str]] = {}
@@ -29,9 +33,9 @@ def read(listing: Listing) -> CellData | None:
             stray += 1
         else:
             top.setdefault(parts[0], []).append(path)
-    splits = {name: SPLITS[name.lower()] for name in top if name.lower() in SPLITS}
+    splits = _parts(listing, prefix, list(top))
     found = []
-    if top and len(splits) == len(top) and set(splits.values()) == {"train", "test"}:
+    if splits:
         for name, paths in top.items():
             for path in paths:
                 parts = path[len(prefix) :].split("/")
@@ -45,6 +49,7 @@ def read(listing: Listing) -> CellData | None:
         return None
     empty = [folder for folder in listing.folders if folder.startswith(prefix) and "/" not in folder[len(prefix) :]]
     notes = [
+        *(merged(name, len(top[name])) for name in splits),
         f"Class folders without images: {', '.join(PurePosixPath(folder).name for folder in empty)}."
         if empty
         else None,
@@ -55,6 +60,36 @@ def read(listing: Listing) -> CellData | None:
         listing.others(),
     ]
     return assemble(PurePosixPath(prefix).name or listing.root.name, listing, found, notes)
+
+
+def _parts(listing: Listing, prefix: str, names: list[str]) -> dict[str, str]:
+    """The part, train or test, that each of the folders stands for; empty where they are classes.
+
+    Raises:
+        LayoutError: some are named like parts, but not all, or of one part only.
+    """
+    parts = {name: SPLITS[name.lower()] for name in names if name.lower() in SPLITS}
+    if not parts or len(names) == 1:
+        return {}
+    others = [name for name in names if name not in parts]
+    place, told = listing.root / prefix, _slashed(parts)
+    for part in ("train", "test"):
+        if part not in parts.values():
+            raise LayoutError(
+                f"{place}: {told} would be a class, since its name is that of a part of a split and no {part}/ is "
+                f"there. Rename what is the {part} part to {part}/, give the folder that holds the classes, e.g. "
+                f"{place / next(iter(parts))}, or give the class another name"
+            )
+    if others:
+        raise LayoutError(
+            f"{place}: {_slashed(others)} beside {told}, which are parts of a split, would be classes. Move what "
+            "belongs to no part out of the data folder, or give the classes other names"
+        )
+    return parts
+
+
+def _slashed(names: Iterable[str]) -> str:
+    return ", ".join(f"{name}/" for name in names)
 
 
 def read_pbc(listing: Listing) -> CellData | None:

@@ -30,25 +30,32 @@ class Listing:
         paths: relative paths with "/", sorted.
         folders: relative paths of the folders that hold no file, sorted.
         links: how many links to folders were not followed.
+        dangling: relative paths of links that lead nowhere, left out.
     """
 
     root: Path
     paths: tuple[str, ...]
     folders: tuple[str, ...] = ()
     links: int = 0
+    dangling: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, root: Path) -> Listing:
         """List a folder and everything below it.
 
+        A link to an image is listed wherever it leads: `read_image` refuses it by name if that is out of the folder.
+        Links out of the folder to other files are left out, since nothing reads those.
+
         Raises:
-            LayoutError: a symbolic link leads out of the folder or nowhere.
+            LayoutError: a symbolic link leads out of the folder to a table or folder, whose images would be missed,
+                or is a table and leads nowhere; or a name is not in UTF-8.
             OSError: a folder cannot be read.
         """
         root = root.resolve()
         paths: list[str] = []
         empty: list[str] = []
         links = 0
+        dangling: list[str] = []
         pending = [""]
         while pending:
             prefix = pending.pop()
@@ -58,9 +65,16 @@ class Listing:
                     if LITTER.match(entry.name):
                         continue
                     relative = prefix + entry.name
-                    if entry.is_symlink():
-                        _check_link(root, relative)
-                        if entry.is_dir():  # inside the root, so its files are listed where they really lie
+                    _check_name(root, relative)
+                    if entry.is_symlink() and suffix(relative) not in SUFFIXES:
+                        target = Path(os.path.realpath(root / relative))
+                        _check_link(root, relative, target)
+                        if not target.exists():
+                            dangling.append(relative)
+                            continue
+                        if not target.is_relative_to(root):
+                            continue
+                        if target.is_dir():  # inside the root, so its files are listed where they really lie
                             links += 1
                             continue
                     if entry.is_dir(follow_symlinks=False):
@@ -69,7 +83,7 @@ class Listing:
                         paths.append(relative)
             if prefix and len(paths) + len(pending) == before:
                 empty.append(prefix.rstrip("/"))
-        return cls(root, tuple(sorted(paths)), tuple(sorted(empty)), links)
+        return cls(root, tuple(sorted(paths)), tuple(sorted(empty)), links, tuple(sorted(dangling)))
 
     @cached_property
     def images(self) -> tuple[str, ...]:
@@ -104,16 +118,28 @@ class Listing:
         return f"{len(self.paths)} files, {len(self.images)} of them images, e.g. {', '.join(shown)}"
 
 
-def _check_link(root: Path, relative: str) -> None:
-    link = root / relative
-    target = link.resolve()
-    if not target.is_relative_to(root):
+def _check_name(root: Path, relative: str) -> None:
+    """Raise for a name that a table, a report or the file of folds could not hold."""
+    try:
+        relative.encode("utf-8")
+    except UnicodeEncodeError:
+        shown = os.fsencode(relative).decode("utf-8", "backslashreplace")
         raise LayoutError(
-            f"{link} is a symbolic link to {target}, outside the data folder; "
+            f"{root}: the name of {shown} is not in UTF-8, as in archives that were made with another encoding. Rename "
+            "it, or unpack the archive again with its encoding (convmv renames whole folders, unzip -O unpacks)"
+        ) from None
+
+
+def _check_link(root: Path, relative: str, target: Path) -> None:
+    """Raise for a link without which images or their groups would be missed."""
+    table = suffix(relative) == ".csv"
+    if table and not target.exists():
+        raise LayoutError(f"{root / relative} is a symbolic link to {target}, which does not exist")
+    if not target.is_relative_to(root) and (table or target.is_dir()):
+        raise LayoutError(
+            f"{root / relative} is a symbolic link to {target}, outside the data folder; "
             "give the folder that the files really lie in, or copy them"
         )
-    if not target.exists():
-        raise LayoutError(f"{link} is a symbolic link to {target}, which does not exist")
 
 
 def suffix(path: str) -> str:
@@ -173,6 +199,9 @@ def assemble(
     written = [note for note in notes if note]
     if listing.links:
         written.append(f"{listing.links} links to folders inside the data folder were not followed.")
+    if listing.dangling:
+        some = ", ".join(listing.dangling[:3]) + (", ..." if len(listing.dangling) > 3 else "")
+        written.append(f"Links that lead nowhere were left out: {some}.")
     data = CellData(name, listing.root, names, samples, grouped=grouped, notes=tuple(written))
     alone = [label for label, count in data.class_counts.items() if count == 1]
     if alone:

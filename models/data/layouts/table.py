@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import csv
+from collections import Counter
 from pathlib import Path
 
-from cellops.models.data.layouts.listing import Found, LayoutError, Listing, assemble
+from cellops.models.data.layouts.listing import Found, LayoutError, Listing, assemble, counted
 from cellops.models.data.samples import CellData
 
 EXPECTS_CRIC = "crops.csv with the columns file, class and parent_image beside the images it names"
@@ -15,6 +16,7 @@ SPLITS = {
     "train": "train",
     "training": "train",
     "val": "train",
+    "valid": "train",
     "validation": "train",
     "test": "test",
     "testing": "test",
@@ -47,27 +49,65 @@ def columns_of(path: Path) -> set[str]:
     return {name.strip().strip('"').lower() for name in header.replace(";", ",").replace("\t", ",").split(",")}
 
 
-def read_cric(listing: Listing) -> CellData | None:
-    """CRIC cervix; crops of one parent image overlap and share stain and focus, so the parent is the group."""
-    tables = [
-        path
-        for path in listing.named("crops.csv")
-        if {"file", "class", "parent_image"} <= columns_of(listing.path(path))
-    ]
-    if len(tables) != 1:
+def merged(name: str, count: int) -> str | None:
+    """A note that a part named so is not what chooses the epoch; None for a training or test part."""
+    if not name.lower().startswith("val"):
         return None
-    return _read(listing, listing.path(tables[0]), "cric", path="file", label="class", group="parent_image")
+    return (
+        f"{counted(count, 'image', 'images')} of the part {name} became training images; data.validation takes a "
+        "validation part of these."
+    )
+
+
+def read_cric(listing: Listing, table: Path | None = None) -> CellData | None:
+    """CRIC cervix; crops of one parent image overlap and share stain and focus, so the parent is the group.
+
+    Args:
+        listing: the files.
+        table: the CSV; None for the only crops.csv that has the columns.
+
+    Raises:
+        LayoutError: there are several, or the table is wrong.
+    """
+    if table is None:
+        table = _only(listing, listing.named("crops.csv"), {"file", "class", "parent_image"})
+        if table is None:
+            return None
+    return _read(listing, table, "cric", path="file", label="class", group="parent_image")
 
 
 def read_table(listing: Listing, table: Path | None = None) -> CellData | None:
-    """Any table; in a folder, the only CSV that has the columns."""
+    """Any table.
+
+    Args:
+        listing: the files.
+        table: the CSV; None for the only one in the folder itself that has the columns.
+
+    Raises:
+        LayoutError: there are several, or the table is wrong.
+    """
     if table is None:
         candidates = [path for path in listing.paths if path.lower().endswith(".csv") and "/" not in path]
-        tables = [path for path in candidates if {"path", "label"} <= columns_of(listing.path(path))]
-        if len(tables) != 1:
+        table = _only(listing, candidates, {"path", "label"})
+        if table is None:
             return None
-        table = listing.path(tables[0])
     return _read(listing, table, table.stem, path="path", label="label", group="group")
+
+
+def _only(listing: Listing, candidates: list[str], columns: set[str]) -> Path | None:
+    """The table that has the columns, or None.
+
+    Raises:
+        LayoutError: several have, and a guess, or the folders without any, would lose groups.
+    """
+    tables = [path for path in candidates if columns <= columns_of(listing.path(path))]
+    if len(tables) > 1:
+        raise LayoutError(
+            f"{listing.root} has {len(tables)} tables with the columns {', '.join(sorted(columns))}: "
+            f"{', '.join(tables)}. Give one of them as the data, e.g. {listing.path(tables[0])}, or join them; a "
+            "column split says what is for training and what for testing"
+        )
+    return listing.path(tables[0]) if tables else None
 
 
 def _read(listing: Listing, table: Path, name: str, path: str, label: str, group: str) -> CellData:
@@ -104,7 +144,9 @@ def _read(listing: Listing, table: Path, name: str, path: str, label: str, group
         )
     ungrouped = sum(image.group is None for image in found)
     unlisted = len(set(listing.images) - seen)
+    marks = Counter(row.get("split", "").lower() for row in rows)
     notes = [
+        *(merged(mark, count) for mark, count in marks.items()),
         f"{ungrouped} rows without a {group} are groups of their own." if 0 < ungrouped < len(found) else None,
         f"{unlisted} images are not in {table.name} and were left out." if unlisted else None,
     ]
