@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cellops.models.data import CellData, Fold, Folds, LayoutError, open_data, scan
+from cellops.models.data import CellData, Fold, Folds, LayoutError, open_data
 from cellops.models.data.folds import file_hash
 from cellops.models.data.layouts import LAYOUTS
 from cellops.models.data.layouts.folders import without_masks
@@ -22,7 +22,7 @@ from cellops.models.training.checkpoint import CheckpointError, load_weights, re
 from cellops.models.training.console import Output
 from cellops.models.training.evaluate import Predictions
 from cellops.models.training.network import predict_batches
-from cellops.models.training.parts import Batches, learning_part
+from cellops.models.training.parts import Batches, learning_part, unreadable_images
 from cellops.models.training.ranks import Ranks
 from cellops.models.training.recipe import build_recipe
 from cellops.models.training.results import measure, predict
@@ -104,14 +104,9 @@ def _readable(data: CellData, output: Output) -> CellData:
     Raises:
         ValueError: images cannot be read; names them.
     """
-    if data.synthetic:
-        return data
-    with output.counter("looking at the images", len(data)) as progress:
-        unreadable = scan(data, workers=2, progress=progress)
+    unreadable, text = unreadable_images(data, output)
     if unreadable:
-        listed = "".join(f"\n  {item.reason}" for item in unreadable[:20])
-        listed += f"\n  and {len(unreadable) - 20} more" if len(unreadable) > 20 else ""
-        raise ValueError(f"{len(unreadable)} of {len(data)} images cannot be read:{listed}")
+        raise ValueError(text)
     return data
 
 

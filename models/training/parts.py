@@ -59,13 +59,12 @@ def parts(folds: Mapping[str, Folds], folder: Path) -> list[Part]:
     ]
 
 
-def read_data(settings: DataSettings, output: Output, strict: bool = False) -> CellData:
+def read_data(settings: DataSettings, output: Output) -> CellData:
     """Open the data set and look at every image.
 
     Args:
         settings: where and what.
         output: for the progress bar and the list of what is left out.
-        strict: unreadable images are an error whatever the recipe says.
 
     Raises:
         ValueError: there is no such data, its layout is unknown, or images cannot be read.
@@ -73,21 +72,25 @@ def read_data(settings: DataSettings, output: Output, strict: bool = False) -> C
     if settings.path is None:
         raise RecipeError("no data given: --data DIR, or --data synthetic for drawn cells")
     data = open_data(settings.path, layout=settings.layout, **settings.options)
-    if data.synthetic:
-        return data
-    with output.counter("looking at the images", len(data)) as progress:
-        unreadable = scan(data, workers=2, progress=progress)
+    unreadable, text = unreadable_images(data, output)
+    if unreadable and settings.unreadable == "error":
+        raise ValueError(f"{text}\nRepair or remove them, or leave them out with --set data.unreadable=skip")
     if unreadable:
-        listed = "".join(f"\n  {item.reason}" for item in unreadable[:20])
-        listed += f"\n  and {len(unreadable) - 20} more" if len(unreadable) > 20 else ""
-        text = f"{len(unreadable)} of {len(data)} images cannot be read:{listed}"
-        if strict or settings.unreadable == "error":
-            hint = "" if strict else "\nRepair or remove them, or leave them out with --set data.unreadable=skip"
-            raise ValueError(text + hint)
         output.line(f"warning: left out, {text}", style="yellow")
-        _check_classes(data, {item.id for item in unreadable})
-        data = data.without([item.id for item in unreadable])
+        _check_classes(data, unreadable)
+        data = data.without(sorted(unreadable))
     return data
+
+
+def unreadable_images(data: CellData, output: Output) -> tuple[set[str], str]:
+    """The ids of images that cannot be read, and a text that names the first twenty; drawn ones all can."""
+    if data.synthetic:
+        return set(), ""
+    with output.counter("looking at the images", len(data)) as progress:
+        found = scan(data, workers=2, progress=progress)
+    listed = "".join(f"\n  {item.reason}" for item in found[:20])
+    listed += f"\n  and {len(found) - 20} more" if len(found) > 20 else ""
+    return {item.id for item in found}, f"{len(found)} of {len(data)} images cannot be read:{listed}"
 
 
 def _check_classes(data: CellData, unreadable: set[str]) -> None:
