@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from cellops import DepthwiseConv2d, GroupConv1x1
+from cellops import DepthwiseConv2d, EfficientChannelAttention, GroupConv1x1, SpatialAttention, SqueezeExcite
 from cellops.models.registry import create_model, list_models, model_source
 
 MEBI = 2**20
 STYLES = ("text", "csv", "markdown")
+ATTENTIONS = (EfficientChannelAttention, SpatialAttention, SqueezeExcite)
 COLUMNS = ("network", "source", "input", "parameters", "file MiB", "M MAC", "torchstat MiB", "peak MiB", "latency ms")
 RUNS, SECONDS = 9, 1.0
 """How often the latency is measured, and for how long at most; twice at least."""
@@ -133,7 +134,8 @@ def _outputs_of_innermost(model: nn.Module) -> Iterator[list[int]]:
     """Collects the sizes of what modules return that call no other module, and of modules of cellops.
 
     The latter call an op at their end whatever they call before; but a fused convolution that calls its convolution and
-    its normalisation, as one with a stride does, is no more than these.
+    its normalisation, as one with a stride does, is no more than these. The attentions, of which children with hooks
+    would be called in place of the op, are looked at from outside.
     """
     sizes: list[int] = []
     calls_others: list[bool] = []
@@ -150,8 +152,11 @@ def _outputs_of_innermost(model: nn.Module) -> Iterator[list[int]]:
         if isinstance(output, Tensor) and (innermost or ends_in_op):
             sizes.append(output.numel())
 
-    hooks = [module.register_forward_pre_hook(enter) for module in model.modules()]
-    hooks += [module.register_forward_hook(leave) for module in model.modules()]
+    attentions = [module for module in model.modules() if isinstance(module, ATTENTIONS)]
+    inside = {child for module in attentions for child in module.modules()} - {*attentions}
+    seen = [module for module in model.modules() if module not in inside]
+    hooks = [module.register_forward_pre_hook(enter) for module in seen]
+    hooks += [module.register_forward_hook(leave) for module in seen]
     try:
         yield sizes
     finally:

@@ -34,7 +34,7 @@ def run(command: Sequence[str], seconds: float, **environment: str) -> tuple[int
         stderr=subprocess.STDOUT,
         start_new_session=True,
     )
-    grace = min(GRACE, seconds / 4)
+    grace = min(GRACE, seconds / 2)
     try:
         text, _ = process.communicate(timeout=max(seconds - grace, 1.0))
         return process.returncode, text
