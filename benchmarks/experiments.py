@@ -57,8 +57,7 @@ def collect(folder: Path) -> Table:
         row["mean"] = {name: row["mean"][name] for name in COLUMNS.values()}
         row["deviation"] = {name: row["deviation"][name] for name in COLUMNS.values() if name in row["deviation"]}
         row["interval"] = {name: row["interval"][name] for name in COLUMNS.values() if name in row["interval"]}
-        found = next(run.glob(f"{row['protocol']}/fold_*/metrics.json"), None) or next(run.glob("fold_*/metrics.json"))
-        row["parameters"] = json.loads(found.read_text())["cost"]["parameters"]
+        row["parameters"] = json.loads(next(run.rglob("metrics.json")).read_text())["cost"]["parameters"]  # of any part
         row["origin"] = _origins(run)
     data = {json.loads((folder / row["recipe"] / "run.json").read_text())["data"] for row in rows}
     if len(data) != 1:

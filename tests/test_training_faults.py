@@ -12,10 +12,11 @@ import trees
 from training_runs import finish, start, tiny_recipe
 
 from cellops.models.commands import CommandError, bad_input
-from cellops.models.training import checkpoint, run
+from cellops.models.training import checkpoint, folder
 from cellops.models.training.console import Output
+from cellops.models.training.folder import free_folder
 from cellops.models.training.recipe import RecipeError, build_recipe, load_recipe, overridden, recipe_values
-from cellops.models.training.run import free_folder, prepare, train
+from cellops.models.training.run import prepare, train
 
 
 @pytest.fixture(autouse=True)
@@ -90,15 +91,15 @@ def test_a_file_system_without_locks_keeps_nobody_out(tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError(errno.ENOTSUP, "Operation not supported")
 
-    monkeypatch.setattr(run.fcntl, "flock", refuse)
-    run._lock(tmp_path / "run").close()
+    monkeypatch.setattr(folder.fcntl, "flock", refuse)
+    folder.lock(tmp_path / "run").close()
 
     def taken(*_):
         raise BlockingIOError
 
-    monkeypatch.setattr(run.fcntl, "flock", taken)
+    monkeypatch.setattr(folder.fcntl, "flock", taken)
     with pytest.raises(ValueError, match="another process is training"):
-        run._lock(tmp_path / "run")
+        folder.lock(tmp_path / "run")
 
 
 @pytest.mark.parametrize(
@@ -130,3 +131,16 @@ def test_overrides_of_a_recipe_that_is_there_already(tmp_path):
     assert session.recipe.training.epochs == 1
     with pytest.raises(RecipeError, match=r"unknown key training\.epoch"):
         overridden(tiny_recipe(), ["training.epoch=1"])
+
+
+def test_no_space_left(tmp_path, monkeypatch):
+    path = tmp_path / "last.pt"
+    path.write_text("old")
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    with pytest.raises(checkpoint.CheckpointError, match="No space left on device"):
+        checkpoint.write_text(path, "new")
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]

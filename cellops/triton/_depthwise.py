@@ -26,6 +26,7 @@ from cellops.triton._pixels import (
     combined_statistics,
     pixel_elements,
     scales,
+    through_statistics,
     tile_elements,
     tiles,
     with_tile,
@@ -444,7 +445,5 @@ def batch_norm_backward(
     inverse, scale = scales(var, gamma, eps)
     arguments = (grad_output, input, weight, mean, scale, beta)
     grad_beta, grad_scale = _sums(arguments, activation, layout)
-    grad_gamma = grad_scale * inverse
-    share = scale / max(layout.total, 1)
-    of_statistics = (grad_beta * share, grad_gamma * inverse * share)
-    return *_convolution(arguments, *of_statistics, activation, layout), grad_gamma, grad_beta
+    grad_gamma, of_mean, of_apart = through_statistics(grad_beta, grad_scale, inverse, scale, layout.total)
+    return *_convolution(arguments, of_mean, of_apart, activation, layout), grad_gamma, grad_beta

@@ -138,3 +138,21 @@ def scales(variance: Tensor, gamma: Tensor | None, eps: float) -> tuple[Tensor, 
     """1 / deviation and gamma / deviation, [C] float32."""
     inverse = (variance + eps).rsqrt()
     return inverse, inverse if gamma is None else inverse * gamma
+
+
+def through_statistics(
+    grad_beta: Tensor, grad_scale: Tensor, inverse: Tensor, scale: Tensor, total: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of a normalisation by the batch: the gradient to gamma, and what `grad_z` loses through mean and deviation.
+
+    Args:
+        grad_beta: [C], the gradient to the shift.
+        grad_scale: [C], the gradient to the scale, gamma / deviation.
+        inverse, scale: [C], of `scales`.
+        total: pixels.
+
+    Returns:
+        grad_gamma, of_mean and of_apart, each [C]: grad_z = through * scale - of_mean - (z - mean) * of_apart.
+    """
+    grad_gamma, share = grad_scale * inverse, scale / max(total, 1)
+    return grad_gamma, grad_beta * share, grad_gamma * inverse * share

@@ -27,7 +27,7 @@ from cellops.triton._group_conv1x1 import (
     group_conv1x1_statistics_kernel,
 )
 from cellops.triton._launch import ceil_div, dot_precision, launch, multiprocessors, needs_int64, power_of_2
-from cellops.triton._pixels import combined_statistics, scales
+from cellops.triton._pixels import combined_statistics, scales, through_statistics
 
 
 class _Geometry(NamedTuple):
@@ -203,7 +203,5 @@ def group_conv1x1_batch_norm_backward_triton(
     inverse, scale = scales(var, gamma, eps)
     tensors = (grad_output, input, weight, mean, scale, beta)
     grad_beta, grad_scale = _sums(tensors, geometry, settings)
-    grad_gamma = grad_scale * inverse
-    share = scale / max(geometry.total, 1)
-    of_statistics = (grad_beta * share, grad_gamma * inverse * share)
+    grad_gamma, *of_statistics = through_statistics(grad_beta, grad_scale, inverse, scale, geometry.total)
     return *_convolution((*tensors, *of_statistics), narrower, settings, wanted), grad_gamma, grad_beta

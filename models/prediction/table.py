@@ -10,7 +10,6 @@ FOLDER/contact_sheet.png, gradcam_sheet.png
 from __future__ import annotations
 
 import csv
-import fcntl
 import hashlib
 import io
 import json
@@ -27,6 +26,7 @@ import numpy as np
 import cellops
 from cellops.models.prediction.predictor import Name, Prediction
 from cellops.models.training.checkpoint import write_text
+from cellops.models.training.folder import try_lock
 
 TABLE, STATE, UNREADABLE = "predictions.csv", "predictions.json", "unreadable.csv"
 CONTACT_SHEET, GRADCAM_SHEET = "contact_sheet.png", "gradcam_sheet.png"
@@ -87,13 +87,11 @@ class PredictionTable:
         folder.mkdir(parents=True, exist_ok=True)
         self.file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
         try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not try_lock(self.file):
+                raise ValueError(f"{path} is being written by another process")
             if resume:
                 self._read_state()
             self._begin()
-        except BlockingIOError:
-            self.file.close()
-            raise ValueError(f"{path} is being written by another process") from None
         except BaseException:
             self.file.close()
             raise

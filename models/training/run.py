@@ -11,7 +11,6 @@ RUN/[PROTOCOL/][fold_N/]   log.csv, log.jsonl, checkpoints/, weights.safetensors
 
 from __future__ import annotations
 
-import fcntl
 import json
 import shlex
 import time
@@ -30,6 +29,7 @@ from cellops.models.training.checkpoint import BEST, load_weights, read_weights,
 from cellops.models.training.console import Output
 from cellops.models.training.environment import environment
 from cellops.models.training.evaluate import plain, quick_metrics
+from cellops.models.training.folder import free_folder, is_taken, lock
 from cellops.models.training.loop import Trainer
 from cellops.models.training.optim import warmup_epochs
 from cellops.models.training.parts import Batches, Part, class_weights, cut, parts, read_data
@@ -103,23 +103,6 @@ def build_model(recipe: Recipe, classes: Sequence[str]) -> nn.Module:
     if settings.weights is not None:
         load_weights(model, Path(settings.weights))
     return model
-
-
-def free_folder(folder: Path) -> Path:
-    """The folder, or the first of folder-2, folder-3, ... that holds nothing."""
-    number, candidate = 1, folder
-    while _is_taken(candidate):
-        number += 1
-        candidate = folder.with_name(f"{folder.name}-{number}")
-    return candidate
-
-
-def _is_taken(folder: Path) -> bool:
-    """Whether a folder holds more than what a start leaves that was ended before it wrote a recipe."""
-    return folder.exists() and any(
-        not (path.name == ".lock" or (path.name.startswith(".") and path.name.endswith(".tmp")))
-        for path in folder.iterdir()
-    )
 
 
 def _differences(old: Any, new: Any, where: str = "") -> list[str]:
@@ -375,28 +358,6 @@ def look_alikes(run: Run) -> list[str]:
     return notes
 
 
-def _lock(folder: Path) -> Any:
-    """Keep a second process out of the folder for as long as the returned file is open."""
-    folder.mkdir(parents=True, exist_ok=True)
-    file = open(folder / ".lock", "w")  # noqa: SIM115 (open as long as the run)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise ValueError(f"another process is training in {folder}") from None
-    except OSError:  # a file system without locks: nobody is kept out
-        pass
-    return file
-
-
-def _with_whole_path(recipe: Recipe) -> Recipe:
-    """The recipe with the absolute path of its data, by which a run finds them from any folder."""
-    path = recipe.data.path
-    if path is None or path == "synthetic":
-        return recipe
-    return replace(recipe, data=replace(recipe.data, path=str(Path(path).expanduser().resolve())))
-
-
 def _resumed_recipe(recipe: Recipe | None, folder: Path, overrides: Sequence[str]) -> Recipe:
     """The recipe of an unfinished run, with what may be changed about it."""
     if not (folder / "recipe.yaml").is_file():
@@ -405,20 +366,21 @@ def _resumed_recipe(recipe: Recipe | None, folder: Path, overrides: Sequence[str
     wanted = load_recipe(folder / "recipe.yaml", overrides) if recipe is None else recipe
     if recipe is not None and recipe.data.path is None:
         wanted = replace(recipe, data=replace(recipe.data, path=stored.data.path))
-    old, new = recipe_values(stored), recipe_values(wanted)
-    different = _differences(old, new)
+    different = _differences(recipe_values(stored), recipe_values(wanted))
     if different:
         raise ValueError(
             f"the run in {folder} was started with other settings: {'; '.join(different)}. "
             "Leave these out to resume it, or choose another --output"
         )
     done = [path.parent for path in folder.rglob(METRICS) if (path.parent / WEIGHTS).is_file()]
-    judged = {"training.epochs": lambda of: of["training"]["epochs"], "evaluation": lambda of: of["evaluation"]}
-    for key, value in judged.items():
-        if done and value(old) != value(new):
+    for key, old, new in (
+        ("training.epochs", stored.training.epochs, wanted.training.epochs),
+        ("evaluation", stored.evaluation, wanted.evaluation),
+    ):
+        if done and old != new:
             raise ValueError(
-                f"{done[0]} is done, by {key} {value(old)!r}, not {value(new)!r}: its results would not be those of "
-                "the recipe. Leave that out, or choose another --output"
+                f"{done[0]} is done, by {key} {old!r}, not {new!r}: its results would not be those of the recipe. "
+                "Leave that out, or choose another --output"
             )
     return wanted
 
@@ -462,12 +424,14 @@ def prepare(
     if not resume and folder == default and (free := free_folder(folder)) != folder:
         output.line(f"{folder} is taken, this run goes to {free} (--resume goes on with {folder})")
         folder = free
-    if not resume and ranks.any_true(_is_taken(folder))[0]:  # every process looks before the first one writes
+    if not resume and ranks.any_true(is_taken(folder))[0]:  # every process looks before the first one writes
         raise ValueError(f"{folder} is not empty: --resume goes on with the run in it, or choose another --output")
     recipe = build_recipe(recipe_values(recipe))
     if recipe.training.threads is not None:
         torch.set_num_threads(recipe.training.threads)
-    recipe = _with_whole_path(recipe)
+    path = recipe.data.path
+    if path is not None and path != "synthetic":
+        recipe = replace(recipe, data=replace(recipe.data, path=str(Path(path).expanduser().resolve())))
     data = data or read_data(recipe.data, output)
     folds = {}
     for protocol in parts_module.protocols(recipe.data):
@@ -479,7 +443,7 @@ def prepare(
     if ranks.main and not resume and not data.synthetic:
         run.notes += look_alikes(run)
     if ranks.main:
-        run.lock = _lock(folder)
+        run.lock = lock(folder)
         for protocol, cut_folds in folds.items():
             if not (folder / f"folds_{protocol}.json").is_file():
                 cut_folds.save(folder / f"folds_{protocol}.json")
