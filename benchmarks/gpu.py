@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import machine
-from on_gpu import build
+from on_gpu import build, process
 from on_gpu.progress import Budget, DeadDevice, Record, Results, Setup, failures, run, why
 
 sys.path.insert(0, str(machine.ROOT))  # this tree's cellops, installed or not
@@ -42,6 +42,7 @@ REPEATED = "CELLOPS_GPU_END"
 def main() -> int:
     """The command."""
     options = _options()
+    process.heed_interrupts()
     if options.device == "cpu":
         # Before torch and any kernel are imported, for this process and for those that it starts.
         os.environ |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -362,9 +363,12 @@ def test_work_of_calls() -> None:
     assert done.bound[0] >= done.floor_bytes / work.COPY_BYTES
 
 
-def test_a_process_that_is_out_of_time_says_what_it_knows() -> None:
+def test_a_process_that_is_out_of_time_says_what_it_knows(request: pytest.FixtureRequest) -> None:
     """Ctrl-C first: pytest then names the tests that failed; what pays no heed to it is ended."""
     process, module = importlib.import_module("on_gpu.process"), progress()
+    before = signal.getsignal(signal.SIGINT)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
+    process.heed_interrupts()
     slow = (
         "import time\nprint('one failed')\ntry:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('a summary')"
     )

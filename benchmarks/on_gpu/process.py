@@ -17,6 +17,12 @@ LAST = 6000  # characters of what a failed process wrote that are kept
 GRACE = 10.0  # seconds between Ctrl-C, after which pytest says what failed, and the end
 
 
+def heed_interrupts() -> None:
+    """Let this process and those that it starts heed Ctrl-C: what a shell has put into the background ignores it, and
+    hands that on to its children."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def run(command: Sequence[str], seconds: float, **environment: str) -> tuple[int, str]:
     """Exit code and output of a command in the repository's root; this tree's cellops comes first.
 
