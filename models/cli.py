@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -85,6 +86,8 @@ def bench(arguments: Sequence[str]) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: a name that is no UTF-8 must not end a job
     command = parser()
     known, others = command.parse_known_args(arguments)
     if others and known.command != "bench":

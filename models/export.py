@@ -8,8 +8,8 @@ export_onnx(create_model("dresnet"), "dresnet.onnx", (3, 224, 224))
 from __future__ import annotations
 
 import copy
+import io
 import os
-import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -82,7 +82,7 @@ def export_onnx(
     Raises:
         ValueError: `input_size` is wrong.
         ModuleNotFoundError: onnx or onnxscript is not installed, or onnxruntime where it is to check.
-        ExportError: the network cannot be exported, or the file computes something else.
+        ExportError: the network cannot be exported, the file cannot be written, or it computes something else.
     """
     _need("onnx", "onnxscript", *(["onnxruntime"] if check else []))
     example = _example(model, input_size, 2 if dynamic_batch else 1)
@@ -149,13 +149,16 @@ def export_program(
 
     Raises:
         ValueError: `input_size` is wrong.
-        ExportError: the network cannot be exported, or the file computes something else.
+        ExportError: the network cannot be exported, the file cannot be written, or it computes something else.
     """
     example = _example(model, input_size, 2 if dynamic_batch or train else 1)
     network = _evaluated(model).train(train)
     program = _program(network, example, dynamic_batch)
     with _written(path) as temporary:
-        torch.export.save(program, temporary)
+        buffer = io.BytesIO()  # given a file, torch ends the process where the disk is full
+        torch.export.save(program, buffer)
+        temporary.write_bytes(buffer.getbuffer())
+        del buffer
         difference = None
         if check:
             loaded = torch.export.load(temporary).module()
@@ -210,20 +213,15 @@ def _written(path: str | Path) -> Iterator[Path]:
     if path.is_dir():
         raise ValueError(f"path must be a file, but {path} is a folder")
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-    os.close(handle)
+    temporary = path.with_name(f".{path.stem}-{os.getpid()}{path.suffix}")
+    temporary.write_bytes(b"")  # where it cannot be, that shows before the work
     try:
-        yield Path(name)
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        raise ExportError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
-        Path(name).unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+        temporary.unlink(missing_ok=True)
 
 
 def _operators(path: Path) -> dict[str, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,19 @@ def test_prescribed_split_is_kept(tmp_path: Path) -> None:
     assert len(make_folds(data, 3, prescribed=False)) == 3
     leaking = data_of([["x"] * 4 + ["y"] * 4, ["z"] * 8], splits=["train", "test"] * 8)
     assert "3 groups are on both sides of the prescribed split." in make_folds(leaking).notes
+
+
+@pytest.mark.parametrize("validation", [0.0, 0.5])
+def test_notes_of_a_prescribed_split_are_of_what_the_protocol_cuts(validation: float) -> None:
+    splits = (["train"] * 8 + ["test"] * 4) * 2
+    data = data_of([[f"{label}{number // 2}" for number in range(12)] for label in "ab"], splits=splits)
+    lone = data_of([[f"{label}{number}" for number in range(12)] for label in "ab"], grouped=False, splits=splits)
+    told = "made prescribes its test part (prescribed: false)."
+    image = "Validation part image by image (protocol: paper): cells of one group are in it and in training."
+    none = "made has no groups, so that the validation part is image by image."
+    assert make_folds(data, 1, "grouped", validation).notes == (told,)
+    assert make_folds(data, 1, "paper", validation).notes == (told, *([image] if validation else []))
+    assert make_folds(lone, 1, "grouped", validation).notes == (told, *([none] if validation else []))
 
 
 def test_classes_that_cannot_be_split_are_named() -> None:
@@ -286,6 +300,11 @@ def test_saved_folds_know_their_files(tmp_path: Path) -> None:
     trees.write(root / "test" / "003_mask.png", trees.disc((22, 26), 254))
     with pytest.raises(FoldError, match=r"folds.json was made for other files of hep2: 1 changed: test/003.png"):
         Folds.load(tmp_path / "folds.json", open_data(root))
+    data = open_data(root)
+    made.save(tmp_path / "folds.json")
+    moved = replace(data.samples[0], group=data.samples[-1].group)
+    with pytest.raises(FoldError, match=r"1 changed: test/001\.png"):
+        Folds.load(tmp_path / "folds.json", replace(data, samples=(moved, *data.samples[1:])))
     for text in ("{", "[]", "{}", '{"format": 1}'):
         (tmp_path / "damaged.json").write_text(text)
         with pytest.raises(FoldError, match="is not a file of folds"):

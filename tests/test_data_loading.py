@@ -221,7 +221,9 @@ def test_workers_make_the_same_batches(cells: tuple[CellData, ImageStore]) -> No
         for loader in (here, there):
             loader.set_epoch(epoch)
         for step in (0, 3):
+            random = torch.get_rng_state()
             assert all(itertools.starmap(same, zip(here.batches_from(step), there.batches_from(step), strict=True)))
+            assert torch.equal(torch.get_rng_state(), random)  # which dropout draws from
 
 
 def test_an_image_looks_the_same_in_any_batch(cells: tuple[CellData, ImageStore]) -> None:

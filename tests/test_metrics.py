@@ -197,6 +197,17 @@ def test_bootstrap_over_groups_is_wider_where_groups_agree() -> None:
     assert wide[1] - wide[0] > 3 * (narrow[1] - narrow[0])
 
 
+def test_no_interval_of_what_resampling_cannot_vary() -> None:
+    """One group, one image, no mistake: [x, x] would say that the figure is certain."""
+    probabilities, targets = case(count=60, classes=3)
+    assert bootstrap_intervals(probabilities, targets, samples=50, groups=["slide 1"] * 60) == {}
+    assert bootstrap_intervals(probabilities[:1], targets[:1], samples=50) == {}
+    right = bootstrap_intervals(0.1 + 0.7 * np.eye(3)[targets], targets, samples=50)
+    assert "accuracy_micro" not in right and "auc_macro" not in right
+    two = bootstrap_intervals(probabilities, targets, samples=50, groups=["a"] * 30 + ["b"] * 30)
+    assert two["accuracy_micro"][0] < two["accuracy_micro"][1]
+
+
 @pytest.mark.parametrize(
     ("probabilities", "targets", "message"),
     [

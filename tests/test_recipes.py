@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
@@ -23,7 +24,7 @@ from cellops.models.training.recipe import (
     recipe_names,
     recipe_values,
 )
-from cellops.models.training.tables import load_table, table_names, train_table
+from cellops.models.training.tables import load_table, table_names, train_table, write_table
 
 SHIPPED = recipe_names()
 OPTIMIZER = "optimizer: {name: sgd, learning_rate: 0.1}\n"
@@ -327,6 +328,19 @@ def test_table_within_a_budget(tmp_path, monkeypatch):
     assert (tmp_path / "t" / "hybrid_ghostnet_scratch" / "fold_1" / "metrics.json").stat().st_mtime_ns == before
     with pytest.raises(ValueError, match="no row of hybrid_loss"):
         train_table(table, tmp_path / "t", changes, "scratch", None, "nothing", quiet)
+
+
+@pytest.mark.parametrize("lacking", [0, 3])
+def test_table_tells_which_means_leave_a_class_out(tmp_path, lacking):
+    table = load_table("cells")
+    found = {"folds": 5, "folds_done": 5, "mean": {"accuracy_macro": 0.775}, "lacking": lacking}
+    found["together"] = {"accuracy_micro": 0.825, "accuracy_macro": 0.485}
+    folder = tmp_path / table.rows[0].recipe
+    folder.mkdir()
+    (folder / "results.json").write_text(json.dumps({"grouped": found}))
+    text = write_table(table, table.rows[:1], tmp_path, "", {})
+    told = "grouped: 3 test parts lack a class, which their class means leave out. Of all images together: "
+    assert "77.50" in text and (f"{told}accuracy_macro 48.50." in text) == bool(lacking)
 
 
 def test_rows_of_a_table_on_other_pixels_read_their_own(tmp_path):

@@ -8,17 +8,20 @@ import re
 import shutil
 import subprocess
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+import trees
 from PIL import Image
 from training_runs import TinyCells, finish, start, tiny_recipe
 
 from cellops.models.report import figures, write_report
 from cellops.models.report.mistakes import grad_cam, overlay, worst
+from cellops.models.report.page import Protocol, read_protocols
 from cellops.models.training.evaluate import Predictions, calibrate, with_temperature
-from cellops.models.training.metrics import calibration
+from cellops.models.training.metrics import calibration, classification_metrics
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +32,7 @@ def folder(tmp_path_factory):
         patch.setenv("CELLOPS_CACHE", str(tmp_path_factory.getbasetemp() / "cellops-cache"))
         recipe = tiny_recipe(
             title="Ünusual <title> & more",
-            data={"options": {"count": 150}, "protocol": "both"},
+            data={"options": {"count": 300}, "protocol": "both"},  # two slides in the test part: one has no interval
             training={"epochs": 2},
             evaluation={"cost": True, "worst": 5},
         )
@@ -225,3 +228,106 @@ def test_temperature():
         assert found["temperature"] == pytest.approx(3, rel=0.1)
         assert found["ece_before"] > 0.15 and found["ece_after"] < 0.03
     np.testing.assert_allclose(with_temperature(sharp, 1.0), sharp, atol=1e-9)
+
+
+def test_temperature_where_files_alternate():
+    """A case and its control, in turn: each half of the test part has both, or it learns the other's bias."""
+    generator = np.random.default_rng(0)
+    targets = np.arange(400) % 2
+    second = 1 / (1 + np.exp(-2 * (generator.normal(size=400) + 2 * targets - 1.5)))
+    part = Predictions([str(n) for n in range(400)], targets, np.stack([1 - second, second], 1), ("control", "case"))
+    found = calibrate(part, None)
+    order = generator.permutation(400)
+    shuffled = calibrate(Predictions(part.ids, targets[order], part.probabilities[order], part.classes), None)
+    assert found["temperature"] == pytest.approx(shuffled["temperature"], rel=0.1)
+    assert found["ece_after"] == pytest.approx(shuffled["ece_after"], abs=0.03)
+
+
+def test_predictions_keep_every_digit(tmp_path):
+    """Of a sure network the scores of a class crowd below 1; rounded, they would be ties, and its AUC another."""
+    generator = np.random.default_rng(1)
+    targets = generator.integers(0, 2, 300)
+    second = 1 / (1 + np.exp(-18.0 * (2 * targets - 1) - 14 * generator.normal(size=300)))
+    part = Predictions([str(n) for n in range(300)], targets, np.stack([1 - second, second], 1), ("a", "b"))
+    part.save(tmp_path / "predictions.csv")
+    read = Predictions.load(tmp_path / "predictions.csv")
+    np.testing.assert_array_equal(read.probabilities, part.probabilities)
+
+
+def table_of(root, groups):
+    """One image for each (class, group), in a table."""
+    rows = [["path", "label", "group"]]
+    for number, (label, group) in enumerate(groups):
+        trees.write(root / f"{number:03}.png", trees.picture(number))
+        rows.append([f"{number:03}.png", label, group])
+    trees.write_rows(root / "cells.csv", rows)
+    return root
+
+
+def of_files(data, **settings):
+    """A recipe for files, trained for one epoch."""
+    options = {"count": None, "size": None}
+    return tiny_recipe(
+        data={"path": str(data), "options": options, "validation": 0.0, **settings}, training={"epochs": 1}
+    )
+
+
+def test_folds_that_lack_a_class(tmp_path, monkeypatch):
+    """Means over folds leave the class out where it is lacking; the figures of all images stand beside them."""
+    monkeypatch.setenv("CELLOPS_CACHE", str(tmp_path / "cache"))
+    groups = [("a", f"g{number // 2}") for number in range(34)] + [("b", f"h{number // 3}") for number in range(6)]
+    recipe = of_files(table_of(tmp_path / "data", groups), folds=5, test_fraction=None, protocol="grouped")
+    finish(start(tmp_path / "run", recipe))
+    parts = [tmp_path / "run" / f"fold_{number}" for number in range(1, 6)]
+    pooled = Predictions.join([Predictions.load(part / "predictions.csv") for part in parts])
+    wanted = classification_metrics(pooled.probabilities, pooled.targets)
+    found = json.loads((tmp_path / "run" / "results.json").read_text())["grouped"]
+    assert found["lacking"] == 3
+    assert {name: found["together"][name] for name in wanted} == pytest.approx(wanted)
+    low, high = found["interval"]["accuracy_micro"]
+    assert low <= found["together"]["accuracy_micro"] <= high
+    text = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert f"balanced accuracy<span>± {100 * found['deviation']['accuracy_macro']:.1f} over folds, all images" in text
+    assert f"all images together {100 * wanted['accuracy_macro']:.1f} %" in text
+    assert f"over 2 of 5 folds, all images together {100 * wanted['auc_macro']:.1f} %" in text
+    assert "mean of classes, of folds" in text and "those of all folds over all" in text
+
+
+def test_deviation_of_one_known_fold(folder):
+    protocol = read_protocols(folder, json.loads((folder / "run.json").read_text()))[0]
+    other = replace(protocol.folds[0], found={**protocol.folds[0].found, "metrics": {"accuracy_micro": 0.5}})
+    two = Protocol("grouped", 2, [*protocol.folds, other])
+    assert "over folds" in two.spread("accuracy_micro")
+    assert two.spread("auc_macro").startswith("of 1 of 2 folds") and "nan" not in two.spread("auc_macro")
+
+
+def test_no_interval_is_told(tmp_path, monkeypatch):
+    """Of one group in the test part, which resampling cannot vary."""
+    monkeypatch.setenv("CELLOPS_CACHE", str(tmp_path / "cache"))
+    groups = [(label, group) for group in ("one", "two") for label in "ab" for _ in range(10)]
+    finish(
+        start(tmp_path / "run", of_files(table_of(tmp_path / "data", groups), test_fraction=0.5, protocol="grouped"))
+    )
+    text = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "No intervals" in text and "95 %:" not in text
+
+
+@pytest.mark.parametrize("protocol", ["grouped", "paper", "both"])
+def test_a_prescribed_split_is_called_so(tmp_path, monkeypatch, protocol):
+    """Whose groups the protocol keeps on no side."""
+    monkeypatch.setenv("CELLOPS_CACHE", str(tmp_path / "cache"))
+    data = trees.hep2(tmp_path / "data", specimens=1, cells=3)
+    finish(start(tmp_path / "run", of_files(data, protocol=protocol, test_fraction=None)))
+    text = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "held-out images; split as the data set prescribes." in text
+    assert "stay on one side" not in text and "on both sides" not in text.replace("groups on both sides of a split", "")
+    assert ("Both have the test part that the data set prescribes" in text) == (protocol == "both")
+
+
+def test_both_splits_without_groups(tmp_path, monkeypatch):
+    monkeypatch.setenv("CELLOPS_CACHE", str(tmp_path / "cache"))
+    data = trees.class_folders(tmp_path / "data", ("a", "b"), count=10)
+    finish(start(tmp_path / "run", of_files(data, protocol="both")))
+    text = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "This data set names no groups, so that both are image by image." in text
+    assert "stay on one side" not in text and "on both sides" not in text

@@ -430,6 +430,7 @@ def test_settings_train(tmp_path, changes):
     ("changes", "text"),
     [
         ({"training": {"monitor": "accuracy"}}, "training.monitor: 'accuracy' is not known"),
+        ({"training": {"monitor": "f1_binary"}}, "training.monitor: 'f1_binary' is not known"),  # of five classes
         ({"model": {"outputs": 3}}, "model.outputs is 3, but the data has 5 classes"),
         ({"model": {"arguments": {"colour": 1}}}, "model.arguments do not fit"),
         ({"model": {"name": "resnet188"}}, "resnet18"),

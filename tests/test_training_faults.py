@@ -9,7 +9,7 @@ import shutil
 import pytest
 import torch
 import trees
-from training_runs import finish, start, tiny_recipe
+from training_runs import differences, finish, start, state, tiny_recipe
 
 from cellops.models.commands import CommandError, bad_input
 from cellops.models.training import checkpoint, folder
@@ -17,6 +17,7 @@ from cellops.models.training.console import Output
 from cellops.models.training.folder import free_folder
 from cellops.models.training.recipe import RecipeError, build_recipe, load_recipe, overridden, recipe_values
 from cellops.models.training.run import prepare, train
+from cellops.models.training.stopping import Interrupted
 
 
 @pytest.fixture(autouse=True)
@@ -31,6 +32,28 @@ def test_the_least_error_is_the_best_epoch(tmp_path, monitor):
     finish(session)
     found = [row[f"validation_{monitor}"] for row in trainer.history]
     assert trainer.progress.best_epoch == 1 + found.index(min(found))
+
+
+def test_a_metric_of_more_than_five_classes_chooses(tmp_path):
+    data = trees.class_folders(tmp_path / "data", count=6)  # eight
+    settings = {"path": str(data), "options": {"count": None, "size": None}}
+    recipe = tiny_recipe(data=settings, training={"epochs": 1, "monitor": "accuracy_top5_micro"})
+    assert finish(start(tmp_path / "run", recipe))
+
+
+def test_workers_change_no_number(tmp_path):
+    """Dropout draws what it draws without them, also where an epoch is gone on with."""
+    for workers in (0, 2):
+        finish(start(tmp_path / f"{workers}", tiny_recipe(training={"epochs": 2, "workers": workers})))
+    assert differences(state(tmp_path / "0"), state(tmp_path / "2")) == []
+    assert not finish(start(tmp_path / "late", tiny_recipe(training={"epochs": 2, "workers": 2})), stop_after=1)
+    session = start(tmp_path / "late", resume=True)
+    session._first.stopping.asked = True
+    with pytest.raises(Interrupted):
+        finish(session)
+    assert (state(tmp_path / "late")["progress"]["epoch"], state(tmp_path / "late")["progress"]["step"]) == (1, 2)
+    assert finish(start(tmp_path / "late", resume=True))
+    assert differences(state(tmp_path / "2"), state(tmp_path / "late")) == []
 
 
 @pytest.mark.parametrize(

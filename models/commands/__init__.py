@@ -5,11 +5,13 @@ These files import nothing heavy at the top, so that `cellops --help` and `cello
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
+from pathlib import Path
 
 BAD_INPUT = 2
 FAILED = 1
@@ -41,6 +43,22 @@ class CommandError(Exception):
         self.code = code
 
 
+def not_empty(text: str) -> str:
+    """What an argument names; an empty one, as of a shell's variable without a value, is not the working directory.
+
+    Raises:
+        argparse.ArgumentTypeError: it is empty.
+    """
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty")
+    return text
+
+
+def given_path(text: str) -> Path:
+    """A path of the command line; see `not_empty`."""
+    return Path(not_empty(text))
+
+
 def need_models_extra() -> None:
     """Say at once which packages of the [models] extra are missing."""
     missing = [package for module, package in NEEDED.items() if find_spec(module) is None]
@@ -58,6 +76,8 @@ def bad_input() -> Iterator[None]:
     except (ValueError, TypeError, OverflowError, OSError, ModuleNotFoundError, CheckpointError) as error:
         if os.environ.get("CELLOPS_TRACEBACK"):
             raise
+        if isinstance(error, ModuleNotFoundError) and error.name in NEEDED:
+            need_models_extra()
         raise CommandError(str(error) or type(error).__name__) from error
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from cellops.models.commands import bad_input, need_models_extra
+from cellops.models.commands import bad_input, given_path, need_models_extra, not_empty
 
 HELP = "measure a trained run on labelled images"
 EXAMPLES = """\
@@ -20,11 +19,13 @@ examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of the command."""
-    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run")
-    parser.add_argument("--data", metavar="DIR", help="labelled images; without it the run's own held-out part")
+    parser.add_argument("run", type=given_path, metavar="RUN", help="folder of a run")
+    parser.add_argument(
+        "--data", type=not_empty, metavar="DIR", help="labelled images; without it the run's own held-out part"
+    )
     parser.add_argument("--layout", default="auto", help="of --data (auto)")
     parser.add_argument("--tta", choices=("none", "flips", "dihedral"), help="views of each image (the recipe's)")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="folder of the results (RUN/evaluation)")
+    parser.add_argument("--output", type=given_path, metavar="DIR", help="folder of the results (RUN/evaluation)")
     parser.add_argument("--overwrite", action="store_true", help="replace the results in --output")
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cellops.models.commands import FAILED, CommandError, bad_input, need_models_extra
+from cellops.models.commands import FAILED, CommandError, bad_input, given_path, need_models_extra, not_empty
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -36,15 +37,23 @@ LOST = 0.02
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of the command."""
-    parser.add_argument("model", metavar="MODEL|RUN", help="name of a network, folder of a run, or weights.safetensors")
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="file to write")
+    parser.add_argument(
+        "model", type=not_empty, metavar="MODEL|RUN", help="name of a network, folder of a run, or weights.safetensors"
+    )
+    parser.add_argument("--output", type=given_path, required=True, metavar="FILE", help="file to write")
     parser.add_argument("--format", choices=FORMATS, help="(from the end of FILE)")
     parser.add_argument("--size", type=int, nargs="+", metavar="N", help="height [width] (the run's, or 224)")
     parser.add_argument("--classes", type=int, metavar="K", help="of a new network (1000)")
-    parser.add_argument("--images", type=Path, nargs="+", metavar="IMAGE|DIR", help="check on these too; of a run only")
+    parser.add_argument(
+        "--images", type=given_path, nargs="+", metavar="IMAGE|DIR", help="check on these too; of a run only"
+    )
     parser.add_argument("--int8", action="store_true", help="onnx, of a run: weights and activations in 8 bits")
     parser.add_argument(
-        "--calibrate", type=Path, nargs="+", metavar="IMAGE|DIR", help="int8: find ranges on these (training images)"
+        "--calibrate",
+        type=given_path,
+        nargs="+",
+        metavar="IMAGE|DIR",
+        help="int8: find ranges on these (training images)",
     )
     parser.add_argument("--calibration-images", type=int, default=128, metavar="N", help="int8: so many of them (128)")
     parser.add_argument("--fixed-batch", action="store_true", help="one image at a time, where a runtime needs to know")
@@ -99,6 +108,8 @@ def _load(arguments: argparse.Namespace) -> tuple[nn.Module, tuple[int, int, int
 
     path = Path(arguments.model)
     if not path.exists():
+        if os.sep in arguments.model:  # of which no network has one in its name
+            raise ValueError(f"there is no run, and no file of weights, {path}")
         if arguments.images:
             raise ValueError("--images need a run, which says how images are scaled and normalised")
         classes = 1000 if arguments.classes is None else arguments.classes

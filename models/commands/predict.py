@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from cellops.models.commands import FAILED, INTERRUPTED, CommandError, bad_input, need_models_extra
+from cellops.models.commands import FAILED, INTERRUPTED, CommandError, bad_input, given_path, need_models_extra
 
 HELP = "classify images: a CSV file and a contact sheet"
 EXAMPLES = """\
@@ -25,9 +25,11 @@ results could not be written to the end, 2 for bad input, before anything is wri
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of the command."""
-    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run, its weights, or an .onnx file of it")
-    parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE|DIR", help="images, or folders of images")
-    parser.add_argument("--output", type=Path, default=Path("predictions"), metavar="DIR", help="(predictions)")
+    parser.add_argument(
+        "run", type=given_path, metavar="RUN", help="folder of a run, its weights, or an .onnx file of it"
+    )
+    parser.add_argument("images", type=given_path, nargs="+", metavar="IMAGE|DIR", help="images, or folders of images")
+    parser.add_argument("--output", type=given_path, default=Path("predictions"), metavar="DIR", help="(predictions)")
     parser.add_argument("--resume", action="store_true", help="go on with the results in --output, if there are any")
     parser.add_argument("--overwrite", action="store_true", help="replace the results in --output")
     parser.add_argument("--tta", choices=("none", "flips", "dihedral"), help="1, 4 or 8 views of each (the recipe's)")

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from cellops.models.commands import bad_input, need_models_extra
+from cellops.models.commands import bad_input, given_path, need_models_extra
 
 HELP = "write the report of a run again"
 EXAMPLES = """\
@@ -16,7 +15,7 @@ examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of the command."""
-    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run")
+    parser.add_argument("run", type=given_path, metavar="RUN", help="folder of a run")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -5,7 +5,15 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from cellops.models.commands import FAILED, INTERRUPTED, CommandError, bad_input, need_models_extra
+from cellops.models.commands import (
+    FAILED,
+    INTERRUPTED,
+    CommandError,
+    bad_input,
+    given_path,
+    need_models_extra,
+    not_empty,
+)
 
 HELP = "train every row of a paper's table, resumably"
 EXAMPLES = """\
@@ -20,7 +28,7 @@ examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of the command."""
     parser.add_argument("name", nargs="?", metavar="NAME", help="of a table; without it they are listed")
-    parser.add_argument("--data", metavar="DIR|synthetic", help="folder of the images")
+    parser.add_argument("--data", type=not_empty, metavar="DIR|synthetic", help="folder of the images")
     parser.add_argument("--hours", type=float, metavar="H", help="stop after H hours, to be gone on with")
     parser.add_argument(
         "--twin", default="", metavar="SUFFIX", help="the rows' twins: scratch needs no pretrained weights"
@@ -30,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--epochs", type=int, metavar="N", help="another number of epochs")
     parser.add_argument("--protocol", choices=("grouped", "paper", "both"), help="how images are split")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any setting; may be repeated")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="folder of the runs (runs/tables/NAME)")
+    parser.add_argument("--output", type=given_path, metavar="DIR", help="folder of the runs (runs/tables/NAME)")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -5,10 +5,17 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from pathlib import Path
 from typing import Any
 
-from cellops.models.commands import FAILED, INTERRUPTED, CommandError, bad_input, need_models_extra
+from cellops.models.commands import (
+    FAILED,
+    INTERRUPTED,
+    CommandError,
+    bad_input,
+    given_path,
+    need_models_extra,
+    not_empty,
+)
 
 HELP = "train a recipe on a folder of images and write a report"
 EXAMPLES = """\
@@ -30,12 +37,14 @@ examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of the command."""
     parser.add_argument("--recipe", metavar="NAME|FILE", help="a shipped recipe or a YAML file")
-    parser.add_argument("--data", metavar="DIR|synthetic", help="folder of the images, or synthetic for drawn cells")
+    parser.add_argument(
+        "--data", type=not_empty, metavar="DIR|synthetic", help="folder of the images, or synthetic for drawn cells"
+    )
     parser.add_argument("--model", metavar="NAME", help="another network: `cellops models` lists them")
     parser.add_argument("--epochs", type=int, metavar="N", help="another number of epochs")
     parser.add_argument("--protocol", choices=("grouped", "paper", "both"), help="how images are split; both runs two")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any setting; may be repeated")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="folder of the run (runs/RECIPE)")
+    parser.add_argument("--output", type=given_path, metavar="DIR", help="folder of the run (runs/RECIPE)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --output")
     parser.add_argument("--hours", type=float, metavar="H", help="stop after H hours, to be resumed")
     parser.add_argument("--stop-after", type=int, metavar="N", help="stop after N epochs, to be resumed")

@@ -91,7 +91,8 @@ class Folds:
         """Read splits for a data set that must be the one they were made for.
 
         Raises:
-            FoldError: the file is damaged, or files changed, are missing or are new; the message names some.
+            FoldError: the file is damaged, or files, their classes or groups changed, are missing or are new; the
+                message names some.
         """
         try:
             document = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -110,8 +111,8 @@ class Folds:
                     sample.id
                     for sample in data.samples
                     if sample.id in recorded
-                    and (file_hash(data, sample), sample.label)
-                    != (recorded[sample.id]["sha256"], recorded[sample.id]["label"])
+                    and (file_hash(data, sample), sample.label, sample.group)
+                    != tuple(recorded[sample.id][key] for key in ("sha256", "label", "group"))
                 ],
             }
             if any(differences.values()):
@@ -181,12 +182,11 @@ def make_folds(
     everything = np.arange(len(data))
     groups = np.array(data.groups) if protocol == "grouped" else None
     notes = []
-    if prescribed and data.prescribed:
+    own = prescribed and data.prescribed
+    if own:
         splits = [_prescribed(data)]
-        if folds > 1:
-            notes.append(
-                f"{data.name} prescribes its test part, so there is one fold, not {folds} (prescribed: false)."
-            )
+        told = f", so there is one fold, not {folds}" if folds > 1 else ""
+        notes.append(f"{data.name} prescribes its test part{told} (prescribed: false).")
         shared = {data.groups[i] for i in splits[0][0]} & {data.groups[i] for i in splits[0][1]}
         if shared:
             notes.append(f"{len(shared)} groups are on both sides of the prescribed split.")
@@ -194,10 +194,12 @@ def make_folds(
         splits = [hold_out(data, everything, groups, 0.2 if test_fraction is None else test_fraction, seed)]
     else:
         splits = cross_validation(data, everything, groups, folds, seed)
-    if protocol == "paper" and data.grouped:
-        notes.append("Split image by image (protocol: paper): cells of one group are on both sides.")
-    if protocol == "grouped" and not data.grouped:
-        notes.append(f"{data.name} has no groups, so that the split is image by image.")
+    if not own or validation:  # of a prescribed split the protocol cuts the validation part alone
+        what, sides = ("Validation part", "in it and in training") if own else ("Split", "on both sides")
+        if protocol == "paper" and data.grouped:
+            notes.append(f"{what} image by image (protocol: paper): cells of one group are {sides}.")
+        if protocol == "grouped" and not data.grouped:
+            notes.append(f"{data.name} has no groups, so that the {what.lower()} is image by image.")
     made = []
     for number, (train, test) in enumerate(splits):
         held: np.ndarray = np.array([], dtype=int)

@@ -95,13 +95,16 @@ def _decode(path: Path, root: Path | str | None, convert: Callable[[Image.Image,
                     )
                 image.seek(0)
                 image.load()
-                return np.asarray(convert(ImageOps.exif_transpose(image), path))
+                ImageOps.exif_transpose(image, in_place=True)
+                return np.asarray(convert(image, path))
     except ImageError:
         raise
     except FileNotFoundError:
         raise ImageError(f"{path}: no such file") from None
     except UnidentifiedImageError:
         raise ImageError(f"{path}: not an image ({', '.join(FORMATS)} are read)") from None
+    except MemoryError:
+        raise ImageError(f"{path}: cannot be decoded: there is not enough memory") from None
     except DECODING_ERRORS as error:
         raise ImageError(f"{path}: cannot be decoded: {error}") from error
 
@@ -126,15 +129,18 @@ def _eight_bits(image: Image.Image, path: Path) -> Image.Image:
     values = np.asarray(image)
     if values.size and (values.min() < 0 or values.max() > 65535):
         raise ImageError(f"{path}: pixels from {values.min()} to {values.max()} are neither of 8 nor of 16 bits")
-    return Image.fromarray(np.round(values / 257).astype(np.uint8))
+    scaled = values.astype(np.uint32)  # 64 megapixels of float64 would be half a gigabyte, and again to be rounded
+    scaled += 128
+    scaled //= 257
+    return Image.fromarray(scaled.astype(np.uint8))
 
 
 def _rgb(image: Image.Image, path: Path) -> Image.Image:
     image = _eight_bits(image, path)
     if image.has_transparency_data:
-        image = image.convert("RGBA")
+        image = image if image.mode == "RGBA" else image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # which copies
 
 
 def _grey(image: Image.Image, path: Path) -> Image.Image:

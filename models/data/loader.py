@@ -172,6 +172,7 @@ class BatchLoader:
                 num_workers=workers,
                 collate_fn=_same,
                 persistent_workers=True,
+                generator=torch.Generator(),  # it draws seeds for its workers, else from the numbers that dropout takes
             )
         if not self.plan():
             raise ValueError(

@@ -84,8 +84,11 @@ class PredictionTable:
             strange = next((folder / name for name in WRITTEN if (folder / name).exists()), None)
             if strange is not None:
                 raise ValueError(f"{strange} is there without {TABLE}: take another --output, or --overwrite it")
-        folder.mkdir(parents=True, exist_ok=True)
-        self.file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+        except OSError as error:
+            raise ValueError(f"--output {folder} is no folder to write in: {error.strerror or error}") from None
         try:
             if not try_lock(self.file):
                 raise ValueError(f"{path} is being written by another process")
@@ -143,11 +146,11 @@ class PredictionTable:
 
     def first(self, count: int) -> list[tuple[Path, str, float]]:
         """File, class and confidence of the first rows."""
-        self.file.flush()
-        with (self.folder / TABLE).open(newline="", encoding="utf-8", errors="surrogateescape") as file:
-            rows = csv.reader(file)
-            next(rows)
-            return [(Path(self.directory, row[0]), row[1], float(row[2])) for row in islice(rows, count)]
+        rows = self._read(self._whole)
+        next(rows)
+        found = [(Path(self.directory, row[0]), row[1], float(row[2])) for row in islice(rows, count)]
+        self.file.seek(self._whole)
+        return found
 
     def _write(self, lines: Sequence[Sequence[str]]) -> None:
         self.file.write(_encoded(lines))
@@ -225,17 +228,21 @@ class PredictionTable:
         if not committed:
             return
         path = self.folder / TABLE
-        with path.open("rb") as file:
-            text = io.TextIOWrapper(_Part(file, committed), encoding="utf-8", errors="surrogateescape", newline="")
-            rows = csv.reader(text)
-            if next(rows, None) != self._header:
-                raise ValueError(f"{path} has other columns than it was written with; --overwrite begins anew")
-            for row in rows:
-                if len(row) != len(self._header):
-                    raise ValueError(f"{path}: row {self.rows + 2} is not as it was written; --overwrite begins anew")
-                self.rows += 1
-                self.counts[row[1]] += 1
-                yield _digest(os.path.normpath(os.path.join(self.directory, row[0])))
+        rows = self._read(committed)
+        if next(rows, None) != self._header:
+            raise ValueError(f"{path} has other columns than it was written with; --overwrite begins anew")
+        for row in rows:
+            if len(row) != len(self._header):
+                raise ValueError(f"{path}: row {self.rows + 2} is not as it was written; --overwrite begins anew")
+            self.rows += 1
+            self.counts[row[1]] += 1
+            yield _digest(os.path.normpath(os.path.join(self.directory, row[0])))
+
+    def _read(self, size: int) -> Iterator[list[str]]:
+        """The rows of the first bytes, by the file that holds the lock: on an SMB share no other may read it."""
+        self.file.seek(0)
+        text = io.TextIOWrapper(_Part(self.file, size), encoding="utf-8", errors="surrogateescape", newline="")
+        return csv.reader(text)
 
 
 class _Part(io.RawIOBase):

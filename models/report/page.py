@@ -6,7 +6,8 @@ import base64
 import html
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from cellops.models.report import figures
 from cellops.models.training.checkpoint import write_text
 from cellops.models.training.evaluate import Predictions, calibrate
 from cellops.models.training.log import read_log
-from cellops.models.training.metrics import calibration, confusion_matrix, per_class_table
+from cellops.models.training.metrics import calibration, classification_metrics, confusion_matrix, per_class_table
 
 STYLE = Path(__file__).with_name("style.css")
 HEADLINES = {
@@ -38,6 +39,7 @@ PROTOCOLS = {
     "grouped": "grouped: images of one slide, patient or parent image stay on one side",
     "paper": "paper: split image by image, as the paper does; related images are on both sides",
 }
+PRESCRIBED = "as the data set prescribes"
 
 
 @dataclass
@@ -58,11 +60,17 @@ class Protocol:
     name: str
     planned: int
     folds: list[Fold]
+    intervals: dict[str, Any] = field(default_factory=dict)  # of the images of all folds together
 
     @property
     def test(self) -> Predictions:
         """The predictions on the held-out images of all folds."""
         return Predictions.join([fold.test for fold in self.folds])
+
+    @cached_property
+    def together(self) -> dict[str, float]:
+        """The metrics of all folds' predictions as one set of images."""
+        return classification_metrics(self.test.probabilities, self.test.targets)
 
     def mean(self, name: str) -> float:
         """A metric's mean over the folds; NaN where none has it."""
@@ -71,12 +79,18 @@ class Protocol:
         return float(np.mean(known)) if known else float("nan")
 
     def spread(self, name: str) -> str:
-        """What follows a metric: the deviation over folds, or the interval of a single one, in percent."""
+        """What follows a metric, in percent: of folds their deviation and the figure of all images together, of a
+        single one the interval."""
         if len(self.folds) > 1:
             values = [fold.found["metrics"].get(name) for fold in self.folds]
-            return f"± {100 * float(np.std([value for value in values if value is not None], ddof=1)):.1f} over folds"
-        interval = self.folds[0].found["intervals"].get(name)
-        return f"95 %: {100 * interval[0]:.1f} to {100 * interval[1]:.1f}" if interval else ""
+            known = [value for value in values if value is not None]
+            few = f"{len(known)} of {len(values)} folds" if len(known) < len(values) else "folds"
+            deviation = f"± {100 * float(np.std(known, ddof=1)):.1f} over {few}" if len(known) > 1 else f"of {few}"
+            return f"{deviation}, all images together {percent(self.together[name])}"
+        intervals = self.folds[0].found["intervals"]
+        if name in intervals:
+            return f"95 %: {100 * intervals[name][0]:.1f} to {100 * intervals[name][1]:.1f}"
+        return "no interval: all resamples alike" if intervals else ""
 
 
 def escape(text: Any) -> str:
@@ -131,6 +145,7 @@ def read_json(path: Path) -> Any:
 
 def read_protocols(run: Path, facts: dict[str, Any]) -> list[Protocol]:
     """The parts of a run that are in, by protocol, the honest split first."""
+    results = read_json(run / "results.json") if (run / "results.json").is_file() else {}
     protocols = []
     for name in sorted(facts["protocols"], key=lambda known: known != "grouped"):
         planned = [part for part in facts["parts"] if part["protocol"] == name]
@@ -150,7 +165,9 @@ def read_protocols(run: Path, facts: dict[str, Any]) -> list[Protocol]:
                 )
             )
         if folds:
-            protocols.append(Protocol(name, len(planned), folds))
+            summary = results.get(name, {})
+            current = summary.get("folds_done") == len(folds)
+            protocols.append(Protocol(name, len(planned), folds, summary["interval"] if current else {}))
     return protocols
 
 
@@ -166,7 +183,7 @@ def write_report(run: Path) -> Path:
     protocols = read_protocols(run, facts)
     title, body = _header(facts, recipe_text, protocols)
     if len(protocols) > 1:
-        body += _comparison(protocols)
+        body += _comparison(protocols, facts)
     body += _curves(run, facts)
     for protocol in protocols:
         body += _results(protocol, facts, alone=len(protocols) == 1)
@@ -235,6 +252,7 @@ def _header(facts: dict[str, Any], recipe_text: str, protocols: Sequence[Protoco
     body += "</div>"
     held_out = len(first.test.ids)
     split = PROTOCOLS[first.name] if facts["grouped"] else "image by image, since this data set names no groups"
+    split = PRESCRIBED if facts.get("prescribed") else split
     body += f'<p class="muted">On {held_out:,} held-out images; split {escape(split)}.</p>'
     return title, body + "</header>"
 
@@ -249,7 +267,7 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def _comparison(protocols: Sequence[Protocol]) -> str:
+def _comparison(protocols: Sequence[Protocol], facts: dict[str, Any]) -> str:
     head = ["", *(escape(protocol.name) for protocol in protocols), "difference"]
     rows = []
     for name, label in COMPARED.items():
@@ -261,7 +279,15 @@ def _comparison(protocols: Sequence[Protocol]) -> str:
             ]
             rows.append([label, *cells, f"{100 * (values[1] - values[0]):+.1f}"])
     rows.append(["folds in", *(f"{len(protocol.folds)} of {protocol.planned}" for protocol in protocols), ""])
-    text = "".join(f"<p class='muted'>{escape(PROTOCOLS[protocol.name])}</p>" for protocol in protocols)
+    told = [PROTOCOLS[protocol.name] for protocol in protocols]
+    if facts.get("prescribed"):
+        told = [
+            "Both have the test part that the data set prescribes, so that this shows nothing of what groups on "
+            "both sides of a split are worth; set data.prescribed: false for that."
+        ]
+    elif not facts["grouped"]:
+        told = ["This data set names no groups, so that both are image by image."]
+    text = "".join(f"<p class='muted'>{escape(line)}</p>" for line in told)
     return section("Both splits side by side", table(head, rows) + text)
 
 
@@ -315,27 +341,40 @@ def _class_table(test: Predictions, protocol: Protocol) -> str:
     for one in per_class_table(test.probabilities, test.targets, test.classes):
         figures_of_class = [bar(one[name]) for name in ("precision", "recall", "specificity", "f1", "auc")]
         rows.append([escape(one["class"]), f"{one['images']:,}", f"{one['predicted']:,}", *figures_of_class])
-    means = [percent(protocol.mean(f"{name}_macro")) for name in ("precision", "recall", "specificity", "f1", "auc")]
+    averaged = [f"{name}_macro" for name in ("precision", "recall", "specificity", "f1", "auc")]
     total = f"{len(test.ids):,}"
-    rows.append([f"mean of classes{', of folds' if len(protocol.folds) > 1 else ''}", total, total, *means])
+    rows.append(["mean of classes", total, total, *(percent(protocol.together[name]) for name in averaged)])
+    if len(protocol.folds) > 1:
+        rows.append(["mean of classes, of folds", total, total, *(percent(protocol.mean(name)) for name in averaged)])
     head = ("class", "images", "predicted", "precision", "recall", "specificity", "F1", "AUC")
     return table(head, rows, last="mean")
 
 
 def _interval_section(protocol: Protocol, facts: dict[str, Any], suffix: str) -> str:
     rows, groups = [], []
+    several = len(protocol.folds) > 1
     for name, label in COMPARED.items():
+        if several and name in protocol.intervals:
+            rows.append((f"{label}, all folds", protocol.together[name], *protocol.intervals[name]))
+            groups.append(label)
         for fold in protocol.folds:
             interval, value = fold.found["intervals"].get(name), fold.found["metrics"].get(name)
             if interval and value is not None:
-                rows.append((label if len(protocol.folds) == 1 else f"{label}, fold {fold.number}", value, *interval))
+                rows.append((f"{label}, fold {fold.number}" if several else label, value, *interval))
                 groups.append(label)
     if not rows:
-        return ""
+        text = "<p>No intervals: none were asked for, or all resamples were alike, as of one group.</p>"
+        return section(f"How sure are these figures{suffix}", text)
     text = figure(figures.intervals(rows, groups), "confidence intervals")
     text += '<p class="muted">Bars: 95 % bootstrap intervals over the held-out images'
     text += ", whole groups resampled" if facts["grouped"] else ""
-    return section(f"How sure are these figures{suffix}", text + ".</p>")
+    text += (
+        ". They are of the networks as trained: what another seed or other training images would change comes on top. "
+        "A figure that all resamples have alike, as where no image is wrong, has none."
+    )
+    if several:
+        text += " Class means of a fold are over the classes that its test part has, those of all folds over all."
+    return section(f"How sure are these figures{suffix}", text + "</p>")
 
 
 def _mistakes(protocol: Protocol, suffix: str) -> str:

@@ -51,12 +51,14 @@ def weight_files(run: Path) -> list[Path]:
         ValueError: there is no such run, or nothing of it is trained yet.
     """
     if run.is_file():
+        if run.suffix == ".onnx":
+            raise ValueError(f"{run} is an ONNX file, which `cellops predict` takes alone: give the run")
         return [run]
     facts = run / FACTS
     if not facts.is_file():
         what = "a folder without run.json" if run.is_dir() else "nothing"
         raise ValueError(f"{run} is no run but {what}: give the folder that `cellops train` named, as in runs/demo")
-    folders = [run / part["folder"] for part in json.loads(facts.read_text())["parts"]]
+    folders = [run / part["folder"] for part in json.loads(facts.read_text(encoding="utf-8"))["parts"]]
     found = [folder / WEIGHTS for folder in folders if (folder / WEIGHTS).is_file()]
     if not found:
         raise ValueError(f"{run} is not trained to the end: cellops train --resume --output {run}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -25,10 +26,13 @@ class CheckpointError(RuntimeError):
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename in the folder last through a power failure."""
+    """Make a rename in the folder last through a power failure, where the file system can."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):  # what some shares say of any folder
+            raise
     finally:
         os.close(descriptor)
 

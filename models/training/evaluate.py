@@ -77,7 +77,7 @@ class Predictions:
         )
         for name, target, row in zip(self.ids, self.targets, self.probabilities, strict=True):
             best = int(row.argmax())
-            values = [f"{value:.9g}" for value in row]
+            values = [repr(float(value)) for value in row]  # all digits: 0.9999999999 ranks below 0.99999999999
             table.writerow(
                 [name, self.classes[target], self.classes[best], int(best == target), f"{row[best]:.6f}", *values]
             )
@@ -117,8 +117,8 @@ class Predictions:
 def calibrate(test: Predictions, validation: Predictions | None) -> dict[str, Any]:
     """Temperature scaling (Guo et al. 2017), and the calibration error before and after it.
 
-    The temperature comes from the validation part. Without one, each half of the test part is scaled by the
-    temperature of the other half, so that no image judges its own.
+    The temperature comes from the validation part. Without one, each half of the test part, with half of every
+    class, is scaled by the temperature of the other half, so that no image judges its own.
 
     Args:
         test: the part that is judged.
@@ -135,7 +135,9 @@ def calibrate(test: Predictions, validation: Predictions | None) -> dict[str, An
         scaled = with_temperature(test.probabilities, values[0])
         source = "validation part"
     else:
-        half = np.arange(len(test.targets)) % 2 == 0
+        # Every other image of each class: files often alternate, as a case and its control do.
+        half = np.empty(len(test.targets), dtype=bool)
+        half[np.argsort(test.targets, kind="stable")] = np.arange(len(half)) % 2 == 0
         if len(test.targets) < 4:
             values, scaled, source = [1.0], test.probabilities, "too few images"
         else:

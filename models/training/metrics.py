@@ -281,7 +281,8 @@ def bootstrap_intervals(
         groups: [N]; if given, whole groups are resampled, since cells of one slide are no independent evidence.
 
     Returns:
-        Name of the metric -> (low, high).
+        Name of the metric -> (low, high). A metric that the resamples all have the same, as where no image is wrong or
+        all are of one group, is left out: they cannot tell how far off it may be.
 
     Raises:
         ValueError: see `checked`; `samples` less than 2, `level` outside 0 to 1, or groups of another length.
@@ -310,7 +311,7 @@ def bootstrap_intervals(
     for name, columns in found.items():
         known = np.concatenate(columns)
         known = known[~np.isnan(known)]
-        if len(known):
-            low, high = np.quantile(known, tails)
+        low, high = np.quantile(known, tails) if len(known) else (np.nan, np.nan)
+        if low < high:
             intervals[name] = float(low), float(high)
     return intervals

@@ -131,13 +131,17 @@ def read_results(parts: Sequence[Part]) -> dict[str, list[dict[str, Any]]]:
     for part in parts:
         path = part.folder / "metrics.json"
         if path.is_file():
-            found.setdefault(part.protocol, []).append(json.loads(path.read_text()))
+            found.setdefault(part.protocol, []).append(json.loads(path.read_text(encoding="utf-8")))
     return found
 
 
-def interval_of_all(run: Run, parts: Sequence[Part]) -> dict[str, Any]:
-    """95 % intervals of the predictions of several folds together; every image is in one test part at most."""
-    predictions = Predictions.join([Predictions.load(part.folder / "predictions.csv") for part in parts])
+def predictions_of_all(parts: Sequence[Part]) -> Predictions:
+    """The predictions of several folds as one; every image is in one test part at most."""
+    return Predictions.join([Predictions.load(part.folder / "predictions.csv") for part in parts])
+
+
+def interval_of_all(run: Run, predictions: Predictions) -> dict[str, Any]:
+    """95 % intervals of the predictions of several folds together."""
     groups = None
     if run.data.grouped:
         group_of = {sample.id: sample.group for sample in run.data.samples}
@@ -149,16 +153,20 @@ def interval_of_all(run: Run, parts: Sequence[Part]) -> dict[str, Any]:
 
 
 def summarize(run: Run) -> dict[str, Any]:
-    """Write results.json: for each protocol the folds that are in, mean and standard deviation over them, and the
-    intervals of their predictions together."""
+    """Write results.json: for each protocol the folds that are in, mean and standard deviation over them, and figures
+    and intervals of their predictions together; these two are of one set of images, the mean over folds is not, and
+    its class means leave out what a test part lacks, as so many (`lacking`) do."""
     parts = run.parts
     results = read_results(parts)
     summary: dict[str, Any] = {}
     for protocol in dict.fromkeys(part.protocol for part in parts):
         done = results.get(protocol, [])
         intervals = done[0]["intervals"] if len(done) == 1 else {}
-        if len(done) > 1 and run.recipe.evaluation.bootstrap > 1:
-            intervals = interval_of_all(run, [part for part in parts if part.protocol == protocol and run.done(part)])
+        together = done[0]["metrics"] if len(done) == 1 else {}
+        if len(done) > 1:
+            pooled = predictions_of_all([part for part in parts if part.protocol == protocol and run.done(part)])
+            together = classification_metrics(pooled.probabilities, pooled.targets)
+            intervals = interval_of_all(run, pooled) if run.recipe.evaluation.bootstrap > 1 else {}
         names = [name for name, value in done[0]["metrics"].items() if isinstance(value, (int, float))] if done else []
         values = {
             name: [one["metrics"][name] for one in done if one["metrics"].get(name) is not None] for name in names
@@ -168,6 +176,8 @@ def summarize(run: Run) -> dict[str, Any]:
             "folds_done": len(done),
             "mean": {name: float(np.mean(found)) for name, found in values.items() if found},
             "deviation": {name: float(np.std(found, ddof=1)) for name, found in values.items() if len(found) > 1},
+            "lacking": sum(any(row["images"] == 0 for row in one["per_class"]) for one in done),
+            "together": together,
             "interval": intervals,
             "images": sum(one["training"]["images"]["test"] or one["training"]["images"]["validation"] for one in done),
             "seconds": sum(one["training"]["seconds"] for one in done),

@@ -209,7 +209,8 @@ class Run:
 
     def check(self) -> None:
         """Build what the first part needs, so that whatever does not fit shows before a file is written."""
-        quick_metrics(np.eye(2), np.arange(2), self.recipe.training.monitor)
+        classes = len(self.data.classes)  # of which some metrics are, as those of two classes
+        quick_metrics(np.eye(classes), np.arange(classes), self.recipe.training.monitor)
         self._first = self.trainer(self.parts[0])
         height, width = self.recipe.data.input_size
         model = self._first.judged.eval()
@@ -317,13 +318,14 @@ def _write_facts(run: Run) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "environment.json"
     try:
-        starts = json.loads(path.read_text())
+        starts = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         starts = []
     write_text(path, json.dumps([*starts, plain(environment())], indent=1))
     write_text(folder / "recipe.yaml", dump_recipe(run.recipe))
     try:
-        told = json.loads((folder / "run.json").read_text())["notes"]  # of the first start, which looked for copies
+        before = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        told = before["notes"]  # of the first start, which looked for copies
     except (OSError, ValueError, KeyError):
         told = []
     notes = [*data.notes, *(note for folds in run.folds.values() for note in folds.notes), *run.notes, *told]
@@ -333,6 +335,7 @@ def _write_facts(run: Run) -> None:
         "path": run.recipe.data.path,
         "synthetic": data.synthetic,
         "grouped": data.grouped,
+        "prescribed": run.recipe.data.prescribed and data.prescribed,
         "classes": list(data.classes),
         "images": data.class_counts,
         "notes": list(dict.fromkeys(notes)),

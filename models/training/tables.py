@@ -130,7 +130,7 @@ def _parts_done(folder: Path) -> int:
 
 def _summary(folder: Path) -> dict[str, Any]:
     path = folder / "results.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def shown(found: dict[str, Any], metric: str) -> str:
@@ -156,7 +156,7 @@ def write_table(table: Table, rows: Sequence[Row], folder: Path, twin: str, fail
     head = [f"{name} (paper)" if name in printed else name for name in table.columns]
     lines += [f"| row | protocol | folds | {' | '.join(head)} |"]
     lines += ["|---|---|---|" + "---|" * len(table.columns)]
-    records = []
+    records, lacking = [], []
     for row in rows:
         summary = _summary(folder / _recipe_name(row, twin)) or {"–": {"folds": 0, "folds_done": 0}}
         for protocol, found in summary.items():
@@ -166,7 +166,15 @@ def write_table(table: Table, rows: Sequence[Row], folder: Path, twin: str, fail
             folds = f"{found['folds_done']} of {found['folds']}"
             lines.append(f"| {row.label} | {protocol} | {folds} | " + " | ".join(cells) + " |")
             recipe = _recipe_name(row, twin)
+            if found.get("lacking") and found["folds_done"] > 1:
+                known = {name: found["together"].get(name) for name in table.columns if name.endswith("_macro")}
+                means = ", ".join(f"{name} {100 * value:.2f}" for name, value in known.items() if value is not None)
+                lacking.append(
+                    f"\n{row.label}, {protocol}: {found['lacking']} test parts lack a class, which their class means "
+                    f"leave out. Of all images together: {means}."
+                )
             records.append({"label": row.label, "recipe": recipe, "protocol": protocol, "paper": row.paper, **found})
+    lines += lacking
     lines += [f"\nNot trained: {label}: {reason}" for label, reason in failed.items()]
     text = "\n".join(lines) + "\n"
     write_text(folder / "table.md", text)
