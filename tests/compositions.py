@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 CHANNELS = 12
 """Of the modules that are compared."""
@@ -31,3 +34,24 @@ def assert_same(ours: nn.Module, theirs: nn.Module, layout: torch.memory_format,
         torch.testing.assert_close(parameter.grad, wanted[name].grad, rtol=1e-3, atol=1e-3)
     for name, buffer in ours.named_buffers():
         torch.testing.assert_close(buffer, dict(theirs.named_buffers())[name], rtol=1e-4, atol=1e-5)
+
+
+def called_children(module: nn.Module, input: Tensor) -> int:
+    """How often children are called: never where the module runs fused.
+
+    Their classes are watched. A child with a hook, or a `forward` of its own, wants to be called.
+    """
+    calls: list[int] = []
+
+    def counted(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(*arguments: object) -> Tensor:
+            calls.append(1)
+            return forward(*arguments)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for kind in {type(child) for child in module.children()}:
+            patch.setattr(kind, "forward", counted(kind.forward))
+        copy.deepcopy(module)(input)
+    return len(calls)

@@ -83,6 +83,28 @@ def test_a_watched_convolution_is_called(name: str) -> None:
     assert calls == [1]
 
 
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_a_replaced_forward_is_called(name: str, training: bool) -> None:
+    """As scripts for LoRA and `accelerate.cpu_offload` do it: the class and the weight stay what they were."""
+    module, calls = MODULES[name]().train(training), []
+    child, x = module.get_submodule(CONVOLUTIONS[name]), image(20)
+    forward = child.forward
+    child.forward = lambda input: calls.append(1) or 3 * forward(input)  # type: ignore[method-assign, func-returns-value]
+    for function in (module, torch.compile(module, backend="eager", fullgraph=True)):
+        calls.clear()
+        function(x)
+        assert calls == [1]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_offloaded_modules_compute_the_same(name: str) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model, x = nn.Sequential(MODULES[name]()).eval(), image(20)
+    wanted = model(x)
+    torch.testing.assert_close(accelerate.cpu_offload(model, execution_device=torch.device("cpu"))(x), wanted)
+
+
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_an_adapter_is_called_and_learns(name: str) -> None:
     module, x = MODULES[name]().eval(), image(20)
@@ -163,6 +185,31 @@ def test_traced_by_fx_they_go_on_in_either_mode(name: str, training: bool) -> No
             torch.testing.assert_close(traced.train(mode)(x), module.train(mode)(x), msg=f"{name}, training={mode}")
             if mode:
                 module.load_state_dict(traced.state_dict())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("name", MODULES)
+def test_traced_by_jit_they_hold_the_op_and_train(name: str, grad: bool) -> None:
+    """With gradients on, a Function was recorded, which the tracer's own check refused and nobody could save."""
+    module, x = MODULES[name]().eval(), image(20)
+    with torch.set_grad_enabled(grad):
+        traced = torch.jit.trace(module, image(16))
+    assert "PythonOp" not in str(traced.inlined_graph) and "cellops::" in str(traced.inlined_graph)
+    wanted = torch.autograd.grad(module(x).square().sum(), [x, *module.parameters()])
+    found = torch.autograd.grad(traced(x).square().sum(), [x, *module.parameters()])
+    torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("build", [*MODULES.values(), lambda: cellops.DeformConv2dPack(8, 8, 1)], ids=[*MODULES, "1x1"])
+def test_gradients_have_their_parameters_strides(build: Callable[[], nn.Module]) -> None:
+    """In dimensions of size 1 too: DistributedDataParallel warned of each weight that was channels_last."""
+    module = build().to(memory_format=torch.channels_last)
+    input = image(20).detach().contiguous(memory_format=torch.channels_last)
+    parameters = dict(module.named_parameters())
+    gradients = torch.autograd.grad(module(input).square().sum(), list(parameters.values()))
+    for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True):
+        assert gradient.stride() == parameter.stride(), name
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 
 import cellops
 from cellops.convert.modules import EfficientNetSqueezeExcite
@@ -143,12 +144,63 @@ def test_wrong_channels_are_the_ops_error(name: str) -> None:
 
 def test_one_graph_serves_all_batches_of_a_map() -> None:
     torch.compiler.reset()
-    counter = torch._dynamo.testing.CompileCounter()
+    counter = CompileCounter()
     compiled = torch.compile(cellops.SqueezeExcite(CHANNELS), backend=counter, fullgraph=True)
     with torch.no_grad():
         for batch in (2, 3, 5, 8):
             compiled(torch.randn(batch, CHANNELS, 7, 7))
     assert counter.frame_count <= 2
+
+
+def test_two_graphs_serve_all_resolutions() -> None:
+    """A limit for each of these maps was one more graph for some resolutions, beyond what torch allows in all."""
+    torch.compiler.reset()
+    model = nn.Sequential(*stage(16), *stage(64)).eval()
+    counter = CompileCounter()
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    with torch.no_grad():
+        for size in (17, 33, 65, 130, 260):
+            input = torch.randn(2, 1, size, size)
+            torch.testing.assert_close(compiled(input), model(input), rtol=1e-3, atol=1e-4)
+    assert counter.frame_count <= 2
+
+
+def test_an_exported_program_takes_maps_of_any_size() -> None:
+    """Where an eager call goes by the map's size, the program refused the sizes on the other side."""
+    module = cellops.DepthwiseConv2d(CHANNELS).eval()
+    sizes = {2: torch.export.Dim("rows", min=4, max=512), 3: torch.export.Dim("columns", min=4, max=512)}
+    with torch.no_grad():
+        program = torch.export.export(module, (torch.randn(2, CHANNELS, 20, 20),), dynamic_shapes=(sizes,)).module()
+        for size in (6, 20, 40):
+            input = torch.randn(2, CHANNELS, size, size)
+            torch.testing.assert_close(program(input), module(input), rtol=1e-4, atol=1e-5)
+
+
+def stage(width: int) -> list[nn.Module]:
+    """Half the resolution; an op of each kind that stands back below its limit."""
+    return [
+        nn.AvgPool2d(2, ceil_mode=True),
+        nn.LazyConv2d(width, 1),
+        cellops.SqueezeExcite(width),
+        cellops.DepthwiseConv2d(width),
+        cellops.FReLU(width),
+        cellops.GroupConv1x1(width, width, 4),
+        cellops.SpatialAttention(mode="pool"),
+    ]
+
+
+def test_compiled_autograd() -> None:
+    """Of any module, once a pack is there: the hook for its old keys was compiled too, with a half-made parent."""
+    torch.compiler.reset()
+    model = nn.Sequential(cellops.DeformConv2dPack(3, 8, 3), cellops.FReLU(8), cellops.SqueezeExcite(8))
+    input = torch.randn(2, 3, 9, 9)
+    wanted = torch.autograd.grad(model(input).square().sum(), list(model.parameters()))
+    for function in (model, torch.compile(model, backend="eager")):
+        loss = function(input).square().sum()
+        with torch._dynamo.config.patch(compiled_autograd=True):
+            torch.compile(lambda loss: loss.backward(), backend="eager")(loss)
+        torch.testing.assert_close([parameter.grad for parameter in model.parameters()], list(wanted))
+        model.zero_grad()
 
 
 @pytest.mark.parametrize("name", list(MODULES))

@@ -292,6 +292,15 @@ def test_what_is_left_has_its_reason() -> None:
         module.fc1.register_forward_hook(lambda *_: None)
         return module
 
+    def patched(module: nn.Module) -> nn.Module:
+        forward = module.forward
+        module.forward = lambda x: 2 * forward(x)  # type: ignore[method-assign]
+        return module
+
+    def part_patched(module: nn.Module) -> nn.Module:
+        patched(module.fc1)
+        return module
+
     def parametrized(module: nn.Module) -> nn.Module:
         torch.nn.utils.parametrizations.weight_norm(module.fc1)
         return module
@@ -302,6 +311,9 @@ def test_what_is_left_has_its_reason() -> None:
 
     cases = {
         "a hook": (hooked(se(32)), "its fc1 has a hook"),
+        "another forward": (patched(se(32)), "it has another forward"),
+        "another forward inside": (part_patched(se(32)), "its fc1 has another forward"),
+        "of a sequence": (patched(nn.Sequential(nn.Conv2d(4, 4, 1, groups=2), nn.ReLU())), "it has another forward"),
         "a parametrization": (parametrized(se(32)), "not a Conv2d"),
         "quantised": (quantized(se(32)), "not a Conv2d"),
         "an activation": (se(32, act_layer=nn.Tanh), "its act is a Tanh"),
@@ -413,6 +425,11 @@ def test_fuse_leaves_what_it_must() -> None:
     assert "running statistics" in reasons["unsteady"] and "may change its weight" in reasons["behind"]
     assert "no convolution" in reasons["seen_twice"] and "no convolution" in reasons["before"]
     assert torch.equal(model(images), wanted)
+
+    adapted = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)).eval()
+    forward = adapted[0].forward
+    adapted[0].forward = lambda x: forward(x) + 1
+    assert "the convolution has another forward" in str(cellops.fuse(adapted))
 
     untraceable = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)).eval()
 

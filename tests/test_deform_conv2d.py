@@ -224,6 +224,8 @@ def changed(**changes: Any) -> dict[str, Any]:
         ({"mask": lambda t: t.double()}, TypeError, "mask must be torch.float32 like the input, got torch.float64"),
         ({"bias": lambda t: t.double()}, TypeError, "bias must be torch.float32 like the input, got torch.float64"),
         ({"mask": lambda t: t.to("meta")}, RuntimeError, "mask must be on cpu like the input, got meta"),
+        ({"input": lambda t: t.to_sparse()}, TypeError, "input must be a dense tensor, got one of layout torch.sparse"),
+        ({"weight": lambda t: t.to_mkldnn()}, TypeError, "weight must be a dense tensor, got one of layout torch._mk"),
         ({"backend": "cuda"}, RuntimeError, "backend='cuda' cannot run deform_conv2d on cpu"),
     ],
 )

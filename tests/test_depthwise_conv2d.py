@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from compositions import CHANNELS, assert_same, each_layout
+from compositions import CHANNELS, assert_same, called_children, each_layout
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -79,17 +79,6 @@ CHANGES: dict[str, Callable[[nn.Module], object]] = {
 }
 
 
-def calls_of_children(module: nn.Module, input: Tensor) -> int:
-    """How many children are called: none where the module runs fused."""
-    calls = []
-    watched = copy.deepcopy(module)
-    for child in watched.children():
-        forward = child.forward
-        child.forward = lambda *args, forward=forward: (calls.append(1), forward(*args))[1]
-    watched(input)
-    return len(calls)
-
-
 @pytest.fixture
 def always_fused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Or the module would be compared with itself where it stands back."""
@@ -102,7 +91,7 @@ def always_fused(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("change", list(CHANGES))
 def test_same_as_the_composition(change: str, bias: bool, layout: torch.memory_format) -> None:
     ours, theirs = pair(CHANGES[change], bias=bias)
-    assert calls_of_children(ours, torch.randn(2, CHANNELS, 5, 5).contiguous(memory_format=layout)) == 0
+    assert called_children(ours, torch.randn(2, CHANNELS, 5, 5).contiguous(memory_format=layout)) == 0
     assert_same(ours, theirs, layout)
 
 
@@ -134,9 +123,9 @@ def test_stands_back_where_plain_modules_are_faster(
     """How many children are called."""
     input = torch.randn(2, CHANNELS, side, side).contiguous(memory_format=layout)
     module = DepthwiseConv2d(CHANNELS, kernel_size)
-    assert calls_of_children(module, input) == training
+    assert called_children(module, input) == training
     with torch.no_grad():
-        assert calls_of_children(module.eval(), input) == inference
+        assert called_children(module.eval(), input) == inference
 
 
 @each_layout
@@ -147,7 +136,7 @@ def test_same_where_it_stands_back(layout: torch.memory_format) -> None:
 @pytest.mark.parametrize("stride", [2, 3])
 def test_a_stride_calls_the_children(stride: int) -> None:
     ours, theirs = pair(stride=stride)
-    assert calls_of_children(ours, torch.randn(2, CHANNELS, 9, 7)) == 2
+    assert called_children(ours, torch.randn(2, CHANNELS, 9, 7)) == 2
     assert_same(ours, theirs, torch.contiguous_format)
 
 
@@ -161,10 +150,10 @@ def test_children_that_were_changed_or_are_watched_are_called() -> None:
         assert_same(ours, theirs, torch.contiguous_format, steps=1)
         assert len(seen) == 2
     converted = nn.SyncBatchNorm.convert_sync_batchnorm(DepthwiseConv2d(CHANNELS)).eval()
-    assert calls_of_children(converted, input) == 2
+    assert called_children(converted, input) == 2
     circular = DepthwiseConv2d(CHANNELS)
     circular.conv.padding_mode, circular.conv._reversed_padding_repeated_twice = "circular", [1, 1, 1, 1]
-    assert calls_of_children(circular, input) == 2
+    assert called_children(circular, input) == 2
 
 
 def test_one_value_per_channel_raises_as_batch_norm_does() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from compositions import assert_same, each_layout
+from compositions import assert_same, called_children, each_layout
 from torch import Tensor, nn
 
 import cellops
@@ -81,21 +81,9 @@ def test_same_as_the_composition(change: str, kernel_size: int, layout: torch.me
     assert_same(*pair(kernel_size=kernel_size, change=CHANGES[change]), layout)
 
 
-def fused_calls(module: nn.Module, input: Tensor) -> int:
-    """How many children are called: none where the module runs fused."""
-    calls = []
-    watched = copy.deepcopy(module)
-    for name in ("conv_frelu", "bn_frelu"):
-        child = getattr(watched, name)
-        forward = child.forward
-        child.forward = lambda *args, forward=forward: (calls.append(1), forward(*args))[1]
-    watched(input)
-    return len(calls)
-
-
 def test_children_that_were_changed_or_are_watched_are_called() -> None:
     input = torch.randn(2, 12, 5, 5)
-    assert fused_calls(FReLU(12), input) == 0
+    assert called_children(FReLU(12), input) == 0
 
     seen: list[int] = []
     ours, theirs = pair()
@@ -114,10 +102,10 @@ def test_children_that_were_changed_or_are_watched_are_called() -> None:
         module.bn_frelu.load_state_dict(state)
 
     ours, theirs = pair(change=freeze)
-    assert fused_calls(ours, input) == 2
+    assert called_children(ours, input) == 2
     assert_same(ours, theirs, torch.contiguous_format, steps=1)
     converted = nn.SyncBatchNorm.convert_sync_batchnorm(FReLU(12)).eval()
-    assert fused_calls(converted, input) == 2
+    assert called_children(converted, input) == 2
 
     calls: list[str] = []
     handle = nn.modules.module.register_module_forward_hook(lambda module, *_: calls.append(type(module).__name__))

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from compositions import assert_same, each_layout
+from compositions import assert_same, called_children, each_layout
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -117,17 +117,6 @@ def test_activation_and_shuffle(norm: bool, shuffle: bool, activation: str) -> N
     assert_same(ours, theirs, torch.contiguous_format)
 
 
-def fused_calls(module: nn.Module, input: Tensor) -> int:
-    """How many children are called: none where the module runs fused."""
-    calls = []
-    watched = copy.deepcopy(module)
-    for child in (watched.conv, watched.bn):
-        forward = child.forward
-        child.forward = lambda *args, forward=forward: (calls.append(1), forward(*args))[1]
-    watched(input)
-    return len(calls)
-
-
 @pytest.mark.parametrize(
     ("sizes", "pixels", "layout", "calls"),
     [
@@ -146,8 +135,8 @@ def test_stands_back_in_training_where_plain_modules_are_faster(
 ) -> None:
     input = torch.randn(2, sizes[0], pixels, pixels).contiguous(memory_format=layout)
     module = GroupConv1x1(*sizes, shuffle=True)
-    assert fused_calls(module, input) == calls
-    assert fused_calls(module.eval(), input) == 0
+    assert called_children(module, input) == calls
+    assert called_children(module.eval(), input) == 0
 
 
 @each_layout
@@ -157,7 +146,7 @@ def test_same_where_it_stands_back(layout: torch.memory_format) -> None:
 
 def test_children_that_were_changed_or_are_watched_are_called() -> None:
     input = torch.randn(2, 12, 5, 5)
-    assert fused_calls(GroupConv1x1(12, 18, 3), input) == 0
+    assert called_children(GroupConv1x1(12, 18, 3), input) == 0
 
     for child in ("conv", "bn"):
         seen: list[int] = []
@@ -177,10 +166,10 @@ def test_children_that_were_changed_or_are_watched_are_called() -> None:
         module.bn.load_state_dict(state)
 
     ours, theirs = pair(freeze)
-    assert fused_calls(ours, input) == 2
+    assert called_children(ours, input) == 2
     assert_same(ours, theirs, torch.contiguous_format, steps=1)
     converted = nn.SyncBatchNorm.convert_sync_batchnorm(GroupConv1x1(12, 18, 3)).eval()
-    assert fused_calls(converted, input) == 2
+    assert called_children(converted, input) == 2
 
 
 def test_one_value_per_channel_raises_as_batch_norm_does() -> None:

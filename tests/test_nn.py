@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import cellops
-from cellops import DeformConv2d, DeformConv2dPack
+from cellops import ConvOffset2d, DeformConv2d, DeformConv2dPack, FReLU
 
 CONFIGURATIONS: list[dict[str, Any]] = [
     {"kernel_size": 3},
@@ -207,3 +207,24 @@ def test_modules_move_between_types_and_devices() -> None:
     assert text.startswith(
         "DeformConv2dPack(\n  4, 6, kernel_size=(3, 3), stride=(1, 1), offset_groups=2, modulated=False"
     )
+
+
+def test_materialised_from_the_meta_device() -> None:
+    """`to_empty`, then every module's `reset_parameters`, children first: modules draw what their constructors do."""
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        model = nn.Sequential(DeformConv2dPack(8, 8, 3), FReLU(64), ConvOffset2d(64), FReLU(64, norm=False))
+    model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        nn.init.constant_(parameter, torch.nan)
+    model.apply(lambda module: module.reset_parameters() if hasattr(module, "reset_parameters") else None)
+    pack, frelu, offset, _ = model
+    assert not any(parameter.any() for parameter in pack.conv_offset.parameters()) and pack.weight.std() > 0.05
+    assert abs(frelu.conv_frelu.weight.std() - 0.01) < 0.002 and abs(offset.conv.weight.std() - 0.01) < 0.002
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+    nn.init.ones_(pack.conv_offset.weight)
+    frelu.bn_frelu.running_mean.fill_(torch.nan)
+    pack.reset_parameters()
+    frelu.reset_parameters()
+    assert not pack.conv_offset.weight.any() and not frelu.bn_frelu.running_mean.any()

@@ -260,6 +260,25 @@ def test_errors_name_the_argument(case: Case) -> None:
 
 
 @each_op
+@pytest.mark.parametrize("backend", [None, "cpu", "reference"])
+def test_tensors_that_are_not_dense_are_refused(case: Case, backend: str | None) -> None:
+    arguments = case.make()
+    for name in OPERATORS[case.op].names[:2]:
+        with pytest.raises(TypeError, match=f"{name} must be a dense tensor, got one of layout torch.sparse_coo"):
+            case.function(**{**arguments, name: arguments[name].to_sparse()}, backend=backend)
+
+
+@pytest.mark.parametrize("backend", [None, "cpu", "reference"])
+@pytest.mark.parametrize("eps", [-1e-5, float("nan")])
+@pytest.mark.parametrize("case", [case for case in BASIC if case.op.endswith("_batch_norm")], ids=str)
+def test_an_eps_that_no_normalisation_takes_is_refused(case: Case, eps: float, backend: str | None) -> None:
+    arguments = case.make()
+    with pytest.raises(ValueError, match=f"eps must be at least 0, got {eps}"):
+        case.function(**{**arguments, "eps": eps}, backend=backend)
+    case.function(**{**arguments, "eps": 0.0}, backend=backend)
+
+
+@each_op
 def test_bit_identical_from_run_to_run(case: Case) -> None:
     big = next(other for other in cases(case.op, "edge") if other.name.endswith("_image"))
     arguments = big.make()

@@ -12,7 +12,7 @@ from cellops import _backend
 from cellops.convert._compare import difference
 from cellops.convert._match import Match, Stays, match
 from cellops.convert._report import Change, Report
-from cellops.nn._children import HOOKS
+from cellops.nn._children import addition
 from cellops.nn.deform_conv2d import DeformConv2dPack, load_old_keys
 
 
@@ -80,8 +80,9 @@ def _check(module: nn.Module, found: Match) -> None:
         raise Stays("it is a script")
     for name, part in module.named_modules():
         what = f"its {name}" if name else "it"
-        if found.inputs is not None and any(getattr(part, hooks) for hooks in HOOKS):
-            raise Stays(f"{what} has a hook")
+        # a sequence calls those of its children that have something, and loses what was put around itself
+        if (added := addition(part)) and (found.inputs is not None or (part is module and added != "a hook")):
+            raise Stays(f"{what} has {added}")
         if parametrize.is_parametrized(part):
             raise Stays(f"{what} is parametrized")
     parameter = next(module.parameters())

@@ -18,7 +18,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from cellops.convert._report import Change, Report
 from cellops.convert.modules import FusedSequential, NamedFReLU, PooledAttention
 from cellops.nn import DeformConv2d, DepthwiseConv2d, FReLU, GroupConv1x1
-from cellops.nn._children import HOOKS
+from cellops.nn._children import HOOKS, addition
 
 CONVOLUTIONS = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
 NORMALISATIONS = {nn.BatchNorm1d: 1, nn.BatchNorm2d: 2, nn.BatchNorm3d: 3}
@@ -86,8 +86,8 @@ def _why_not(conv: nn.Module, bn: nn.Module) -> str:
     if bn.running_mean is None or bn.running_var is None:
         return "it has no running statistics"
     for module, what in ((bn, "it"), (conv, "the convolution")):
-        if any(getattr(module, hooks) for hooks in HOOKS):
-            return f"{what} has a hook"
+        if added := addition(module):
+            return f"{what} has {added}"
         if parametrize.is_parametrized(module):
             return f"{what} is parametrized"
     known = type(conv) in CONVOLUTIONS or type(conv).__name__ in KEEPS_WEIGHT or _is_deformable(conv)

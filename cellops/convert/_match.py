@@ -154,7 +154,8 @@ def _spatial_attention(module: nn.Module) -> Match | None:
     weight = inner[0].weight.shape if len(inner) == 1 else ()
     if len(weight) != 4 or weight[:2] != (1, 2) or weight[2] != weight[3] or weight[3] % 2 == 0:
         raise Stays("conv does not hold one odd convolution from two channels to one")
-    convert = partial(_become, cls=PooledAttention, attributes={"mean_first": True}, drop=tuple(children))
+    attributes = {"mean_first": True, "kinds": frozenset(type(part) for part in conv.modules())}
+    convert = partial(_become, cls=PooledAttention, attributes=attributes, drop=tuple(children))
     return Match("PooledAttention", "spatial_attention", convert, ((2, 5, SIDE, SIDE),))
 
 

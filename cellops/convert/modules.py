@@ -10,9 +10,10 @@ from typing import NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from cellops.nn import FReLU, SqueezeExcite, _batch_norm, depthwise_conv2d, group_conv1x1
-from cellops.nn._children import watched
+from cellops.nn._children import keeps_size, watched
 from cellops.nn.squeeze_excite import excite
 from cellops.ops.spatial_attention import spatial_attention
 
@@ -69,23 +70,28 @@ class PooledAttention(nn.Module):
 
     Attributes:
         mean_first: whether the first of the two channels is the mean (timm) or the maximum (CBAM's authors).
+        kinds: the classes of what `conv` held when it was compared; with any other in it, it is called.
     """
 
     conv: nn.Module
     mean_first: bool
+    kinds: frozenset[type[nn.Module]] = frozenset()
 
     def parts(self) -> tuple[nn.Conv2d, nn.BatchNorm2d | None] | None:
-        """Convolution and normalisation if they may be fused."""
-        children = [child for child in self.conv.modules() if not next(child.children(), None)]
-        convs = [child for child in children if type(child) is nn.Conv2d]
-        norms = [child for child in self.conv.modules() if isinstance(child, nn.BatchNorm2d)]
-        if len(convs) != 1 or len(norms) > 1 or watched(*self.conv.modules()):
+        """Convolution and normalisation if they may be fused, and nothing but what was compared is there."""
+        there = list(self.conv.modules())
+        if not {type(part) for part in there} <= {*self.kinds, nn.Identity} or watched(*there):
+            return None  # another normalisation, an adapter: it wants to be called
+        convs = [part for part in there if type(part) is nn.Conv2d]
+        norms = [part for part in there if isinstance(part, nn.BatchNorm2d)]
+        if len(convs) != 1 or len(norms) > 1 or not keeps_size(convs[0]):
             return None
         return convs[0], norms[0] if norms else None
 
     def forward(self, input: Tensor) -> Tensor:
         """[N, C, H, W] -> [N, C, H, W]. Errors are those of `cellops.spatial_attention`."""
-        parts = self.parts()
+        # A tracer wants modules, and whichever mode they are in later.
+        parts = None if isinstance(input, Proxy) else self.parts()
         if parts is None or (parts[1] is not None and _batch_norm.uses_batch_statistics(parts[1])):
             pooled = [input.mean(1, keepdim=True), input.amax(1, keepdim=True)]
             return input * self.conv(torch.cat(pooled if self.mean_first else pooled[::-1], dim=1)).sigmoid()

@@ -2,7 +2,8 @@
 
 A call of an op costs about 25 µs in a compiled program, and what stands before and after it cannot be fused with it:
 a normalisation or a sum is one reading and one writing of the map more. In inference, where an op saves less than that,
-it stands back. The rule looks at one image, not at the batch, which would cost a graph for some batch sizes.
+it stands back. The rule looks at one image, not at the batch, which would cost a graph for some batch sizes; and for
+the same reason at sizes that are known while compiling, not at dynamic ones.
 docs/compile.md has the figures, benchmarks/bench_compile.py takes them.
 """
 
@@ -50,4 +51,17 @@ def stands_back(op: str, input: Tensor, *others: Tensor | nn.Module | None) -> b
     if 0 in input.shape[1:]:  # some ops refuse empty images
         return False
     channels_last = not input.is_contiguous() and input.is_contiguous(memory_format=torch.channels_last)
-    return input.shape[1] * input.shape[2] * input.shape[3] < FEWEST[op][channels_last]
+    return is_known(input.shape[1] * input.shape[2] * input.shape[3] < FEWEST[op][channels_last])
+
+
+def is_known(condition: bool | torch.SymBool) -> bool:
+    """Whether a condition on sizes holds; False where they are dynamic and some do not meet it.
+
+    Asking would split a compiled program there: networks of many maps would have more programs than torch allows, each
+    for some resolutions.
+    """
+    if not torch.compiler.is_compiling():
+        return bool(condition)
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # imports sympy, which a compiler has
+
+    return statically_known_true(condition)

@@ -136,9 +136,18 @@ class DeformConv2dPack(DeformConv2d):
             self.padding,
             self.dilation,
         )
-        nn.init.zeros_(self.conv_offset.weight)
-        nn.init.zeros_(self.conv_offset.bias)  # type: ignore[arg-type]
+        self._reset_offset()
         _rename_old_keys_in_parents()
+
+    def reset_parameters(self) -> None:
+        """Draw weight and bias as `nn.Conv2d` does, and set those of `conv_offset` to zero."""
+        super().reset_parameters()
+        if "conv_offset" in self._modules:  # not yet where the parent constructs
+            self._reset_offset()
+
+    def _reset_offset(self) -> None:
+        for parameter in self.conv_offset.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]
         """[N, C, H, W] -> [N, O, OH, OW]."""
@@ -165,9 +174,13 @@ def _rename_old_keys_in_parents() -> None:
         _old_keys_hook = register_module_module_registration_hook(_hook_parent)
 
 
-def _hook_parent(parent: nn.Module, name: str, child: nn.Module | None) -> None:
-    if isinstance(child, DeformConv2dPack):
-        load_old_keys(parent)
+def _hook_parent(*arguments: Any) -> None:
+    """Take parent, name and child, as one: Dynamo may compile this hook, and looks at each module that has a name.
+
+    Compiled autograd registers a module in a parent that is not complete yet.
+    """
+    if isinstance(arguments[2], DeformConv2dPack):
+        load_old_keys(arguments[0])
 
 
 def load_old_keys(parent: nn.Module) -> None:

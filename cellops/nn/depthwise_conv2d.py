@@ -107,8 +107,8 @@ def _plain_is_faster(input: Tensor, conv: nn.Conv2d) -> bool:
         return False
     pixels, wide = input.shape[2] * input.shape[3], conv.kernel_size[0] > 3
     if not torch.is_grad_enabled() and input.is_contiguous():
-        return wide or pixels < 256
-    return not wide and pixels < 64
+        return wide or _compiled.is_known(pixels < 256)
+    return not wide and _compiled.is_known(pixels < 64)
 
 
 def _compose(input: Tensor, conv: nn.Module, bn: nn.Module | None, activation: str) -> Tensor:

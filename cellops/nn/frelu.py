@@ -34,6 +34,13 @@ class FReLU(nn.Module):
         self.bn_frelu = nn.BatchNorm2d(channels) if norm else None
         nn.init.normal_(self.conv_frelu.weight, std=0.01)
 
+    def reset_parameters(self) -> None:
+        """Reset the children as they do themselves, then draw the convolution's weight from N(0, 0.01)."""
+        for child in self.children():
+            if callable(reset := getattr(child, "reset_parameters", None)):
+                reset()
+        nn.init.normal_(self.conv_frelu.weight, std=0.01)
+
     def forward(self, input: Tensor) -> Tensor:
         """[N, C, H, W] -> [N, C, H, W].
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cellops import _backend, _native
-from cellops.ops._registration import autocast_disabled, device_of, expect
+from cellops.ops._registration import autocast_disabled, device_of, expect, expect_dense, with_strides_of
 from cellops.reference import deform_conv2d as reference
 
 Shape = Sequence[int]
@@ -105,12 +105,15 @@ def check_dtypes(
 
 
 def check_devices(input: Tensor, **others: Tensor | None) -> None:
-    """Check that all tensors are where the input is.
+    """Check that all tensors are dense, and where the input is.
 
     Raises:
+        TypeError: naming the argument and its layout.
         RuntimeError: naming the argument, where it is and where it was expected.
     """
+    expect_dense("input", input)
     for name, tensor in others.items():
+        expect_dense(name, tensor)
         if tensor is not None and tensor.device != input.device:
             raise RuntimeError(f"{name} must be on {input.device} like the input, got {tensor.device}")
 
@@ -355,7 +358,7 @@ def backward_cpu(
         grad_weight,
         grad_bias,
     )
-    return [gradient for gradient in gradients if gradient is not None]
+    return _there(gradients, weight)
 
 
 def backward_any_device(
@@ -389,11 +392,18 @@ def _backward_without_library(
     with autocast_disabled(), device_of(input):
         gradients = kernel(grad_output, input, offset, weight, stride, padding, dilation, mask, wanted)
     dtypes = (input.dtype, offset.dtype, weight.dtype, weight.dtype, input.dtype)
-    return [
-        gradient.to(dtype).contiguous(memory_format=memory_format)
+    found = [
+        None if gradient is None else gradient.to(dtype).contiguous(memory_format=memory_format)
         for gradient, dtype, memory_format in zip(gradients, dtypes, formats, strict=True)
-        if gradient is not None
     ]
+    return _there(found, weight)
+
+
+def _there(gradients: list[Tensor | None], weight: Tensor) -> list[Tensor]:
+    """The gradients there are, that of the weight with its strides."""
+    if gradients[2] is not None:
+        gradients[2] = with_strides_of(weight, gradients[2])
+    return [gradient for gradient in gradients if gradient is not None]
 
 
 def backward_fake(
@@ -404,7 +414,7 @@ def backward_fake(
     sizes = _check_fake(input, offset, weight, None, mask, config)
     check_devices(input, grad_output=grad_output)
     _check_grad_output(grad_output, input, sizes.output)
-    return [gradient for gradient in _allocate(input, offset, weight, mask, wanted) if gradient is not None]
+    return _there(_allocate(input, offset, weight, mask, wanted), weight)
 
 
 def backward_formula(

@@ -25,12 +25,15 @@ from cellops.ops._registration import (
     define,
     device_of,
     expect,
+    expect_dense,
     has_tangent,
+    is_traced,
     is_transformed_for_reverse_mode,
     library,
     needs_dispatch,
     one_by_one,
     takes_formula,
+    with_strides_of,
 )
 
 Shape = tuple[int, ...]
@@ -147,7 +150,7 @@ class Operator:
             if is_transformed_for_reverse_mode():
                 return FunctorchFunction.apply(self, *arguments)
             return self.op(*arguments)
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments[: self.count]):
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments[: self.count]) and not is_traced():
             return Function.apply(self, *arguments)
         with torch._C._AutoDispatchBelowAutograd():
             return self.op(*arguments)
@@ -158,6 +161,7 @@ class Operator:
         input = tensors[0]
         assert input is not None
         for name, tensor in zip(self.names, tensors, strict=True):
+            expect_dense(name, tensor)
             if tensor is not None and tensor.device != input.device:
                 raise RuntimeError(f"{name} must be on {input.device} like the input, got {tensor.device}")
         self._check_dtypes(tuple(None if tensor is None else tensor.dtype for tensor in tensors))
@@ -347,7 +351,7 @@ class Operator:
         shape = self._check(tensors, config[:-1])
         self._check_grad_output(grad_output, tensors[0], shape)
         return [
-            torch.empty_like(tensor, memory_format=_format(tensor))
+            with_strides_of(tensor, torch.empty_like(tensor, memory_format=_format(tensor)))
             for tensor, want in zip(tensors, wanted, strict=True)
             if want and tensor is not None
         ]
@@ -460,14 +464,17 @@ def _format(tensor: Tensor) -> torch.memory_format:
 
 
 def _like(gradients: Sequence[Tensor | None], tensors: Tensors) -> list[Tensor]:
-    """The gradients there are, each in its tensor's shape, dtype and memory format.
+    """The gradients there are, each in its tensor's shape, dtype, memory format and strides.
 
     Reshaping to the same shape would change the strides of dimensions of size 1.
     """
     return [
-        (gradient if gradient.shape == tensor.shape else gradient.reshape(tensor.shape))
-        .to(tensor.dtype)
-        .contiguous(memory_format=_format(tensor))
+        with_strides_of(
+            tensor,
+            (gradient if gradient.shape == tensor.shape else gradient.reshape(tensor.shape))
+            .to(tensor.dtype)
+            .contiguous(memory_format=_format(tensor)),
+        )
         for gradient, tensor in zip(gradients, tensors, strict=True)
         if gradient is not None and tensor is not None
     ]

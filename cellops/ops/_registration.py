@@ -70,6 +70,11 @@ def needs_dispatch() -> bool:
     return forward_ad._current_level >= 0 or _in_functorch() or _in_autocast() or _is_compiling()
 
 
+def is_traced() -> bool:
+    """Whether `torch.jit.trace` records the ops: it would record a Function applied here as Python code."""
+    return torch._C._get_tracing_state() is not None
+
+
 def is_transformed_for_reverse_mode() -> bool:
     """Whether a public function must apply the Function that `torch.func` asks for."""
     return _in_functorch() and forward_ad._current_level < 0 and not _is_compiling() and not _in_autocast()
@@ -101,7 +106,7 @@ def one_by_one(backward: Callable[[Tensor], Sequence[Tensor]], grad_output: Tens
         backward: from one gradient to those of the tensors.
         grad_output: one, or many as one tensor of that vmap.
     """
-    if not torch._C._functorch.is_legacy_batchedtensor(grad_output):
+    if _is_compiling() or not torch._C._functorch.is_legacy_batchedtensor(grad_output):
         return backward(grad_output)
     level = torch._C._vmapmode_increment_nesting() - 1
     torch._C._vmapmode_decrement_nesting()
@@ -109,10 +114,38 @@ def one_by_one(backward: Callable[[Tensor], Sequence[Tensor]], grad_output: Tens
     return [torch._add_batch_dim(torch.stack(gradients), 0, level) for gradients in zip(*found, strict=True)]
 
 
+def with_strides_of(tensor: Tensor, gradient: Tensor) -> Tensor:
+    """A new gradient with its tensor's strides in dimensions of size 1 too, as PyTorch's own convolutions give it.
+
+    They move no element, but DistributedDataParallel compares them and warns of copies: a channels_last weight
+    [C, 1, k, k] or [O, C, 1, 1] is contiguous as well. Symbolic ones are not compared, which would guard them.
+    """
+    if tensor._has_symbolic_sizes_strides:  # type: ignore[attr-defined]
+        return gradient
+    wanted, found = tensor.stride(), gradient.stride()
+    if wanted == found or any(
+        size != 1 and one != other for size, one, other in zip(tensor.shape, wanted, found, strict=True)
+    ):
+        return gradient
+    return gradient.as_strided(tensor.shape, wanted)
+
+
 def expect(name: str, shape: Sequence[int] | None, expected: Sequence[int]) -> None:
     """Raise ValueError unless a tensor is absent or has the expected shape."""
     if shape is not None and tuple(shape) != tuple(expected):
         raise ValueError(f"{name} must have shape {tuple(expected)}, got {tuple(shape)}")
+
+
+def expect_dense(name: str, tensor: Tensor | None) -> None:
+    """Raise TypeError for a tensor that no kernel reads: a sparse one, or one in oneDNN's own layout."""
+    if tensor is not None and tensor.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got one of layout {tensor.layout}")
+
+
+def expect_eps(eps: float) -> None:
+    """Raise ValueError unless what a normalisation adds to the variance is 0 or more."""
+    if not eps >= 0:
+        raise ValueError(f"eps must be at least 0, got {eps}")
 
 
 def expect_window(weight: Sequence[int], channels: int) -> None:

@@ -23,6 +23,7 @@ from cellops.ops._registration import (
     autocast_disabled,
     define,
     has_tangent,
+    is_traced,
     is_transformed_for_reverse_mode,
     library,
     needs_dispatch,
@@ -87,7 +88,8 @@ def deform_conv2d(
     if input is None or offset is None or weight is None:
         missing = ("input", "offset", "weight")[(input, offset, weight).index(None)]
         raise TypeError(f"{missing} must be a tensor, got None")
-    if torch.is_grad_enabled() and torch._C._any_requires_grad(input, offset, weight, bias, mask):
+    differentiable = torch.is_grad_enabled() and torch._C._any_requires_grad(input, offset, weight, bias, mask)
+    if differentiable and not is_traced():
         config = (stride_y, stride_x, pad_y, pad_x, dilation_y, dilation_x, backend)
         return _DeformConv2d.apply(input, offset, weight, bias, mask, config)
     with _below_autograd():

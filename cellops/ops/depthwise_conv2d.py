@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cellops import _native
 from cellops.ops._operator import Call, Operator
-from cellops.ops._registration import expect, expect_window
+from cellops.ops._registration import expect, expect_eps, expect_window
 from cellops.ops.group_conv1x1 import ACTIVATION_CODES
 from cellops.reference import depthwise_conv2d as reference
 
@@ -65,7 +65,7 @@ def depthwise_conv2d_batch_norm(
         input, weight, activation, backend: as for `depthwise_conv2d`.
         gamma: [C], the normalisation's weight, or None for 1. Like `beta`, float32 beside a half input too.
         beta: [C], its bias, or None for 0.
-        eps: added to the variance.
+        eps: added to the variance, at least 0.
 
     Returns:
         [N, C, H, W]; mean and biased variance [C] of the convolution, float32 or wider and without gradients.
@@ -82,6 +82,8 @@ def _check(call: Call) -> tuple[int, ...]:
     assert input is not None and weight is not None
     if activation not in ACTIVATION_CODES:
         raise ValueError(f"activation must be one of {', '.join(map(repr, ACTIVATION_CODES))}, got {activation!r}")
+    if eps:
+        expect_eps(eps[0])
     expect_window(weight, input[1])
     for name, shape in zip(("gamma", "beta") if eps else ("scale", "shift"), affine, strict=True):
         expect(name, shape, (input[1],))

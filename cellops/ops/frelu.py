@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cellops import _native
 from cellops.ops._operator import Call, Operator
-from cellops.ops._registration import expect, expect_window
+from cellops.ops._registration import expect, expect_eps, expect_window
 from cellops.reference import frelu as reference
 
 
@@ -62,7 +62,7 @@ def frelu_batch_norm(
         weight: [C, 1, k, k], k odd.
         gamma: [C], the normalisation's weight, or None for 1. Like `beta`, float32 beside a half input too.
         beta: [C], its bias, or None for 0.
-        eps: added to the variance.
+        eps: added to the variance, at least 0.
         backend: as for `frelu`.
 
     Returns:
@@ -78,6 +78,8 @@ def _check(call: Call) -> tuple[int, ...]:
     input, weight, *affine = call.shapes
     assert input is not None and weight is not None
     channels = input[1]
+    if call.settings:
+        expect_eps(call.settings[0])
     expect_window(weight, channels)
     for name, shape in zip(("gamma", "beta") if call.settings else ("scale", "shift"), affine, strict=True):
         expect(name, shape, (channels,))

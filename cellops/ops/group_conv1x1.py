@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cellops import _native
 from cellops.ops._operator import Call, Operator
-from cellops.ops._registration import expect
+from cellops.ops._registration import expect, expect_eps
 from cellops.reference import group_conv1x1 as reference
 
 ACTIVATION_CODES = {"none": 0, "relu": 1, "relu6": 2, "gelu": 3, "silu": 4, "hardswish": 5}
@@ -73,7 +73,7 @@ def group_conv1x1_batch_norm(
         input, weight, groups, activation, shuffle, backend: as for `group_conv1x1`.
         gamma: [O], the normalisation's weight, or None for 1. Like `beta`, float32 beside a half input too.
         beta: [O], its bias, or None for 0.
-        eps: added to the variance.
+        eps: added to the variance, at least 0.
 
     Returns:
         [N, O, H, W]; mean and biased variance [O] of the convolution, float32 or wider and without gradients.
@@ -90,6 +90,8 @@ def _check(call: Call) -> tuple[int, ...]:
     assert input is not None and weight is not None
     if activation not in ACTIVATION_CODES:
         raise ValueError(f"activation must be one of {', '.join(map(repr, ACTIVATION_CODES))}, got {activation!r}")
+    if eps:
+        expect_eps(eps[0])
     batch, channels, height, width = input
     if groups < 1 or channels % groups:
         raise ValueError(f"groups must be a divisor of the input's {channels} channels, got {groups}")
