@@ -67,17 +67,15 @@ inline void micro_kernel(int64_t depth, const typename M::Unit* a, int64_t a_row
                          const typename M::Unit* b, int64_t b_step, typename M::Sum* c, int64_t c_row) {
   using S = typename M::Sum;
   constexpr int lanes = kLanes<S>;
-  Vec<S> sum[Rows][Vectors];
-#pragma GCC unroll 16
-  for (int r = 0; r < Rows; ++r) {
-#pragma GCC unroll 4
-    for (int v = 0; v < Vectors; ++v) sum[r][v] = Accumulate ? load(c + r * c_row + v * lanes) : Vec<S>{};
-  }
+  Vec<S> sum[Rows][Vectors] = {};  // not begun with C: in long sums every term would be rounded to the digits of C
   multiply_block<M>(depth, a, a_row, a_step, b, b_step, sum);
 #pragma GCC unroll 16
   for (int r = 0; r < Rows; ++r) {
 #pragma GCC unroll 4
-    for (int v = 0; v < Vectors; ++v) store(c + r * c_row + v * lanes, sum[r][v]);
+    for (int v = 0; v < Vectors; ++v) {
+      S* to = c + r * c_row + v * lanes;
+      store(to, Accumulate ? load(to) + sum[r][v] : sum[r][v]);
+    }
   }
 }
 

@@ -30,24 +30,39 @@ inline void for_images(const Team& team, int64_t images, const Body& body) {
   for (int64_t i = team.size * alone; i < images; ++i) body(i, team);
 }
 
+// A sum over pixels is taken from sums of so many terms, which are added up in double: in one long sum of float every
+// term would be rounded to the digits of the whole.
+inline constexpr int64_t kTerms = 512;
+
+template <class S, int Vectors>
+CELLOPS_INLINE void add_terms(const Vec<S> (&terms)[Vectors], double* totals) {
+  S values[Vectors * kLanes<S>];
+  __builtin_memcpy(values, terms, sizeof(values));
+  for (int i = 0; i < Vectors * kLanes<S>; ++i) totals[i] += double(values[i]);
+}
+
 // Sums over the pixels of `Vectors` vectors of channels from c on, kept in registers; see sum_pixels.
 template <bool Product, int Vectors, class T, class S>
 inline void sum_rows(const T* a, const T* b, int64_t channels, int64_t pixels, int64_t c, S* sums, S* products) {
   constexpr int lanes = kLanes<S>;
-  Vec<S> sum[Vectors] = {}, product[Vectors] = {};
-  for (int64_t p = 0; p < pixels; ++p) {
-    const int64_t at = p * channels + c;
+  double total[Vectors * lanes] = {}, total_product[Vectors * lanes] = {};
+  for (int64_t first = 0; first < pixels; first += kTerms) {
+    Vec<S> sum[Vectors] = {}, product[Vectors] = {};
+    for (int64_t p = first; p < min_of(first + kTerms, pixels); ++p) {
+      const int64_t at = p * channels + c;
 #pragma GCC unroll 8
-    for (int v = 0; v < Vectors; ++v) {
-      const Vec<S> value = load(a + at + v * lanes);
-      sum[v] += value;
-      if constexpr (Product) product[v] += value * load(b + at + v * lanes);
+      for (int v = 0; v < Vectors; ++v) {
+        const Vec<S> value = load(a + at + v * lanes);
+        sum[v] += value;
+        if constexpr (Product) product[v] += value * load(b + at + v * lanes);
+      }
     }
+    add_terms<S>(sum, total);
+    if constexpr (Product) add_terms<S>(product, total_product);
   }
-#pragma GCC unroll 8
-  for (int v = 0; v < Vectors; ++v) {
-    store(sums + c + v * lanes, sum[v]);
-    if constexpr (Product) store(products + c + v * lanes, product[v]);
+  for (int i = 0; i < Vectors * lanes; ++i) {
+    sums[c + i] = S(total[i]);
+    if constexpr (Product) products[c + i] = S(total_product[i]);
   }
 }
 
@@ -59,23 +74,27 @@ inline void sum_pixels(const T* a, const T* b, int64_t channels, int64_t pixels,
   if (!channels_last) {
     for (int64_t c = begin; c < end; ++c) {
       const T *x = a + c * pixels, *y = Product ? b + c * pixels : nullptr;
-      Vec<S> sum[2] = {}, product[2] = {};
+      double total = 0, total_product = 0;
       int64_t p = 0;
-      for (; p + 2 * lanes <= pixels; p += 2 * lanes) {
-        for (int k = 0; k < 2; ++k) {
-          const Vec<S> value = load(x + p + k * lanes);
-          sum[k] += value;
-          if constexpr (Product) product[k] += value * load(y + p + k * lanes);
+      for (int64_t whole = pixels / (2 * lanes); whole > 0; whole -= kTerms) {
+        Vec<S> sum[2] = {}, product[2] = {};
+        for (const int64_t stop = p + min_of(whole, kTerms) * 2 * lanes; p < stop; p += 2 * lanes) {
+          for (int k = 0; k < 2; ++k) {
+            const Vec<S> value = load(x + p + k * lanes);
+            sum[k] += value;
+            if constexpr (Product) product[k] += value * load(y + p + k * lanes);
+          }
         }
+        total += sum_of<S>(sum[0] + sum[1]);
+        if constexpr (Product) total_product += sum_of<S>(product[0] + product[1]);
       }
-      S total = sum_of<S>(sum[0] + sum[1]), total_product = sum_of<S>(product[0] + product[1]);
       for (; p < pixels; ++p) {
         const S value = to_compute(x[p]);
         total += value;
         if constexpr (Product) total_product += value * to_compute(y[p]);
       }
-      sums[c] = total;
-      if constexpr (Product) products[c] = total_product;
+      sums[c] = S(total);
+      if constexpr (Product) products[c] = S(total_product);
     }
     return;
   }
@@ -83,14 +102,14 @@ inline void sum_pixels(const T* a, const T* b, int64_t channels, int64_t pixels,
   for (; c + 8 * lanes <= end; c += 8 * lanes) sum_rows<Product, 8>(a, b, channels, pixels, c, sums, products);
   for (; c + lanes <= end; c += lanes) sum_rows<Product, 1>(a, b, channels, pixels, c, sums, products);
   for (; c < end; ++c) {
-    S sum = 0, product = 0;
+    double sum = 0, product = 0;
     for (int64_t p = 0; p < pixels; ++p) {
       const S value = to_compute(a[p * channels + c]);
       sum += value;
       if constexpr (Product) product += value * to_compute(b[p * channels + c]);
     }
-    sums[c] = sum;
-    if constexpr (Product) products[c] = product;
+    sums[c] = S(sum);
+    if constexpr (Product) products[c] = S(product);
   }
 }
 

@@ -95,8 +95,9 @@ class Backward {
     Buffer<Range> ranges;
     Buffer<int64_t> first_range;  // of each block, and one past the last
     Buffer<E> packed;
-    Buffer<S> weight, bias;  // sums of each image group
-    Buffer<S> partial;       // offset and mask gradients of each (group, block), where blocks must be joined
+    Buffer<S> weight;     // sums of each image group
+    Buffer<double> bias;  // the same, one pixel after the other
+    Buffer<S> partial;    // offset and mask gradients of each (group, block), where blocks must be joined
     Buffer<T> zero;
     int64_t panels = 0;
     bool failed() const {
@@ -296,7 +297,7 @@ class Backward {
     }
   }
 
-  void add_bias(int64_t count, const Thread& own, S* bias) const {
+  void add_bias(int64_t count, const Thread& own, double* bias) const {
     for (int64_t i = 0; i < count; ++i) {
       const S* grad = own.grad.get() + i * grad_row_;
       for (int64_t g = 0; g < p_.groups; ++g) {
@@ -451,9 +452,17 @@ class Backward {
   void add_weight(int64_t tap, const Range& range, int64_t count, S* weight, Thread& own) const {
     if (depthwise_) {
       S* to = weight + tap * channel_room_ + range.channel;
-      for (int64_t i = 0; i < count; ++i) {
-        const S *grad = own.grad.get() + i * grad_row_ + range.channel, *column = own.columns.get() + i * own.stride;
-        for (int64_t c = 0; c < range.channels; ++c) to[c] += grad[c] * column[c];
+      const S *grad = own.grad.get() + range.channel, *column = own.columns.get();
+      int64_t c = 0;
+      for (; c + kLanes<S> <= range.channels; c += kLanes<S>) {
+        Vec<S> sum = {};
+        for (int64_t i = 0; i < count; ++i) sum += load(grad + i * grad_row_ + c) * load(column + i * own.stride + c);
+        store(to + c, load(to + c) + sum);
+      }
+      for (; c < range.channels; ++c) {
+        S sum = 0;
+        for (int64_t i = 0; i < count; ++i) sum += grad[i * grad_row_ + c] * column[i * own.stride + c];
+        to[c] += sum;
       }
       return;
     }
@@ -479,9 +488,9 @@ class Backward {
   void finish(const Team& team, const Shared& shared) const {
     if (io_.grad_bias && team.index == 0) {
       for (int64_t o = 0; o < p_.out_channels; ++o) {
-        S sum = 0;
+        double sum = 0;
         for (int64_t g = 0; g < shared.grid.groups; ++g) sum += shared.bias.get()[g * p_.out_channels + o];
-        from_compute(static_cast<T*>(io_.grad_bias) + o, sum);
+        from_compute(static_cast<T*>(io_.grad_bias) + o, S(sum));
       }
     }
     if (!io_.grad_weight) return;

@@ -367,19 +367,24 @@ void correlate(const Run& run, const T* input, int64_t taps, const Maps<S>& shif
     const int64_t c = v * lanes;
     for (int64_t t = 0; t < taps; ++t) {
       Vec<S> sum[B];
-      for (int b = 0; b < B; ++b) sum[b] = load(sums + t * channels + c + b * lanes);
+      for (int b = 0; b < B; ++b) sum[b] = Vec<S>{};
       for (int64_t p = 0; p < run.count; ++p) {
         const Vec<S> value = broadcast(shifted[t][p]);
         for (int b = 0; b < B; ++b) {
           sum[b] += load(x + p * channels + c + b * lanes) * value;
         }
       }
-      for (int b = 0; b < B; ++b) store(sums + t * channels + c + b * lanes, sum[b]);
+      for (int b = 0; b < B; ++b) {
+        S* to = sums + t * channels + c + b * lanes;
+        store(to, load(to) + sum[b]);
+      }
     }
   });
   for (int64_t c = channels / lanes * lanes; c < channels; ++c) {
     for (int64_t t = 0; t < taps; ++t) {
-      for (int64_t p = 0; p < run.count; ++p) sums[t * channels + c] += to_compute(x[p * channels + c]) * shifted[t][p];
+      S sum = 0;
+      for (int64_t p = 0; p < run.count; ++p) sum += to_compute(x[p * channels + c]) * shifted[t][p];
+      sums[t * channels + c] += sum;
     }
   }
 }
