@@ -21,6 +21,7 @@ from cellops.ops.depthwise_conv2d import depthwise_conv2d
 from cellops.ops.frelu import frelu_batch_norm
 from cellops.reference._activation import ACTIVATIONS
 from cellops.reference.frelu import frelu_batch_norm as reference_frelu_batch_norm
+from cellops.reference.offset_sample2d import offset_sample2d_backward as reference_offset_sample2d_backward
 from cellops.testing import Case, assert_close_to_reference, cases, forward_and_gradients, to_dtype
 from cellops.testing._compile_kernels import LIMITS
 
@@ -192,6 +193,45 @@ def test_zero_offsets_take_the_right_derivative() -> None:
         agrees(case, arguments)
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_gradients_that_are_not_finite_stay_at_their_corners(
+    deterministic: bool, memory_format: torch.memory_format
+) -> None:
+    """Of `offset_sample2d`: the last row and column have none beyond them, where 0 * inf would make NaN of inf."""
+    torch.use_deterministic_algorithms(deterministic)
+    generator = torch.Generator().manual_seed(0)
+    input = torch.randn(2, 3, 5, 6, generator=generator).to(DEVICE, memory_format=memory_format)
+    offset = (0.3 * torch.randn(2, 6, 5, 6, generator=generator)).to(DEVICE, memory_format=memory_format)
+    grad_output = torch.randn(2, 3, 5, 6, generator=generator).to(DEVICE, memory_format=memory_format)
+    offset[1, 0, 4], offset[1, 1, :, 5] = 9.0, 9.0
+    grad_output[0, 1, 2, 3], grad_output[0, 2, 0, 0] = float("nan"), -float("inf")
+    grad_output[1, 0, 4], grad_output[1, 0, 0, 5] = float("inf"), float("inf")
+    found, wanted = (
+        _backend.gpu_launcher("triton", "offset_sample2d", "backward")(
+            grad_output, input, offset, "planar", (True, True)
+        ),
+        reference_offset_sample2d_backward(grad_output, input, offset),
+    )
+    assert wanted[0][1, 0, 4, 0] == float("inf") and wanted[0].isfinite().float().mean() > 0.7
+    torch.testing.assert_close(found[0], wanted[0], rtol=1e-5, atol=1e-5, equal_nan=True)
+    finite = wanted[1].isfinite()  # the reference has inf - inf where grad * (x01 - x00) is inf
+    assert torch.equal(found[1].isfinite(), finite)
+    torch.testing.assert_close(found[1][finite], wanted[1][finite], rtol=1e-5, atol=1e-5)
+
+
+def test_reciprocals_divide_without_a_remainder_lost() -> None:
+    from cellops.triton.offset_sample2d import _reciprocal
+
+    divisors = (*range(1, 300), 12544, 50176, 65535, 65536, 65537, 2**30 - 1, 2**30, 2**31 - 1)
+    for divisor in divisors:
+        multiplier, shift = _reciprocal(divisor)
+        assert 2**31 <= multiplier < 2**32
+        last = (2**31 - 1) // divisor * divisor
+        for number in {0, 1, divisor - 1, divisor, last - 1, last, 2**31 - 1} - {-1}:
+            assert ((2 * number * multiplier) >> 32) >> shift == number // divisor, (number, divisor)
+
+
 @pytest.mark.parametrize(("op", "name"), [("deform_conv2d", "plain"), ("offset_sample2d", "offset_basic")])
 def test_float32_offsets_beside_half_inputs(op: str, name: str) -> None:
     case = case_of(op, name)
@@ -293,10 +333,10 @@ def test_blocks_of_deform_conv2d() -> None:
     from cellops.triton.deform_conv2d import forward_blocks
 
     h200, rtx = Limits(*LIMITS["sm_90"]), Limits(*LIMITS["sm_120"])
-    assert forward_blocks(100352, 64, 64, 2, h200)[:3] == (128, 64, 64)
-    assert forward_blocks(3136, 64, 64, 2, h200)[:3] == (64, 64, 64), "few pixels: twice as many programs"
-    assert forward_blocks(100352, 256, 256, 2, h200)[:3] == (64, 256, 64), "every input channel is sampled once"
-    assert forward_blocks(100352, 256, 256, 2, rtx)[:3] == (128, 128, 32), "less shared memory"
+    assert forward_blocks(100352, 64, 64, 2, h200)[:3] == (128, 64, 32)
+    assert forward_blocks(3136, 64, 64, 2, h200)[:3] == (64, 64, 32), "few pixels: twice as many programs"
+    assert forward_blocks(100352, 256, 256, 2, h200)[:3] == (64, 256, 32), "every input channel is sampled once"
+    assert forward_blocks(100352, 256, 256, 2, rtx)[:3] == (128, 128, 32), "fewer output channels, or they spill"
     assert forward_blocks(100352, 3, 3, 4, h200)[:3] == (128, 16, 16), "tl.dot takes no less than 16"
 
 

@@ -60,6 +60,7 @@ class Row:
         instructions: names of `INSTRUCTIONS` that occur.
         load_bytes: the widest load from global memory, `cp.async` included.
         atomic_bytes: the widest atomic addition, 0 without any.
+        code: machine instructions of a thread: those outside loops, then those of each loop without the loops in it.
         call: the case that asked for it first.
     """
 
@@ -73,6 +74,7 @@ class Row:
     instructions: tuple[str, ...]
     load_bytes: int
     atomic_bytes: int
+    code: tuple[int, ...]
     call: str
 
 
@@ -180,7 +182,8 @@ def compile_kernels(arch: str, ops: Sequence[str] = (), dtypes: Sequence[str] = 
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         raise RuntimeError(f"the kernels do not compile for {arch}: {done.stderr}")
-    return [Row(**{**row, "instructions": tuple(row["instructions"])}) for row in json.loads(done.stdout)]
+    tuples = ("instructions", "code")
+    return [Row(**{**row, **{name: tuple(row[name]) for name in tuples}}) for row in json.loads(done.stdout)]
 
 
 def compile_here(arch: str, ops: Sequence[str], dtypes: Sequence[torch.dtype]) -> Iterator[Row]:
@@ -223,6 +226,7 @@ def _compile(arch: str, op: str, call: str, dtype: torch.dtype, launch: Any, sou
         instructions=tuple(name for name, pattern in INSTRUCTIONS.items() if re.search(pattern, ptx)),
         load_bytes=max(widths, default=0),
         atomic_bytes=max(atomics, default=0),
+        code=_code(compiled.asm["cubin"]),
         call=call,
     )
 
@@ -246,14 +250,41 @@ def _resources(cubin: bytes) -> tuple[int, int]:
     return int(found[1]), int(found[2]) + int(found[3])
 
 
+def _code(cubin: bytes) -> tuple[int, ...]:
+    """Instructions outside loops, and of each loop, in the order of their ends: what a branch goes back over."""
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [knobs.nvidia.nvdisasm.path, "-c", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    labels: dict[str, int] = {}
+    code: list[tuple[int, str]] = []  # the loop that an instruction is in, 0 for none, and its text
+    loops = 0
+    for line in text.splitlines():
+        if label := re.match(r"(\.L_\w+):", line):
+            labels[label[1]] = len(code)
+        elif (found := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*);", line)) and not found[1].startswith("NOP"):
+            code.append((0, found[1]))
+            back = re.search(r"\bBRA\b.*`\((\.L_\w+)\)", found[1])
+            start = labels.get(back[1], len(code)) if back else len(code)
+            if start < len(code) - 1:  # behind the end, a branch to itself
+                loops += 1
+                code[start:] = [(loop or loops, text) for loop, text in code[start:]]
+    return tuple(sum(loop == number for loop, _ in code) for number in range(loops + 1))
+
+
 def table(rows: list[Row]) -> str:
     """The rows as text."""
-    cells = [("kernel", "type", "regs", "spills", "shared", "instructions", "load", "atomic", "configuration", "call")]
+    names = ("kernel", "type", "regs", "spills", "shared", "instructions", "load", "atomic", "code")
+    cells = [(*names, "configuration", "call")]
     for row in rows:
         instructions = " ".join(row.instructions) or "-"
         numbers = (str(row.registers), str(row.spill_bytes), str(row.shared_bytes))
         widths = (str(row.load_bytes), str(row.atomic_bytes or "-"))
-        cells.append((row.kernel, row.dtype, *numbers, instructions, *widths, row.configuration, row.call))
+        code = "+".join(map(str, row.code))
+        cells.append((row.kernel, row.dtype, *numbers, instructions, *widths, code, row.configuration, row.call))
     sizes = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ("  ".join(text.ljust(size) for text, size in zip(cell, sizes, strict=True)) for cell in cells)
     return "\n".join(map(str.rstrip, lines))

@@ -12,7 +12,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from cellops.triton._deform_conv2d import column_values, locate, mask_values, output_pixels
+from cellops.triton._deform_conv2d import (
+    chunks,
+    column_values,
+    corners,
+    locate,
+    mask_values,
+    output_pixels,
+    shares,
+    widen,
+)
 from cellops.triton._numerics import dot, narrow
 
 
@@ -50,6 +59,7 @@ def deform_conv2d_forward_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
     AXIS: tl.constexpr,
@@ -67,40 +77,27 @@ def deform_conv2d_forward_kernel(
     input_base = image * image_elements
 
     sum = tl.zeros([BLOCK_P, BLOCK_O], tl.float32)
-    for step in range(CONV[0] * CONV[1] * SEGMENTS * BLOCKS):
-        tap = step // (SEGMENTS * BLOCKS)
-        within = step % BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)
-        known = within < segment
-        group_channel = step // BLOCKS % SEGMENTS * segment + within
-        first = group * group_in + step // BLOCKS % SEGMENTS * segment
+    for step in range(CONV[0] * CONV[1] * SEGMENTS):
+        tap, group_channel = step // SEGMENTS, step % SEGMENTS * segment
+        first = group * group_in + group_channel
         offset_group = first // offset_channels
-        inside, unknown, top, left, down, right = locate(
+        top, left, down, right, unknown = locate(
             offset, offset_base, offset_channel_stride, exists, row, column, tap, offset_group, height, width, CONV
         )
         factor = mask_values(mask, mask_base, mask_channel_stride, exists, tap, offset_group, CONV)
-        columns = column_values(
-            input,
-            input_base,
-            inside,
-            unknown,
-            top,
-            left,
-            down,
-            right,
-            factor,
-            first + within,
-            known,
-            height,
-            width,
-            channels,
-            WIDE,
-        )
-        kernel = tl.load(
-            weight + (out[None, :] * (CONV[0] * CONV[1]) + tap) * group_in + group_channel[:, None],
-            known[:, None] & out_known[None, :],
-            0.0,
-        )
-        sum = dot(narrow(columns, input.dtype.element_ty), kernel, sum, PRECISION)
+        elements, valid = corners(input_base, top, left, height, width, channels, WIDE)
+        weights = shares(down, right, factor)
+        for block in range(BLOCKS):
+            within = block * BLOCK_C + chunks(BLOCK_C, CHUNK)
+            columns = column_values(input + first, elements, valid, weights, unknown, within, within < segment)
+            columns = narrow(columns, input.dtype.element_ty).permute(1, 0, 2).reshape(BLOCK_P, BLOCK_C)
+            within = block * BLOCK_C + tl.arange(0, BLOCK_C)
+            kernel = tl.load(
+                weight + (out[None, :] * (CONV[0] * CONV[1]) + tap) * group_in + (group_channel + within)[:, None],
+                (within < segment)[:, None] & out_known[None, :],
+                0.0,
+            )
+            sum = dot(columns, kernel, sum, PRECISION)
     if bias is not None:
         sum += tl.load(bias + out, out_known, 0.0).to(tl.float32)[None, :]
     element = image * out_height * out_width * out_channels + pixel * output_pixel_stride
@@ -160,29 +157,16 @@ def deform_conv2d_depthwise_forward_kernel(
 
     sum = tl.zeros([BLOCK_P, BLOCK_O], tl.float32)
     for tap in range(CONV[0] * CONV[1]):
-        inside, unknown, top, left, down, right = locate(
+        top, left, down, right, unknown = locate(
             offset, offset_base, offset_channel_stride, exists, row, column, tap, offset_group, height, width, CONV
         )
         factor = mask_values(mask, mask_base, mask_channel_stride, exists, tap, offset_group, CONV)
-        columns = column_values(
-            input,
-            input_base,
-            inside,
-            unknown,
-            top,
-            left,
-            down,
-            right,
-            factor,
-            out // group_out,
-            known,
-            height,
-            width,
-            channels,
-            WIDE,
-        )
+        elements, valid = corners(input_base, top, left, height, width, channels, WIDE)
+        weights = shares(down, right, factor)
+        columns = column_values(input, elements, valid, weights, unknown, (out // group_out)[None, :], known[None, :])
+        columns = narrow(columns, input.dtype.element_ty).reshape(BLOCK_P, BLOCK_O)
         kernel = tl.load(weight + out * (CONV[0] * CONV[1]) + tap, known, 0.0).to(tl.float32)
-        sum += narrow(columns, input.dtype.element_ty).to(tl.float32) * kernel[None, :]
+        sum += widen(columns) * kernel[None, :]
     if bias is not None:
         sum += tl.load(bias + out, known, 0.0).to(tl.float32)[None, :]
     element = image * out_height * out_width * out_channels + pixel * output_pixel_stride

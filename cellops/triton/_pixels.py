@@ -128,7 +128,11 @@ def combined_statistics(means: Tensor, squares: Tensor, total: int, part_pixels:
         part_pixels: pixels of each but the last.
     """
     starts = torch.arange(means.shape[0], device=means.device).unsqueeze(1) * part_pixels
-    sizes = (total - starts).clamp(max=part_pixels)
+    return combine(means, squares, (total - starts).clamp(max=part_pixels), total)
+
+
+def combine(means: Tensor, squares: Tensor, sizes: Tensor, total: int) -> tuple[Tensor, Tensor]:
+    """The same where each part has a size of its own, [parts, 1]."""
     mean = (means * sizes).sum(0) / total if total else means.sum(0) / 0
     variance = (squares + (means - mean).square() * sizes).sum(0) / max(total, 1)
     return mean, variance if total else mean

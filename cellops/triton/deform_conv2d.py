@@ -41,6 +41,9 @@ from cellops.triton._launch import (
 SCRATCH_BYTES = 4 << 20
 """Images that must be copied (NCHW ones, and float32 gradients of others) are taken this many bytes at a time."""
 
+CHUNK_BYTES = 32
+"""Of channels that two threads gather at a time, a sector of the caches: `_deform_conv2d.py` says why."""
+
 Pair = Sequence[int]
 
 
@@ -62,8 +65,10 @@ class Blocks(NamedTuple):
 def forward_blocks(count: int, group_out: int, segment: int, element_size: int, limits: Limits) -> Blocks:
     """As many output channels as there are, up to 256: the input is sampled again for each further block of them.
 
-    128 pixels where that fills the device. Two stages of four corners of 128 x 64 half-type channels take 128 KiB of
-    shared memory: half as many channels on small devices, where they would spill besides.
+    128 pixels where that fills the device. One stage: a second one would copy the corners to shared memory by
+    instructions that pass by the first-level cache, where nearly all of them are. 64 bytes of channels at a time: with
+    twice as many a tap takes 464 instructions for 32 elements, not 517, but more than the 128 registers that leave room
+    for two programs.
 
     Args:
         count: output pixels.
@@ -73,40 +78,35 @@ def forward_blocks(count: int, group_out: int, segment: int, element_size: int, 
         limits: of the device.
     """
     block_o = power_of_2(group_out, 16, 256 if element_size == 2 and not limits.small else 128)
-    block_c = power_of_2(segment, 16, (64 if limits.small else 128) // element_size)
-    wide = block_o <= 128 and ceil_div(count, 128) >= limits.multiprocessors
-    return _blocks(128 if wide or block_c == 16 else 64, block_o, block_c)
+    wide = block_o * element_size <= 256 and ceil_div(count, 128) >= limits.multiprocessors
+    return _blocks(128 if wide else 64, block_o, power_of_2(segment, 16, 64 // element_size))
 
 
 @cache
 def backward_blocks(group_out: int, segment: int, element_size: int, limits: Limits) -> Blocks:
     """Blocks of the gradients to input, offset and mask: a tile of gradients, four corners and their sums at a time.
 
-    Half the input channels in float32, whose product is three: more spills. Eight warps on small devices, whose
-    products are fed from registers.
+    Half the input channels in float32, whose product is three: more spills. One stage: two spill on a B200.
     """
     block_c = power_of_2(segment, 16, 64 // element_size if limits.small or element_size == 4 else 128 // element_size)
-    block_p = 128 if block_c == 16 and element_size == 2 and not limits.small else 64
-    block_o = power_of_2(group_out, 16, (64 if limits.small else 128) // element_size)
-    blocks = _blocks(block_p, block_o, block_c)
-    crowded = limits.small and (element_size == 4 or block_c * block_o > 256)
-    return blocks._replace(num_warps=8) if crowded else blocks
+    return _blocks(64, power_of_2(group_out, 16, (64 if limits.small else 128) // element_size), block_c)
 
 
 @cache
-def weight_blocks(group_out: int, segment: int, element_size: int) -> Blocks:
+def weight_blocks(group_out: int, segment: int, element_size: int, limits: Limits) -> Blocks:
     """Blocks of the gradient to the weight; the samples are taken again for each further block of output channels.
 
-    Eight warps in float32 where there are many: four spill on an A100.
+    One stage, as in forward; half the pixels with 128 output channels, or they spill. Four warps for these on an
+    H100's or B200's kind, where they spill nothing: 723 instructions for 32 elements, not 872.
     """
     block_c, block_o = power_of_2(segment, 16, 128 // element_size), power_of_2(group_out, 16, 256 // element_size)
-    blocks = _blocks((256 if block_c == 16 else 128) // element_size, block_o, block_c)
-    return blocks._replace(num_warps=8) if element_size == 4 and block_o == 64 else blocks
+    blocks = _blocks(64 if element_size == 4 or block_o > 64 else 128, block_o, block_c)
+    return blocks._replace(num_warps=4) if block_o > 64 and not limits.small else blocks
 
 
 def _blocks(p: int, o: int, c: int) -> Blocks:
-    """Four warps for 2048 gathered elements, 16 bytes of a corner for each thread; eight for more, or they spill."""
-    return Blocks(p, o, c, 4 if p * c <= 2048 and o <= 64 else 8, 2)
+    """Two threads for each pixel; twice as many with more than 64 output channels, or they spill."""
+    return Blocks(p, o, c, 8 if o > 64 else p // 16, 1)
 
 
 class _Geometry(NamedTuple):
@@ -228,6 +228,7 @@ def _forward(tensors: tuple[Tensor | None, ...], geometry: _Geometry) -> None:
         BLOCK_P=blocks.p,
         BLOCK_O=blocks.o,
         BLOCK_C=blocks.c,
+        CHUNK=CHUNK_BYTES // input.element_size(),
         PRECISION=dot_precision(),
         **blocks.compiled,
     )
@@ -290,6 +291,8 @@ def _grad_data(tensors: tuple[Tensor | None, ...], geometry: _Geometry) -> None:
     blocks = backward_blocks(
         geometry.group_out, geometry.segment, tensors[1].element_size(), limits_of(tensors[1].device)
     )
+    if geometry.depthwise and blocks.c == 64:
+        blocks = blocks._replace(num_warps=8)  # four spill
     launch(
         deform_conv2d_backward_data_kernel,
         (ceil_div(geometry.total, blocks.p), geometry.taps * geometry.offset_groups),
@@ -301,6 +304,7 @@ def _grad_data(tensors: tuple[Tensor | None, ...], geometry: _Geometry) -> None:
         BLOCK_P=blocks.p,
         BLOCK_O=blocks.o,
         BLOCK_C=blocks.c,
+        CHUNK=CHUNK_BYTES // tensors[1].element_size(),
         DEPTHWISE=geometry.depthwise,
         PRECISION=dot_precision(),
         **blocks.compiled,
@@ -343,7 +347,7 @@ def _grad_weight(
     grad_output: Tensor, input: Tensor, offset: Tensor, mask: Tensor | None, geometry: _Geometry
 ) -> Tensor:
     """[O, taps * C / G] in float32: sums over parts of the pixels, added in their order."""
-    blocks = weight_blocks(geometry.group_out, geometry.segment, input.element_size())
+    blocks = weight_blocks(geometry.group_out, geometry.segment, input.element_size(), limits_of(input.device))
     segment_blocks = ceil_div(geometry.segment, blocks.c)
     out_blocks = geometry.group_out if geometry.depthwise else ceil_div(geometry.group_out, blocks.o)
     programs = geometry.taps * out_blocks * geometry.channels // geometry.segment * segment_blocks
@@ -363,6 +367,7 @@ def _grad_weight(
         BLOCK_P=blocks.p,
         BLOCK_O=blocks.o,
         BLOCK_C=blocks.c,
+        CHUNK=CHUNK_BYTES // input.element_size(),
         DEPTHWISE=geometry.depthwise,
         PRECISION=dot_precision(),
         **blocks.compiled,

@@ -1,9 +1,9 @@
 """The funnel activation in Triton: y = max(x, gamma * n + beta), n = (z - mean) / deviation, z = dwconv(x, weight).
 
-The kernels are in `_depthwise.py`.
+The kernels are in `_depthwise_kernels.py`.
 
-Passes over the tensor in memory, for a tensor of B bytes (bound on an H200: passes * B / 4.3 TB/s; each element takes
-2 * k * k operations, far below what the bytes take):
+Passes over the tensor in memory, for a tensor of B bytes (bound on an H200: passes * B / 4.3 TB/s; the instructions
+take as long in bfloat16, as `_depthwise_kernels.py` says):
     forward                     2: read x, write y; that is the floor
     training forward            3: read x for the statistics, then the same; the floor for a tensor beyond the cache
     backward                    5 of B and 2 of float32: x and grad_output for the convolution's gradient, which is

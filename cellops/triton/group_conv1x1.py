@@ -41,18 +41,14 @@ class _Geometry(NamedTuple):
     block_p: int
     constants: dict[str, Any]
 
-    def parts(self, programs: int, device: torch.device) -> tuple[int, int]:
+    def parts(self, programs: int, device: torch.device, more: int = 1) -> tuple[int, int]:
         """Parts of the pixels, and pixels of each, where a kernel has `programs` for each part."""
-        wanted = ceil_div(4 * multiprocessors(device), programs)
+        wanted = ceil_div(4 * more * multiprocessors(device), programs)
         part_pixels = max(ceil_div(ceil_div(self.total, self.block_p), wanted), 1) * self.block_p
         return ceil_div(self.total, part_pixels), part_pixels
 
 
-BACKWARD_PIXELS = 64
-"""Of a tile at most: gradients are multiplied in float32, whose three TF32 products spill with 128."""
-
-
-def _geometry(input: Tensor, weight: Tensor, groups: int, most_pixels: int = 128) -> _Geometry:
+def _geometry(input: Tensor, weight: Tensor, groups: int) -> _Geometry:
     """Tiles of 64 or 128 pixels and up to 64 channels of a group: 16-byte loads where it has 8 of a half type."""
     batch, channels, height, width = input.shape
     out_channels, group_in, pixels = weight.shape[0], weight.shape[1], height * width
@@ -62,7 +58,7 @@ def _geometry(input: Tensor, weight: Tensor, groups: int, most_pixels: int = 128
     else:
         strides = (1, channels, 1, out_channels)
     block_o, block_c = power_of_2(group_out, 16, 64), power_of_2(group_in, 16, 64)
-    block_p = most_pixels if max(block_o, block_c) <= 32 and input.element_size() == 2 else 64  # 128 of float32 spill
+    block_p = 128 if max(block_o, block_c) <= 32 and input.element_size() == 2 else 64  # 128 of float32 spill
     wide = needs_int64(input) or batch * max(out_channels, 2) * pixels >= 2**31  # the last part may end beyond
     return _Geometry(
         sizes=(batch * pixels, pixels, channels, out_channels, groups, group_in, group_out, *strides),
@@ -72,10 +68,13 @@ def _geometry(input: Tensor, weight: Tensor, groups: int, most_pixels: int = 128
         out_blocks=groups * ceil_div(group_out, block_o),
         block_p=block_p,
         constants={
+            "IN_BLOCKS": ceil_div(group_in, block_c),
+            "OUT_BLOCKS": ceil_div(group_out, block_o),
             "BLOCK_P": block_p,
             "BLOCK_O": block_o,
             "BLOCK_C": block_c,
             "PRECISION": dot_precision(),
+            "LAST": not input.is_contiguous(),
             "WIDE": wide,
         },
     )
@@ -137,7 +136,9 @@ def _sums(tensors: tuple[Tensor | None, ...], geometry: _Geometry, settings: dic
     sums, products = torch.empty(2, parts, geometry.out_channels, dtype=torch.float32, device=device)
     arguments = (*tensors, sums, products, part_pixels, *geometry.sizes)
     grid = (parts, geometry.out_blocks)
-    launch(group_conv1x1_backward_sums_kernel, grid, *arguments, **settings, **geometry.constants)
+    constants = {**settings, **geometry.constants}
+    warps = 8 if constants["BLOCK_O"] == 64 else 4  # two sums of 32 numbers a thread spill
+    launch(group_conv1x1_backward_sums_kernel, grid, *arguments, num_warps=warps, **constants)
     return sums.sum(0), products.sum(0)
 
 
@@ -154,10 +155,14 @@ def _convolution(
         launch(group_conv1x1_backward_input_kernel, grid, *tensors, grad_input, *geometry.sizes, **constants)
     if wanted[1]:
         programs = geometry.in_blocks * geometry.out_blocks // geometry.sizes[4]
-        parts, part_pixels = geometry.parts(programs, input.device)
+        # A product of 16x16 is no work for four warps, and 64 pixels of more channels, or of float32, spill.
+        widest = max(constants["BLOCK_O"], constants["BLOCK_C"])
+        constants["BLOCK_P"] = 64 if widest == 16 and input.element_size() == 2 else 32
+        geometry, warps = geometry._replace(block_p=constants["BLOCK_P"]), 1 if widest == 16 else 4
+        parts, part_pixels = geometry.parts(programs, input.device, 4 // warps)
         grad_weights = torch.empty(parts, *weight.shape[:2], dtype=torch.float32, device=input.device)
         arguments = (*tensors, grad_weights, part_pixels, *geometry.sizes)
-        launch(group_conv1x1_backward_weight_kernel, (parts, programs), *arguments, **constants)
+        launch(group_conv1x1_backward_weight_kernel, (parts, programs), *arguments, num_warps=warps, **constants)
         grad_weight = grad_weights.sum(0)
     return grad_input, grad_weight
 
@@ -174,13 +179,13 @@ def group_conv1x1_backward_triton(
     wanted: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     """Gradients to the tensors of `group_conv1x1`."""
-    geometry, narrower = _geometry(input, weight, groups), _geometry(input, weight, groups, BACKWARD_PIXELS)
+    geometry = _geometry(input, weight, groups)
     settings = {"ACTIVATION": activation, "SHUFFLE": shuffle}
     tensors = (grad_output, input, weight, None, scale, shift)
     grad_scale = grad_shift = None
     if (wanted[2] and scale is not None) or (wanted[3] and shift is not None):
         grad_shift, grad_scale = _sums(tensors, geometry, settings)
-    return *_convolution((*tensors, None, None), narrower, settings, wanted), grad_scale, grad_shift
+    return *_convolution((*tensors, None, None), geometry, settings, wanted), grad_scale, grad_shift
 
 
 def group_conv1x1_batch_norm_backward_triton(
@@ -198,10 +203,10 @@ def group_conv1x1_batch_norm_backward_triton(
     wanted: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     """Gradients to the tensors of `group_conv1x1_batch_norm`, through the statistics too."""
-    geometry, narrower = _geometry(input, weight, groups), _geometry(input, weight, groups, BACKWARD_PIXELS)
+    geometry = _geometry(input, weight, groups)
     settings = {"ACTIVATION": activation, "SHUFFLE": shuffle}
     inverse, scale = scales(var, gamma, eps)
     tensors = (grad_output, input, weight, mean, scale, beta)
     grad_beta, grad_scale = _sums(tensors, geometry, settings)
     grad_gamma, *of_statistics = through_statistics(grad_beta, grad_scale, inverse, scale, geometry.total)
-    return *_convolution((*tensors, *of_statistics), narrower, settings, wanted), grad_gamma, grad_beta
+    return *_convolution((*tensors, *of_statistics), geometry, settings, wanted), grad_gamma, grad_beta
