@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import INTERPRETER_ERROR
 
-from cellops import group_conv1x1
+from cellops import depthwise_conv2d, group_conv1x1
 from cellops.ops.group_conv1x1 import group_conv1x1_batch_norm
 from cellops.testing import forward_and_gradients
 
@@ -76,3 +76,47 @@ def test_statistics_of_a_grouped_convolution_far_from_zero(layout: torch.memory_
     wanted = input.double().transpose(0, 1).flatten(1)
     torch.testing.assert_close(mean.cpu().double(), wanted.mean(1), rtol=1e-6, atol=0)
     torch.testing.assert_close(variance.cpu().double(), wanted.var(1, correction=0), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "channels_last"])
+def test_taps_see_no_outputs_beyond_the_image(layout: torch.memory_format) -> None:
+    """Lanes go by strips: an infinity in the last corner reaches the four taps of pixels that there are alone."""
+    generator = torch.Generator().manual_seed(0)
+    input = torch.randn(1, 2, 5, 5, generator=generator).contiguous(memory_format=layout)
+    input[:, :, -1, -1] = torch.inf
+    weight = torch.rand(2, 1, 3, 3, generator=generator, device="cpu").to(DEVICE).requires_grad_()
+    depthwise_conv2d(input.to(DEVICE), weight, backend="triton").sum().backward()
+    assert torch.equal(
+        weight.grad[:, 0].isfinite().cpu(), torch.tensor([[1, 1, 1], [1, 0, 0], [1, 0, 0]]).bool().expand(2, 3, 3)
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "channels_last"])
+def test_long_strips_and_parts_of_several_blocks(layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What large batches have: a small one has it, too, on a device of one multiprocessor and with fewer threads."""
+    from cellops.ops.frelu import frelu_batch_norm
+    from cellops.triton import _depthwise
+
+    monkeypatch.setattr(_depthwise, "multiprocessors", lambda device: 1)
+    monkeypatch.setattr(_depthwise, "THREADS", 8)
+    generator = torch.Generator().manual_seed(0)
+    arguments = {
+        "input": 3 + torch.randn(26, 12, 5, 2, generator=generator).contiguous(memory_format=layout),
+        "weight": torch.randn(12, 1, 3, 3, generator=generator),
+        "gamma": torch.rand(12, generator=generator) + 0.5,
+        "beta": torch.randn(12, generator=generator),
+        "eps": 1e-3,
+    }
+    strips = _depthwise.strips(arguments["input"], 3)
+    assert strips.rows == 5
+    assert strips.part_strips > strips.block_p
+
+    def given(dtype: torch.dtype) -> dict[str, object]:
+        tensors = {name: value for name, value in arguments.items() if isinstance(value, torch.Tensor)}
+        return {**arguments, **{name: tensor.to(DEVICE, dtype) for name, tensor in tensors.items()}}
+
+    wanted = forward_and_gradients(functools.partial(frelu_batch_norm, backend="reference"), given(torch.float64))
+    found = forward_and_gradients(functools.partial(frelu_batch_norm, backend="triton"), given(torch.float32))
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(found[name].double(), tensor, rtol=1e-4, atol=2e-4, msg=name)

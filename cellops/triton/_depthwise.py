@@ -51,6 +51,11 @@ class Strips(NamedTuple):
         return {"COLUMNS": self.columns, "BLOCK_C": self.block_c, "BLOCK_P": self.block_p, "WIDE": self.wide}
 
     @property
+    def ragged(self) -> bool:
+        """Whether some strips reach beyond their image."""
+        return self.image[0] % self.rows > 0 or self.image[1] % self.columns > 0
+
+    @property
     def grid(self) -> tuple[int, int]:
         """A program for each block of strips."""
         return ceil_div(self.total, self.block_p), ceil_div(self.channels, self.block_c)
@@ -173,7 +178,7 @@ def _convolution(
     grad_convolved = torch.empty_like(input, dtype=torch.float32)
     grad_weights = torch.empty(parts.parts, parts.channels, kernel * kernel, dtype=torch.float32, device=input.device)
     tensors = (*arguments, of_mean, of_apart, grad_convolved, grad_weights, parts.part_strips)
-    constants: dict[str, Any] = {"K": kernel, "ACTIVATION": activation, **parts.constants}
+    constants: dict[str, Any] = {"K": kernel, "ACTIVATION": activation, "RAGGED": parts.ragged, **parts.constants}
     launch(depthwise_backward_convolution_kernel, parts.part_grid, *tensors, *parts.sizes, **constants)
     layout = strips(input, kernel)
     grad_input = torch.empty_like(input)

@@ -309,12 +309,16 @@ def depthwise_backward_sums_kernel(
 
 
 @triton.jit
-def _with_products(tap_sums, grad, window, B: tl.constexpr, K: tl.constexpr, COLUMNS: tl.constexpr):
+def _with_products(
+    tap_sums, grad, window, inside, B: tl.constexpr, K: tl.constexpr, COLUMNS: tl.constexpr, RAGGED: tl.constexpr
+):
     """Sums for each tap with the gradient of one pixel times the input beside it; `window` has K rows of that."""
     added = ()
     for tap in tl.static_range(K * K):
-        value = window[tap // K * (COLUMNS + K - 1) + B + tap % K].to(tl.float32)
-        added = added + (tap_sums[tap] + grad * value,)
+        product = grad * window[tap // K * (COLUMNS + K - 1) + B + tap % K].to(tl.float32)
+        if RAGGED:  # an infinite value times the 0 of a pixel that there is not would be NaN
+            product = tl.where(inside, product, 0.0)
+        added = added + (tap_sums[tap] + product,)
     return added
 
 
@@ -333,6 +337,7 @@ def depthwise_backward_convolution_kernel(
     part_strips,
     height, width, channels, across, of_image, count, rows, image_elements, channel_stride, pixel_stride,
     K: tl.constexpr, ACTIVATION: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    RAGGED: tl.constexpr,  # some strips reach beyond the image
     WIDE: tl.constexpr, AXIS: tl.constexpr,
 ):  # fmt: skip
     """grad_z = through * scale - of_mean - (z - mean) * of_apart; sums of grad_z * x at each tap, in registers."""
@@ -372,7 +377,7 @@ def depthwise_backward_convolution_kernel(
                         grad_z -= mean_share + apart * apart_share
                     grad_z = tl.where(inside, grad_z, 0.0)
                     tl.store(grad_convolved + element + step, grad_z, inside)
-                    tap_sums = _with_products(tap_sums, grad_z, window, b, K, COLUMNS)
+                    tap_sums = _with_products(tap_sums, grad_z, window, inside, b, K, COLUMNS, RAGGED)
             window = _from(window, COLUMNS + K - 1, (K - 1) * (COLUMNS + K - 1))
             sums = _moved_on(sums, zero, K, COLUMNS)
     place = (tl.program_id(AXIS) * channels + channel) * (K * K)
