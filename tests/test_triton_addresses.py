@@ -1,7 +1,7 @@
 """Where tensors have 2^31 elements and more, no kernel leaves them: a few programs run without memory behind it.
 
-Loads give zeros. A product of 32-bit integers that wraps around shows as an address outside the tensor. And no grid is
-larger than a GPU takes, which needs no program to run.
+Loads give zeros, masked ones what they name instead. A product of 32-bit integers that wraps around shows as an address
+outside the tensor. And no grid is larger than a GPU takes, which needs no program to run.
 """
 
 from __future__ import annotations
@@ -77,12 +77,13 @@ def touched_outside(launch: Any, monkeypatch: pytest.MonkeyPatch) -> set[str]:
 
     memory = Memory()
 
-    def load(pointers: Any, mask: Any, *_: Any) -> Any:
+    def load(pointers: Any, mask: Any, other: Any, *_: Any) -> Any:
         memory.touch(pointers, mask)
         kind = pointers.get_element_ty()
         bits = {8: numpy.uint8, 16: numpy.uint16, 32: numpy.int32, 64: numpy.int64}[kind.primitive_bitwidth]
-        zeros = {"fp16": numpy.float16, "fp32": numpy.float32}.get(str(kind), bits)
-        return TensorHandle(numpy.zeros(pointers.data.shape, zeros), kind)
+        number = {"fp16": numpy.float16, "fp32": numpy.float32}.get(str(kind), bits)
+        found = numpy.zeros(pointers.data.shape, number)
+        return TensorHandle(found if other is None else numpy.where(mask.data, found, other.data.astype(number)), kind)
 
     def store(pointers: Any, _: Any, mask: Any, *__: Any) -> None:
         memory.touch(pointers, mask)

@@ -65,10 +65,10 @@ class Blocks(NamedTuple):
 def forward_blocks(count: int, group_out: int, segment: int, element_size: int, limits: Limits) -> Blocks:
     """As many output channels as there are, up to 256: the input is sampled again for each further block of them.
 
-    128 pixels where that fills the device. One stage: a second one would copy the corners to shared memory by
-    instructions that pass by the first-level cache, where nearly all of them are. 64 bytes of channels at a time: with
-    twice as many a tap takes 464 instructions for 32 elements, not 517, but more than the 128 registers that leave room
-    for two programs.
+    128 pixels where that fills the device, or with 16 channels, where 64 spill on a B200. One stage: a second one would
+    copy the corners to shared memory by instructions that pass by the first-level cache, where nearly all of them are.
+    64 bytes of channels at a time: with twice as many a tap takes 464 instructions for 32 elements, not 517, but more
+    than the 128 registers that leave room for two programs.
 
     Args:
         count: output pixels.
@@ -78,8 +78,9 @@ def forward_blocks(count: int, group_out: int, segment: int, element_size: int, 
         limits: of the device.
     """
     block_o = power_of_2(group_out, 16, 256 if element_size == 2 and not limits.small else 128)
+    block_c = power_of_2(segment, 16, 64 // element_size)
     wide = block_o * element_size <= 256 and ceil_div(count, 128) >= limits.multiprocessors
-    return _blocks(128 if wide else 64, block_o, power_of_2(segment, 16, 64 // element_size))
+    return _blocks(128 if wide or block_c * element_size == 32 else 64, block_o, block_c)
 
 
 @cache
@@ -97,11 +98,11 @@ def weight_blocks(group_out: int, segment: int, element_size: int, limits: Limit
     """Blocks of the gradient to the weight; the samples are taken again for each further block of output channels.
 
     One stage, as in forward; half the pixels with 128 output channels, or they spill. Four warps for these on an
-    H100's or B200's kind, where they spill nothing: 723 instructions for 32 elements, not 872.
+    H100's or B200's kind, where they spill nothing with 64 channels: 723 instructions for 32 elements, not 872.
     """
     block_c, block_o = power_of_2(segment, 16, 128 // element_size), power_of_2(group_out, 16, 256 // element_size)
     blocks = _blocks(64 if element_size == 4 or block_o > 64 else 128, block_o, block_c)
-    return blocks._replace(num_warps=4) if block_o > 64 and not limits.small else blocks
+    return blocks._replace(num_warps=4) if block_o > 64 and block_c == 64 and not limits.small else blocks
 
 
 def _blocks(p: int, o: int, c: int) -> Blocks:
