@@ -236,15 +236,20 @@ _ASYNC_LOAD = re.compile(r"cp\.async\.c[ag]\.shared\.global\S* \[[^]]+\], \[[^]]
 _ATOMIC = re.compile(r"(?:red|atom)\.[a-z.]*global[a-z.]*\.add(?:\.noftz)?(?:\.v(\d))?\.f(\d+)")
 
 
-def _resources(cubin: bytes) -> tuple[int, int]:
-    """Registers of a thread, and bytes that it spills, as the assembler recorded them."""
+def _disassembled(cubin: bytes, tool: str, option: str) -> str:
+    """What one of NVIDIA's tools, which Triton brings, says of a cubin."""
     from triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        command = [getattr(knobs.nvidia, tool).path, option, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """Registers of a thread, and bytes that it spills, as the assembler recorded them."""
+    text = _disassembled(cubin, "cuobjdump", "-res-usage")
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
     assert found is not None, text
     return int(found[1]), int(found[2]) + int(found[3])
@@ -252,17 +257,10 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 
 def _code(cubin: bytes) -> tuple[int, ...]:
     """Instructions outside loops, and of each loop, in the order of their ends: what a branch goes back over."""
-    from triton import knobs
-
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [knobs.nvidia.nvdisasm.path, "-c", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     labels: dict[str, int] = {}
     code: list[tuple[int, str]] = []  # the loop that an instruction is in, 0 for none, and its text
     loops = 0
-    for line in text.splitlines():
+    for line in _disassembled(cubin, "nvdisasm", "-c").splitlines():
         if label := re.match(r"(\.L_\w+):", line):
             labels[label[1]] = len(code)
         elif (found := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*);", line)) and not found[1].startswith("NOP"):

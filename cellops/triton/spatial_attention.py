@@ -325,7 +325,7 @@ def spatial_attention_backward_map_weight_kernel(
         grads = ()
         for r in tl.static_range(ROWS):
             grad = tl.load(grad_logits + place + r * width, (strip < strips) & (row + r < height), 0.0)
-            grads = _appended(grads, grad)
+            grads = grads + (grad,)
         inside = (strip < strips) & _within(column + (j - K // 2), width)
         for i in tl.static_range(ROWS + K - 1):
             valid = inside & _within(row + (i - K // 2), height)
@@ -347,13 +347,8 @@ def _with_products(sums, value, grads, row, height, LINE: tl.constexpr, K: tl.co
         if LINE >= i and LINE - i < ROWS:
             # An infinite value times the 0 of a row that there is not would be NaN.
             sum += tl.where(row + (LINE - i) < height, value, 0.0) * grads[LINE - i]
-        added = _appended(added, sum)
+        added = added + (sum,)
     return added
-
-
-@triton.jit
-def _appended(values, value):
-    return values + (value,)
 
 
 MAP_PIXELS = 128
