@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import INTERPRETER_ERROR
 from torch import Tensor
-from triton_calls import TRITON_OPS, in_format
+from triton_calls import TRITON_OPS, arguments_of, empty, in_format
 
 from cellops.testing import cases, forward_and_gradients
 from cellops.testing._compile_kernels import call_launchers
@@ -114,38 +114,6 @@ def touched_outside(launch: Any, monkeypatch: pytest.MonkeyPatch) -> set[str]:
     return {f"{launch.kernel.__name__}: {text}" for text in memory.outside}
 
 
-def empty(*shape: int) -> Tensor:
-    return torch.empty(shape, dtype=torch.bfloat16, device="meta")
-
-
-def arguments_of(op: str, input: Tensor) -> dict[str, Any]:
-    """A call with 3x3 kernels, four input channels in each group, and one output channel of each where that is free."""
-    batch, channels, height, width = input.shape
-    outputs = empty(channels // 4, 4, 3, 3)
-    if op == "deform_conv2d":
-        pairs = dict.fromkeys(("stride", "padding", "dilation"), (1, 1))
-        more = {"offset": empty(batch, 18, height, width), "mask": empty(batch, 9, height, width)}
-        return {"input": input, "weight": outputs, "bias": empty(channels // 4), **more, **pairs}
-    if op == "offset_sample2d":
-        return {"input": input, "offset": empty(batch, 2 * channels, height, width), "layout": "planar"}
-    if op == "squeeze_excite":
-        weights = {"weight1": empty(2, channels, 1, 1), "weight2": empty(channels, 2, 1, 1)}
-        return {"input": input, **weights, "bias1": None, "bias2": None, "act": "relu", "gate": "sigmoid"}
-    if op == "eca":
-        return {"input": input, "weight": empty(1, 1, 3)}
-    if op == "spatial_attention":
-        return {"input": input, "weight": empty(1, channels, 3, 3), "bias": None, "mode": "conv"}
-    if op.startswith("frelu"):
-        more = {"weight": empty(channels, 1, 3, 3)}
-    elif op.startswith("depthwise_conv2d"):
-        more = {"weight": empty(channels, 1, 3, 3), "activation": "silu"}
-    else:
-        more = {"weight": empty(channels, 4, 1, 1), "groups": channels // 4, "activation": "relu", "shuffle": True}
-    if op.endswith("batch_norm"):
-        return {"input": input, **more, "gamma": None, "beta": None, "eps": 1e-5}
-    return {"input": input, **more, "scale": None, "shift": None}
-
-
 def check(op: str, arguments: dict[str, Any], deterministic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     from cellops.triton._launch import Limits, noted_launches
 
@@ -179,6 +147,27 @@ def rows() -> list[Any]:
 @pytest.mark.parametrize(("op", "shape"), rows())
 def test_no_program_leaves_the_tensors(op: str, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     check(op, arguments_of(op, empty(*shape)), False, monkeypatch)
+
+
+def test_the_last_part_may_end_beyond_2_31(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many strips as elements, and fewer than 2^31 of them: the last part's numbers go on beyond that."""
+    from cellops.triton._launch import Limits, noted_launches
+
+    with noted_launches(Limits(1 << 16, 232448)) as launches:  # parts of eleven blocks
+        call_launchers("frelu_batch_norm", arguments_of("frelu_batch_norm", empty(2**31 - 1, 1, 1, 1)), False)
+    launch = launches[0]
+    assert launch.kernel.__name__ == "depthwise_statistics_kernel"
+    assert not touched_outside(launch, monkeypatch)
+
+
+def test_a_row_of_a_strip_may_begin_beyond_2_31(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An image so wide that a few rows on is more than 32 bits hold."""
+    from cellops.triton._launch import noted_launches
+
+    with noted_launches() as launches:
+        call_launchers("frelu", arguments_of("frelu", empty(1, 1, 5, 2**29)), False)
+    assert launches[0].kernel.__name__ == "depthwise_forward_kernel"
+    assert not touched_outside(launches[0], monkeypatch)
 
 
 @pytest.mark.exhaustive

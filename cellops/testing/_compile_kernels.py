@@ -137,11 +137,11 @@ def _source(launch: Any) -> tuple[Any, tuple[Any, ...]]:
             attributes[(index,)] = [["tt.divisibility", 16]]
         elif isinstance(value, float):
             signature[name] = "fp32"
-        elif value is None or value == 1:
+        elif value is None or (value == 1 and name not in launch.kernel.do_not_specialize):
             signature[name], constants[name] = "constexpr", value
         else:
             signature[name] = "i64" if value >= 2**31 else "i32"
-            if value % 16 == 0:
+            if value % 16 == 0 and name not in launch.kernel.do_not_specialize:
                 attributes[(index,)] = [["tt.divisibility", 16]]
     signature.update(dict.fromkeys(launch.constants, "constexpr"))
     # Sizes are left out: whether one is 1 or a multiple of 16 makes other code, but no other configuration.

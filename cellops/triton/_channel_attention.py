@@ -149,7 +149,10 @@ def channel_sums(input: Tensor, grad_output: Tensor | None = None) -> tuple[Tens
     products = None if grad_output is None else torch.empty_like(sums)
     sizes = (layout.channels, layout.pixels, parts, part_pixels, *layout.strides)
     grid = (batch * parts, layout.channel_blocks)
-    launch(channel_sums_kernel, grid, input, grad_output, sums, products, *sizes, **layout.constants)
+    # Of two float32 images a thread takes 8 numbers each. Of 16 that it loads one by one, the vectorizer of Triton
+    # 3.9's LLVM dies for sm_90, and the process with it.
+    warps = 8 if grad_output is not None and input.element_size() == 4 else 4
+    launch(channel_sums_kernel, grid, input, grad_output, sums, products, *sizes, **layout.constants, num_warps=warps)
     return sums, products
 
 

@@ -114,7 +114,7 @@ def strips(image: Tensor, kernel: int, most: int = 4, columns: int = 4) -> Strip
         pixel_stride=strides[1],
         block_c=block_c,
         block_p=block_p,
-        wide=needs_int64(image),
+        wide=needs_int64(image) or total + part_strips >= 2**31,  # the last part may end beyond
         parts=ceil_div(total, part_strips),
         part_strips=part_strips,
     )

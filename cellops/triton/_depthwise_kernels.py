@@ -22,6 +22,11 @@ from cellops.triton._numerics import narrow
 from cellops.triton._pixels import channel_values, tile_elements
 
 
+VARYING = ("rows", "across", "of_image", "count", "height", "part_strips")
+"""Sizes that no address depends on: a kernel that is compiled for each that is 1 or a multiple of 16 is no faster, and
+images of many sizes would need a hundred of them."""
+
+
 @triton.jit
 def _strips(
     index, count, rows, across, of_image, image_elements, height, width, pixel_stride, COLUMNS, WIDE: tl.constexpr
@@ -30,7 +35,8 @@ def _strips(
     image, strip = index // of_image, index % of_image
     row, column = strip // across * rows, strip % across * COLUMNS
     if WIDE:
-        image, row, pixel_stride = image.to(tl.int64), row.to(tl.int64), tl.cast(pixel_stride, tl.int64)
+        image, row = image.to(tl.int64), row.to(tl.int64)
+        width, pixel_stride = tl.cast(width, tl.int64), tl.cast(pixel_stride, tl.int64)
     place = image * image_elements + (row * width + column) * pixel_stride
     return (index < count, row, column, height, width, pixel_stride), place
 
@@ -53,10 +59,13 @@ def _step(strips, i, J: tl.constexpr):
 @triton.jit
 def _row_of(pointer, strips, known, i, K: tl.constexpr, COLUMNS: tl.constexpr):
     """COLUMNS + K - 1 values [C, P]: each strip's row i and what the window sees beside it; 0 outside the image."""
+    exists, row, column, height, width, pixel_stride = strips
+    exists = exists & (row + i >= 0) & (row + i < height)
     values = ()
     for j in tl.static_range(COLUMNS + K - 1):
-        inside = _inside(strips, known, i, j - K // 2)
-        values = values + (tl.load(pointer + _step(strips, i, j - K // 2), inside, 0.0),)
+        inside = exists & (column + (j - K // 2) >= 0) & (column + (j - K // 2) < width)
+        step = (i * width + (j - K // 2)) * pixel_stride
+        values = values + (tl.load(pointer + step, known[:, None] & inside[None, :], 0.0),)
     return values
 
 
@@ -71,19 +80,16 @@ def _taps(weight, channel, known, K: tl.constexpr, TRANSPOSED: tl.constexpr):
 
 
 @triton.jit
-def _with_values(sum, values, taps, ROW: tl.constexpr, B: tl.constexpr, K: tl.constexpr):
-    """sum + the products of K values, from the one numbered B on, with a row of the taps."""
-    for j in tl.static_range(K):
-        sum += taps[ROW * K + j] * values[B + j].to(tl.float32)
-    return sum
-
-
-@triton.jit
 def _with_row(sums, values, taps, K: tl.constexpr, COLUMNS: tl.constexpr):
     """Sums of K rows of the output, K * COLUMNS of [C, P] from the upper row on, with the input's row below them."""
-    added = ()
+    wide, added = (), ()
+    for j in tl.static_range(COLUMNS + K - 1):
+        wide = wide + (values[j].to(tl.float32),)
     for at in tl.static_range(K * COLUMNS):
-        added = added + (_with_values(sums[at], values, taps, K - 1 - at // COLUMNS, at % COLUMNS, K),)
+        sum = sums[at]
+        for j in tl.static_range(K):
+            sum += taps[(K - 1 - at // COLUMNS) * K + j] * wide[at % COLUMNS + j]
+        added = added + (sum,)
     return added
 
 
@@ -145,7 +151,7 @@ def _through(grad, x, before, ACTIVATION: tl.constexpr):
         return grad * slope(before, ACTIVATION)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def depthwise_forward_kernel(
     input,  # [N, C, H, W]
     weight,  # [C, K, K]
@@ -191,7 +197,7 @@ def depthwise_forward_kernel(
         sums = _moved_on(sums, zero, K, COLUMNS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def depthwise_statistics_kernel(
     input,  # [N, C, H, W]
     weight,  # [C, K, K]
@@ -254,7 +260,7 @@ def depthwise_statistics_kernel(
     tl.store(sizes + tl.program_id(AXIS), size)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def depthwise_backward_sums_kernel(
     grad_output,  # [N, C, H, W]
     input,  # [N, C, H, W]
@@ -322,7 +328,7 @@ def _with_products(
     return added
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def depthwise_backward_convolution_kernel(
     grad_output,  # [N, C, H, W]
     input,  # [N, C, H, W]
@@ -357,6 +363,7 @@ def depthwise_backward_convolution_kernel(
             index, count, rows, across, of_image, image_elements, height, width, pixel_stride, COLUMNS, WIDE
         )
         element = tile_elements(channel, place, channel_stride)
+        through_output, to = grad_output + element, grad_convolved + element
         sums = (zero,) * (K * COLUMNS)
         window = (zero.to(input.dtype.element_ty),) * ((K - 1) * (COLUMNS + K - 1))  # the last rows of the input
         ahead = _row_of(input + element, strips, known, -(K // 2), K, COLUMNS)
@@ -369,14 +376,14 @@ def depthwise_backward_convolution_kernel(
                 for b in tl.static_range(COLUMNS):
                     inside = _inside(strips, known, done, b)
                     step = _step(strips, done, b)
-                    grad = tl.load(grad_output + element + step, inside, 0.0).to(tl.float32)
+                    grad = tl.load(through_output + step, inside, 0.0).to(tl.float32)
                     x = window[K // 2 * (COLUMNS + K - 1) + b + K // 2].to(tl.float32)
                     apart, before = _affine(sums[b], mean, scale, shift)
                     grad_z = _through(grad, x, before, ACTIVATION) * scale
                     if of_mean is not None:
                         grad_z -= mean_share + apart * apart_share
                     grad_z = tl.where(inside, grad_z, 0.0)
-                    tl.store(grad_convolved + element + step, grad_z, inside)
+                    tl.store(to + step, grad_z, inside)
                     tap_sums = _with_products(tap_sums, grad_z, window, inside, b, K, COLUMNS, RAGGED)
             window = _from(window, COLUMNS + K - 1, (K - 1) * (COLUMNS + K - 1))
             sums = _moved_on(sums, zero, K, COLUMNS)
@@ -385,7 +392,7 @@ def depthwise_backward_convolution_kernel(
         tl.store(grad_weights + place + tap, tl.sum(tap_sums[tap], 1), known)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def depthwise_backward_input_kernel(
     grad_output,  # [N, C, H, W], or None without a funnel: nothing but the convolution's gradient reaches x
     input,  # [N, C, H, W], or None likewise

@@ -390,7 +390,8 @@ def _pixel_grid(layout: Tiles) -> tuple[int]:
 
 def _pooled(input: Tensor) -> Tensor:
     """Maximum and mean over the channels, [2, N, H, W]."""
-    layout = _blocks(input, 1, False)[0] if input.is_contiguous() else tiles(input, 2048)
+    # Of float32 a load of 16 bytes has four elements: of 2048 the maxima and sums would spill on sm_120.
+    layout = _blocks(input, 1, False)[0] if input.is_contiguous() else tiles(input, 4096 // input.element_size())
     source = torch.empty(2, input.shape[0], *input.shape[2:], dtype=torch.float32, device=input.device)
     constants = _constants(input, layout)
     launch(spatial_attention_pool_kernel, _pixel_grid(layout), input, source, *layout.sizes, **constants)
