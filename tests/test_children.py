@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -231,3 +233,53 @@ def test_an_accelerated_sequence_takes_an_image_without_a_batch(conv: nn.Conv2d)
     wanted = network(x)
     assert cellops.accelerate(network).replaced
     torch.testing.assert_close(network(x), wanted)
+
+
+def test_a_funnel_takes_an_image_without_a_batch_as_its_children_do() -> None:
+    x = image(20)[0]
+    funnel = cellops.FReLU(8, norm=False)
+    torch.testing.assert_close(funnel(x), x.maximum(funnel.conv_frelu(x)))
+    for training in (False, True):
+        with pytest.raises(ValueError, match="expected 4D input"):
+            cellops.FReLU(8).train(training)(x)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("kernel_size", [3, 5])
+def test_a_trace_with_gradients_on_passes_the_check_without(kernel_size: int) -> None:
+    """`torch.jit.trace` traces again under no_grad, where modules ran on small maps and with wide windows."""
+    network = nn.Sequential(
+        nn.Conv2d(8, 8, kernel_size, padding=kernel_size // 2, groups=8, bias=False), nn.BatchNorm2d(8), nn.ReLU()
+    ).eval()
+    assert cellops.accelerate(network).replaced
+    traced = torch.jit.trace(network, image(12))
+    for size in (5, 12, 30):
+        torch.testing.assert_close(traced(image(size)), network(image(size)))
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.SiLU, nn.Hardswish])
+@pytest.mark.parametrize(
+    "conv",
+    [nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.Conv2d(8, 8, 1, groups=2), nn.Conv2d(128, 128, 1, groups=2)],
+    ids=["depthwise", "grouped", "deep groups"],
+)
+def test_an_activation_inside_a_normalisation_is_applied_once(conv: nn.Conv2d, activation: type[nn.Module]) -> None:
+    """timm's BatchNormAct2d: where modules were called in place of the op, its activation came a second time."""
+    layers = pytest.importorskip("timm").layers
+    plain = nn.Sequential(conv, layers.BatchNormAct2d(conv.out_channels, act_layer=activation))
+    nn.init.normal_(plain[1].bias)
+    network = copy.deepcopy(plain)
+    assert cellops.accelerate(network).replaced
+    # sizes, layouts and gradients choose between the op and the modules
+    for training, grad, size in itertools.product((False, True), (False, True), (5, 9, 20)):
+        x = torch.randn(2, conv.in_channels, size, size)
+        traced = torch.fx.symbolic_trace(network.train(training))  # timm's normalisation is traced in its present mode
+        for one, memory_format in itertools.product((network, traced), (torch.contiguous_format, torch.channels_last)):
+            with torch.set_grad_enabled(grad):
+                wanted = plain.train(training)(x)
+                found = one(x.contiguous(memory_format=memory_format))
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    torch.compiler.reset()
+    compiled = torch.compile(network.eval(), backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), plain.eval()(x), rtol=1e-4, atol=1e-5)

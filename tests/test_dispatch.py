@@ -258,6 +258,20 @@ def test_functorch_gradients(name: str, function: Callable[..., Tensor]) -> None
 
 
 @each_way
+def test_functionalized(function: Callable[..., Tensor]) -> None:
+    """Functionalization has no rule for a Function of functorch, which the public function applied."""
+    arguments = case_named("plain").make(torch.float64)
+    leaves = [tensor.requires_grad_() for tensor in tensors_of(arguments)]
+    call = of_tensors(function, arguments)
+    functional = torch.func.functionalize(call)
+    torch.testing.assert_close(functional(*leaves), call(*leaves))
+    found, wanted = (torch.autograd.grad(one(*leaves).square().sum(), leaves) for one in (functional, call))
+    assert_same(found, wanted)
+    gradient = torch.func.grad(lambda weight: functional(*leaves[:2], weight, *leaves[3:]).square().sum())
+    torch.testing.assert_close(gradient(leaves[2].detach()), wanted[2])
+
+
+@each_way
 @pytest.mark.parametrize(
     "mapped",
     [

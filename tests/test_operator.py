@@ -175,6 +175,7 @@ def test_functorch(case: Case) -> None:
     wanted = torch.func.grad(functools.partial(loss, reference), every)(*tensors)
     for one, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, other)
+    torch.testing.assert_close(torch.func.functionalize(function)(*tensors), function(*tensors))
     batch = [torch.stack((tensor, tensor + 0.5)) for tensor in tensors]
     per_sample = torch.func.vmap(torch.func.grad(functools.partial(loss, function), every))(*batch)
     expected = torch.func.vmap(torch.func.grad(functools.partial(loss, reference), every))(*batch)

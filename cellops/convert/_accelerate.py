@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 
 import torch
@@ -74,10 +75,27 @@ def _modules(model: nn.Module, prefix: str = "", seen: set[nn.Module] | None = N
         yield from _modules(child, f"{prefix}.{name}" if prefix else name, seen)
 
 
+LOST_WITH_NO_HARM = frozenset(
+    ("__init__", "forward", "extra_repr", "__repr__", "__annotate__", "__annotate_func__", "__init_subclass__")
+)
+
+
+def _overridden(module: nn.Module) -> list[str]:
+    """Methods of PyTorch's that a class has its own of, and would lose: in `train`, people keep parts frozen."""
+    base = nn.Sequential if isinstance(module, nn.Sequential) else nn.Module
+    own = [cls for cls in type(module).__mro__ if not cls.__module__.startswith("torch.")]
+    names = {name for cls in own for name, value in vars(cls).items() if inspect.isfunction(value)}
+    if isinstance(module._modules.get("conv_offset"), nn.Module):
+        names.discard("_load_from_state_dict")  # mmcv's packs rename old keys there, and so do ours
+    return sorted(name for name in names - LOST_WITH_NO_HARM if hasattr(base, name))
+
+
 def _check(module: nn.Module, found: Match) -> None:
     """Raise `Stays` with the reason why this module cannot become what its rule says."""
     if isinstance(module, torch.jit.ScriptModule):
         raise Stays("it is a script")
+    if overridden := _overridden(module):
+        raise Stays(f"its class has another {' and another '.join(overridden)}")
     for name, part in module.named_modules():
         what = f"its {name}" if name else "it"
         # a sequence calls those of its children that have something, and loses what was put around itself

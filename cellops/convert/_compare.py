@@ -6,7 +6,7 @@ Names and shapes do not tell what a `forward` does; this does. The module itself
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +28,14 @@ def difference(
     device = next(module.parameters()).device
     dtype = torch.float32 if device.type in ("mps", "xpu") else torch.float64
     tolerance = TOLERANCE if dtype is torch.float64 else TOLERANCE_FLOAT32
-    generator = torch.Generator().manual_seed(0)
-    with torch.random.fork_rng(devices=[]), torch.autocast(device.type, enabled=False), torch.enable_grad():
+    generator = torch.Generator("cpu").manual_seed(0)
+    # Whatever the caller is in, gradients are wanted.
+    with (
+        torch.random.fork_rng(devices=[]),
+        torch.autocast(device.type, enabled=False),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+    ):
         try:
             theirs = copy.deepcopy(module).to(dtype).requires_grad_()
             _draw(theirs, generator)
@@ -37,7 +43,7 @@ def difference(
             convert(ours)
         except Exception as error:  # whatever a stranger's module raises is the reason it stays
             return f"a copy cannot be changed: {_first_line(error)}"
-        inputs = [torch.randn(shape, generator=generator, dtype=dtype).to(device) for shape in shapes]
+        inputs = [_normal(shape, generator).to(dtype).to(device) for shape in shapes]
         for training in (False, True):
             mode = "training" if training else "evaluation"
             try:
@@ -60,12 +66,17 @@ def _draw(module: nn.Module, generator: torch.Generator) -> None:
     with torch.no_grad():
         for parameter in module.parameters():
             fan_in = parameter[0].numel() if parameter.dim() > 1 else 1
-            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) / fan_in**0.5)
+            parameter.copy_(_normal(parameter.shape, generator) / fan_in**0.5)
         for name, buffer in module.named_buffers():
             if name.endswith("running_mean"):
-                buffer.copy_(torch.randn(buffer.shape, generator=generator, dtype=torch.float64))
+                buffer.copy_(_normal(buffer.shape, generator))
             elif name.endswith("running_var"):
-                buffer.copy_(torch.rand(buffer.shape, generator=generator, dtype=torch.float64) + 0.5)
+                buffer.copy_(_normal(buffer.shape, generator).square() + 0.5)
+
+
+def _normal(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Numbers drawn on the CPU, also where another device is the default."""
+    return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
 
 
 def _results(module: nn.Module, inputs: list[Tensor]) -> dict[str, Tensor]:

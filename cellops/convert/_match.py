@@ -20,12 +20,14 @@ from cellops.convert.modules import (
     FusedSequential,
     NamedFReLU,
     PooledAttention,
+    SequentialSqueezeExcite,
     activation_of,
     is_fusable,
     is_norm,
     steps,
 )
 from cellops.nn import DeformConv2d, DeformConv2dPack, EfficientChannelAttention, FReLU, SqueezeExcite
+from cellops.nn.squeeze_excite import is_linear
 from cellops.ops.deform_conv2d import pair
 from cellops.ops.squeeze_excite import ACTIVATION_CODES
 
@@ -102,13 +104,21 @@ def _squeeze_excite(module: nn.Module) -> Match | None:
     children = _children(module)
     names = next((pair for pair in SQUEEZE_EXCITE_NAMES if set(pair) <= children.keys()), None)
     if names is None:
-        return None
+        return _squeeze_excite_in_sequence(children)
     fc1, fc2 = (_exactly(children.pop(name), nn.Conv2d, name) for name in names)
     if getattr(module, "add_maxpool", False):
         raise Stays("it pools by the maximum too")
     channels, hidden = fc2.weight.shape[:2]
     if fc1.weight.shape != (hidden, channels, 1, 1) or fc2.weight.shape != (channels, hidden, 1, 1):
         raise Stays(f"{' and '.join(names)} are not 1x1 convolutions there and back")
+    act, gate = _activation_and_gate(children)
+    cls = SqueezeExcite if names == ("fc1", "fc2") else EfficientNetSqueezeExcite
+    convert = partial(_become, cls=cls, attributes={"act": act, "gate": gate}, drop=tuple(children))
+    return Match("SqueezeExcite", "squeeze_excite", convert, ((2, channels, SIDE, SIDE),))
+
+
+def _activation_and_gate(children: Mapping[str, nn.Module]) -> tuple[str, str]:
+    """What a squeeze-and-excitation has beside its two layers and a pooling."""
     act = gate = None
     for name, child in children.items():
         kind = type(child).__name__
@@ -122,9 +132,27 @@ def _squeeze_excite(module: nn.Module) -> Match | None:
             raise Stays(f"its {name} is a {kind}, which squeeze_excite does not have")
     if act is None or gate is None:
         raise Stays(f"{'activation' if act is None else 'gate'} is not one of its children")
-    cls = SqueezeExcite if names == ("fc1", "fc2") else EfficientNetSqueezeExcite
-    convert = partial(_become, cls=cls, attributes={"act": act, "gate": gate}, drop=tuple(children))
-    return Match("SqueezeExcite", "squeeze_excite", convert, ((2, channels, SIDE, SIDE),))
+    return act, gate
+
+
+def _squeeze_excite_in_sequence(children: Mapping[str, nn.Module]) -> Match | None:
+    """With the layers in the one child that is a sequence, as the authors of the paper and many after them have it."""
+    bodies = [name for name, child in children.items() if type(child) is nn.Sequential]
+    pools = [name for name, child in children.items() if type(child).__name__ in ("AdaptiveAvgPool2d", "Identity")]
+    if len(bodies) != 1 or len(pools) + 1 != len(children):
+        return None
+    parts = _children(children[bodies[0]])
+    layers = [name for name, part in parts.items() if isinstance(part, (nn.Linear, nn.Conv2d))]
+    if len(layers) != 2:
+        return None
+    fc1, fc2 = (parts.pop(name) for name in layers)
+    if type(fc1) is not type(fc2) or not (is_linear(fc1) and is_linear(fc2)):
+        raise Stays(f"{' and '.join(layers)} of its {bodies[0]} are neither linear layers nor 1x1 convolutions")
+    act, gate = _activation_and_gate(parts)
+    kinds = tuple(type(part) for part in children[bodies[0]].children())
+    attributes = {"body": bodies[0], "kinds": kinds, "act": act, "gate": gate}
+    convert = partial(_become, cls=SequentialSqueezeExcite, attributes=attributes, drop=pools)
+    return Match("SqueezeExcite", "squeeze_excite", convert, ((2, fc2.weight.shape[0], SIDE, SIDE),))
 
 
 def _eca(module: nn.Module) -> Match | None:
@@ -275,7 +303,7 @@ GATES = {
 
 RULES: tuple[tuple[re.Pattern[str], Callable[[nn.Module], Match | None]], ...] = (
     (re.compile(r"^SE(Module|Layer|Block)?$|^SqueezeExc"), _squeeze_excite),
-    (re.compile(r"^E(ca|CA)(Module|Layer|Block|Attention)?$|^EfficientChannelAtt"), _eca),
+    (re.compile(r"^E(ca|CA)(Module|Layer|Block|Attention)?$|^eca_layer$|^EfficientChannelAtt"), _eca),
     (re.compile(r"^Spatial(Attn|Gate|Attention)$"), _spatial_attention),
     (re.compile(r"^F_?RELU|Funnel", re.IGNORECASE), _frelu),
     (re.compile(r"^(Modulated)?DeformConv(2d)?(Pack)?$"), _deform_conv2d),

@@ -42,6 +42,36 @@ class EfficientNetSqueezeExcite(SqueezeExcite):
         return excite(input, self.conv_reduce, self.conv_expand, self.act, self.gate)
 
 
+class SequentialSqueezeExcite(nn.Module):
+    """Squeeze-and-excitation with its layers in a sequence: linear ones, as the authors have it, or 1x1 convolutions.
+
+    Attributes:
+        body: the name of the sequence.
+        kinds: the classes of what it held when it was compared; with any other in it, it is called.
+        act, gate: as for `cellops.squeeze_excite`.
+    """
+
+    body: str
+    kinds: tuple[type[nn.Module], ...]
+    act: str
+    gate: str
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[N, C, H, W] -> [N, C, H, W]. Errors are those of `cellops.squeeze_excite`."""
+        body = self._modules[self.body]
+        assert isinstance(body, nn.Module)
+        there = list(body.children())
+        if tuple(map(type, there)) != self.kinds or watched(body, *there):  # an adapter, a hook: it wants to be called
+            linear = nn.Linear in self.kinds
+            scale = body(input.mean((2, 3), keepdim=not linear))
+            return input * (scale[:, :, None, None] if linear else scale)
+        fc1, fc2 = (part for part in there if type(part) in (nn.Linear, nn.Conv2d))
+        return excite(input, fc1, fc2, self.act, self.gate)
+
+    def extra_repr(self) -> str:
+        return f"act={self.act!r}, gate={self.gate!r}"
+
+
 class NamedFReLU(FReLU):
     """Funnel activation with children of other names.
 

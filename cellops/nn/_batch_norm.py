@@ -38,6 +38,12 @@ def affine(bn: nn.BatchNorm2d, bias: Tensor | None) -> tuple[Tensor | None, Tens
     return bn.weight, torch.add(torch.zeros_like(bias) if bn.bias is None else bn.bias, bias, alpha=0)
 
 
+def behind(bn: nn.Module | None, activation: str) -> str:
+    """The activation that is left to apply where the normalisation is called: timm's `BatchNormAct2d` has it inside."""
+    inside = bn is not None and any(type(child) is not nn.Identity for child in bn.children())
+    return "none" if inside else activation
+
+
 def check_batch(shape: torch.Size) -> None:
     """Raise as `nn.BatchNorm2d` does where a channel has one value to be normalised by itself.
 

@@ -48,8 +48,9 @@ class FReLU(nn.Module):
             ValueError: in training, one value per channel; else the errors are those of `cellops.frelu`.
         """
         conv, bn = self.conv_frelu, self.bn_frelu
-        plain = _children.are_plain(conv, bn) and fits(conv) and not isinstance(input, Proxy)
-        if not plain or (_compiled.stands_back("frelu", input, self) and input.shape[1] == conv.in_channels):
+        # A tracer wants modules, and whichever mode they are in later; an image without a batch is theirs alone.
+        called = isinstance(input, Proxy) or input.dim() == 3 or not (_children.are_plain(conv, bn) and fits(conv))
+        if called or (_compiled.stands_back("frelu", input, self) and input.shape[1] == conv.in_channels):
             convolved = conv(input)
             return input.maximum(convolved if bn is None else bn(convolved))
         if bn is None:

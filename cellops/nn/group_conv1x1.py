@@ -84,9 +84,9 @@ def convolve(
     """
     # A tracer wants modules, and whichever mode they are in later; an image without a batch is nn.Conv2d's alone.
     if isinstance(input, Proxy) or input.dim() == 3:
-        return _compose(input, conv, bn, groups, activation, shuffle)
+        return _compose(input, conv, bn, groups, _batch_norm.behind(bn, activation), shuffle)
     if _compiled.stands_back("group_conv1x1", input, conv) and input.shape[1] == conv.in_channels:
-        return _compose(input, conv, bn, groups, activation, shuffle)
+        return _compose(input, conv, bn, groups, _batch_norm.behind(bn, activation), shuffle)
     if bn is None:
         return group_conv1x1(input, conv.weight, None, conv.bias, groups, activation, shuffle)
     if not _batch_norm.uses_batch_statistics(bn):
@@ -95,7 +95,7 @@ def convolve(
     shape = input.shape
     _batch_norm.check_batch(shape[:1] + conv.weight.shape[:1] + shape[2:])
     if _plain_is_faster(input, conv, groups):
-        return _compose(input, conv, bn, groups, activation, shuffle)
+        return _compose(input, conv, bn, groups, _batch_norm.behind(bn, activation), shuffle)
     gamma, beta = _batch_norm.affine(bn, conv.bias)
     output, mean, var = group_conv1x1_batch_norm(input, conv.weight, gamma, beta, bn.eps, groups, activation, shuffle)
     _batch_norm.update_running_statistics(bn, mean, var, conv.bias, shape[0] * shape[2] * shape[3])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 from torch import Tensor, nn
 
 from cellops.nn import _children, _compiled
@@ -56,20 +58,28 @@ class SqueezeExcite(nn.Module):
         return f"act={self.act!r}, gate={self.gate!r}"
 
 
-def excite(input: Tensor, fc1: nn.Conv2d, fc2: nn.Conv2d, act: str, gate: str) -> Tensor:
-    """The op with the weights of two convolutions, or the composition: where that compiles to faster code, and where a
-    convolution wants to be called."""
-    if not (_children.are_plain(fc1, fc2) and _is_linear(fc1) and _is_linear(fc2)):
+def excite(input: Tensor, fc1: nn.Module, fc2: nn.Module, act: str, gate: str) -> Tensor:
+    """The op with the weights of two convolutions or linear layers, or the composition: where that compiles to faster
+    code, and where a layer wants to be called."""
+    if not (is_linear(fc1) and is_linear(fc2)) or _children.watched(fc1, fc2):
         check_names(act, gate)
         pooled = input.mean((2, 3), keepdim=True)
         return input * reference.GATES[gate](fc2(reference.ACTIVATIONS[act](fc1(pooled))))
-    parameters = (fc1.weight, fc1.bias, fc2.weight, fc2.bias)
+    parameters = (_window(fc1), fc1.bias, _window(fc2), fc2.bias)
     if _compiled.stands_back("squeeze_excite", input, *parameters):
         known = act in reference.ACTIVATIONS and gate in reference.GATES
-        if known and input.shape[1] == fc1.weight.shape[1]:  # the op says what is wrong
+        if known and input.shape[1] == parameters[0].shape[1]:  # the op says what is wrong
             return reference.squeeze_excite(input, *parameters, act, gate)
     return squeeze_excite(input, *parameters, act=act, gate=gate)
 
 
-def _is_linear(conv: nn.Conv2d) -> bool:
-    return conv.kernel_size == (1, 1) and conv.groups == 1 and _children.keeps_size(conv)
+def is_linear(layer: nn.Module) -> TypeGuard[nn.Conv2d | nn.Linear]:
+    """Whether it is PyTorch's own linear layer, or its 1x1 convolution over all channels."""
+    if type(layer) is not nn.Conv2d:
+        return type(layer) is nn.Linear
+    return layer.kernel_size == (1, 1) and layer.groups == 1 and _children.keeps_size(layer)
+
+
+def _window(layer: nn.Conv2d | nn.Linear) -> Tensor:
+    """The weight of a 1x1 convolution; that of a linear layer as one of such."""
+    return layer.weight[:, :, None, None] if isinstance(layer, nn.Linear) else layer.weight

@@ -76,8 +76,13 @@ def is_traced() -> bool:
 
 
 def is_transformed_for_reverse_mode() -> bool:
-    """Whether a public function must apply the Function that `torch.func` asks for."""
-    return _in_functorch() and forward_ad._current_level < 0 and not _is_compiling() and not _in_autocast()
+    """Whether a public function must apply the Function that `torch.func` asks for.
+
+    `torch.func.functionalize` knows no Functions: it gets the op itself.
+    """
+    if not _in_functorch() or forward_ad._current_level >= 0 or _is_compiling() or _in_autocast():
+        return False
+    return torch._C._functorch.peek_interpreter_stack().key() != torch._C._functorch.TransformType.Functionalize
 
 
 def takes_formula(op: str, tensors: Iterable[Tensor | None], differentiable: bool, backend: str | None) -> bool:

@@ -21,7 +21,6 @@ from cellops.triton._activation import activated, slope
 from cellops.triton._numerics import narrow
 from cellops.triton._pixels import channel_values, tile_elements
 
-
 VARYING = ("rows", "across", "of_image", "count", "height", "part_strips")
 """Sizes that no address depends on: a kernel that is compiled for each that is 1 or a multiple of 16 is no faster, and
 images of many sizes would need a hundred of them."""
