@@ -222,7 +222,7 @@ def table(
         progress: whether to show a bar on stderr where that is a terminal.
 
     Raises:
-        ValueError: a name, the size or the style is wrong.
+        ValueError: a name, the size or the style is wrong, or a network does not take an image of that size.
     """
     if style not in STYLES:
         raise ValueError(f"style must be one of {', '.join(map(repr, STYLES))}, got {style!r}")
@@ -257,9 +257,13 @@ def _row(name: str, input_size: Sequence[int] | None, num_classes: int, measure:
     with torch.device("cpu" if measure else "meta"):
         model = create_model(name, num_classes=num_classes, in_chans=input_size[0] if input_size else 3)
     size = tuple(input_size or model.default_cfg["input_size"])
-    found = cost(model, size, measure)
+    shown = "x".join(map(str, size))
+    try:
+        found = cost(model, size, measure)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"{name} does not take an image of {shown}: {error}") from error
     return [
-        "x".join(map(str, size)),
+        shown,
         str(found.parameters),
         f"{found.megabytes:.2f}",
         f"{found.macs / 1e6:.1f}",

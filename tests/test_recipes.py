@@ -289,10 +289,15 @@ def test_pretrained_weights_that_cannot_be_had(tmp_path, monkeypatch):
     def missing(**options):
         raise OSError("no route to host")
 
+    registry.list_models()  # so that no later import finds the name taken
     monkeypatch.setitem(registry._entries, "ghostnet_100", registry.Entry("ghostnet_100", "timm", missing))
     data = trees.sipakmed(tmp_path / "data", clusters=6, cells=2)
     recipe = load_recipe("hybrid_ghostnet", [f"data.path='{data}'", "data.input_size=32", "data.folds=2"])
-    with pytest.raises(RecipeError, match="Train from scratch with --recipe hybrid_ghostnet_scratch"):
+    with pytest.raises(RecipeError, match="Train from scratch with --recipe hybrid_ghostnet_scratch") as told:
+        start(tmp_path / "run", recipe)
+    assert "with --set model.pretrained=false --set model.weights=FILE.safetensors" in str(told.value)
+    recipe.name = "mine"  # which has no twin
+    with pytest.raises(RecipeError, match=r"Train from scratch with --set model\.pretrained=false, or"):
         start(tmp_path / "run", recipe)
     assert not (tmp_path / "run").exists()
 

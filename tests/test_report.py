@@ -211,6 +211,27 @@ def test_grad_cam_without_maps():
     assert grad_cam(Flat(), torch.zeros(1, 3, 8, 8), torch.tensor([0])) is None
 
 
+def test_grad_cam_of_maps_that_the_logits_use():
+    """A head that is computed for nothing is the deepest; maps of a layer that is called again unused are not asked."""
+
+    class Extra(TinyCells):
+        def __init__(self):
+            super().__init__(2, 3, "batch", 0.0)
+            self.extra = torch.nn.Conv2d(16, 4, 1)
+
+        def forward(self, images):
+            features = self.forward_features(images)
+            self.extra(features)
+            self.second(self.norm(self.first(images)))
+            return self.forward_head(features)
+
+    torch.manual_seed(0)
+    network, images, labels = Extra().eval(), torch.rand(2, 3, 32, 32), torch.tensor([1, 0])
+    plain = TinyCells(2, 3, "batch", 0.0).eval()
+    plain.load_state_dict({key: value for key, value in network.state_dict().items() if "extra" not in key})
+    np.testing.assert_allclose(grad_cam(network, images, labels), grad_cam(plain, images, labels), atol=1e-6)
+
+
 def test_worst_first():
     rows = np.array([[0.9, 0.1], [0.2, 0.8], [0.4, 0.6], [0.01, 0.99]])
     found = Predictions(["a", "b", "c", "d"], np.array([0, 0, 0, 0]), rows, ("x", "y"))

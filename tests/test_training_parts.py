@@ -12,6 +12,7 @@ from rich.console import Console
 from torch import nn
 from training_runs import tiny_recipe
 
+from cellops.models import create_model
 from cellops.models.data import Fold
 from cellops.models.training import optim
 from cellops.models.training.apply import RunImages
@@ -99,6 +100,19 @@ def test_schedules():
     with pytest.raises(RecipeError, match="milestones"):
         rates(ScheduleSettings("multistep"))
     assert np.allclose(rates(ScheduleSettings("constant", warmup_epochs=9))[:31], np.arange(31) / 30)
+
+
+def test_layer_decay_reaches_the_rates():
+    """timm leaves the factor of a layer in its group; without the schedule it would do nothing, silently."""
+    model = create_model("hqnet_tiny", num_classes=3)
+    optimizer = optim.build_optimizer(OptimizerSettings("adamw", 0.1, arguments={"layer_decay": 0.5}), model)
+    schedule = optim.build_schedule(ScheduleSettings("cosine", warmup_epochs=1), optimizer, 4, 10)
+    for update in (5, 20):
+        schedule.step_update(update)
+        whole = 0.1 * (0.5 if update == 5 else 0.5 * (1 + np.cos(np.pi / 2)))
+        assert all(group["lr"] == pytest.approx(whole * group["lr_scale"]) for group in optimizer.param_groups)
+        assert max(group["lr"] for group in optimizer.param_groups) == pytest.approx(whole)
+        assert len({group["lr"] for group in optimizer.param_groups}) > 4
 
 
 def test_packed_tensors(tmp_path):

@@ -147,6 +147,8 @@ def test_table_names_the_wrong_argument() -> None:
         table(["dresnet"], style="html")
     with pytest.raises(ValueError, match="did you mean 'dresnet'"):
         table(["dresnets"])
+    with pytest.raises(ValueError, match="alexnet does not take an image of 3x32x32: "):
+        table(["dresnet_025", "alexnet"], input_size=(3, 32, 32), measure=False)
 
 
 def test_the_papers_tables_stand_beside_ours() -> None:

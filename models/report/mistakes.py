@@ -27,22 +27,30 @@ LEAST = 7
 
 
 def deepest_maps(model: nn.Module, images: Tensor) -> nn.Module | None:
-    """The last module to give maps of at least LEAST positions a side, or the last to give any; None without maps."""
-    found: list[tuple[bool, nn.Module]] = []
+    """The last module to give maps of at least LEAST positions a side, or the last to give any; None without maps.
+
+    Maps that the logits do not depend on, as those of a head for training alone, have no gradient to show.
+    """
+    found: list[tuple[nn.Module, Tensor]] = []
 
     def note(module: nn.Module, arguments: object, output: object) -> None:
         if isinstance(output, Tensor) and output.dim() == 4 and output.shape[1] > 1 and output.shape[-1] > 1:
-            found.append((min(output.shape[-2:]) >= LEAST, module))
+            found.append((module, output))
 
     handles = [module.register_forward_hook(note) for module in model.modules() if module is not model]
     try:
-        with torch.no_grad():
-            model(images[:1])
+        with torch.enable_grad():
+            logits = model(images[:1].detach().requires_grad_())
     finally:
         for handle in handles:
             handle.remove()
-    fine = [module for large, module in found if large]
-    return fine[-1] if fine else found[-1][1] if found else None
+    asked = [(module, output) for module, output in found if output.requires_grad]
+    if not asked:
+        return None
+    gradients = torch.autograd.grad(logits.sum(), [output for _, output in asked], allow_unused=True)
+    used = [pair for pair, gradient in zip(asked, gradients, strict=True) if gradient is not None]
+    fine = [module for module, output in used if min(output.shape[-2:]) >= LEAST]
+    return fine[-1] if fine else used[-1][0] if used else None
 
 
 def grad_cam(model: nn.Module, images: Tensor, labels: Tensor) -> np.ndarray | None:
@@ -71,10 +79,12 @@ def grad_cam(model: nn.Module, images: Tensor, labels: Tensor) -> np.ndarray | N
                 score = (logits[:, 0] * (2 * labels - 1)).sum()
             else:
                 score = logits.gather(1, labels[:, None]).sum()
-            (gradient,) = torch.autograd.grad(score, kept[-1])
+            gradients = torch.autograd.grad(score, kept, allow_unused=True)
     finally:
         handle.remove()
-    maps = functional.relu((gradient.mean((2, 3), keepdim=True) * kept[-1].detach()).sum(1, keepdim=True)).float()
+    # The last call of the layer that the score depends on; the layer was chosen since there is one.
+    gradient, output = [pair for pair in zip(gradients, kept, strict=True) if pair[0] is not None][-1]
+    maps = functional.relu((gradient.mean((2, 3), keepdim=True) * output.detach()).sum(1, keepdim=True)).float()
     maps = functional.interpolate(maps, images.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
     peak = maps.flatten(1).amax(1).clamp_min(1e-12)[:, None, None]
     return (maps / peak).cpu().numpy()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -150,7 +151,19 @@ def save_weights(path: Path, weights: Mapping[str, Tensor], metadata: Mapping[st
     # A clone each: safetensors refuses tensors that share memory.
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()}
     header = {name: json.dumps(value) for name, value in metadata.items()}
-    write_atomically(path, lambda file: file.write(save(tensors, header)))
+    data = _in_order(save(tensors, header))
+    write_atomically(path, lambda file: file.write(data))
+
+
+def _in_order(data: bytes) -> bytes:
+    """A safetensors file whose facts are in the order of their names: the library writes them in another one each time,
+    and two runs that agree to the last bit should have one checksum."""
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # the format keeps tensors at multiples of 8
+    return len(text).to_bytes(8, "little") + text + data[8 + length :]
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -180,14 +193,22 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return weights, facts
 
 
-def load_weights(model: torch.nn.Module, path: Path) -> dict[str, Any]:
+def load_weights(model: torch.nn.Module, path: Path, classifier: Collection[str] = ()) -> dict[str, Any]:
     """Put the weights of a file into a model and return the header's facts.
+
+    Args:
+        model: it is changed.
+        path: of the file.
+        classifier: names of tensors that stay as they are where the file has none, or has those of another number of
+            classes.
 
     Raises:
         CheckpointError: the file cannot be read, or holds the weights of another network.
     """
     weights, facts = read_weights(path)
     own = model.state_dict()
+    if _unfit(own, weights, classifier):
+        weights |= {name: own[name] for name in classifier}
     missing, unknown = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
     shapes = [name for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape]
     if missing or unknown or shapes:
@@ -199,3 +220,16 @@ def load_weights(model: torch.nn.Module, path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} holds the weights of another network: {'; '.join(told)}")
     model.load_state_dict(weights)
     return facts
+
+
+def _unfit(own: Mapping[str, Tensor], weights: Mapping[str, Tensor], classifier: Collection[str]) -> bool:
+    """Whether a file's classifier cannot be taken over."""
+    return any(name not in weights or own[name].shape != weights[name].shape for name in classifier)
+
+
+def start_note(model: torch.nn.Module, path: Path, classifier: Collection[str] = ()) -> str:
+    """A sentence about the file that `load_weights` started a model from."""
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    drawn = f"; its classifier has other classes, so that {' and '.join(sorted(classifier))} were drawn anew"
+    anew = _unfit(model.state_dict(), read_weights(path)[0], classifier)
+    return f"Training started from {path} (SHA-256 {digest}){drawn if anew else ''}."

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cellops.models.training.recipe import RecipeError
+
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TURNS = {
     "none": [(0, False)],
@@ -58,6 +60,37 @@ class Logits(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.network(images)[0]
+
+
+def classifier_tensors(model: Any) -> set[str]:
+    """Names of the tensors that depend on the number of classes, as the network's `default_cfg` says; else none."""
+    named = (getattr(model, "default_cfg", None) or {}).get("classifier") or ()
+    modules = (named,) if isinstance(named, str) else tuple(named)
+    return {name for name in model.state_dict() if name.rpartition(".")[0] in modules}
+
+
+def try_out(model: nn.Module, name: str, images: Tensor, outputs: int) -> None:
+    """Call a network once, so that one that does not fit shows before it is trained.
+
+    Args:
+        model: in evaluation.
+        name: of the network.
+        images: [N, 3, H, W].
+        outputs: width of the logits.
+
+    Raises:
+        RecipeError: it does not take the images, or gives something else than logits [N, outputs].
+    """
+    try:
+        with torch.no_grad():
+            found = model(images)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        height, width = images.shape[2:]
+        raise RecipeError(f"data.input_size: {name} does not take images of {height} x {width}: {error}") from None
+    wanted = [len(images), outputs]
+    if not isinstance(found, Tensor) or list(found.shape) != wanted:
+        told = f"a tensor {list(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
+        raise RecipeError(f"model.name: {name} must return one tensor, logits {wanted} for one image; it gave {told}")
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[None]:

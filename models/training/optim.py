@@ -67,7 +67,7 @@ class Schedule:
 
     Args:
         settings: which.
-        optimizer: its present rates are the highest ones.
+        optimizer: its present rates are the highest ones; a group's `lr_scale` multiplies what it gets.
         epochs: of the training.
         updates_per_epoch: of the optimizer.
     """
@@ -76,6 +76,8 @@ class Schedule:
         self, settings: ScheduleSettings, optimizer: torch.optim.Optimizer, epochs: int, updates_per_epoch: int
     ) -> None:
         self.settings, self.optimizer = settings, optimizer
+        # timm's layer_decay leaves a factor in each group, and leaves it to the schedule to multiply by it.
+        self.scales = [float(group.get("lr_scale", 1.0)) for group in optimizer.param_groups]
         self.highest = [float(group["lr"]) for group in optimizer.param_groups]
         self.total = epochs * updates_per_epoch
         self.warmup = warmup_epochs(settings, epochs) * updates_per_epoch
@@ -93,8 +95,8 @@ class Schedule:
 
     def step_update(self, update: int) -> None:
         """Set the rates after so many updates."""
-        for group, highest in zip(self.optimizer.param_groups, self.highest, strict=True):
-            group["lr"] = self.rate(highest, update)
+        for group, highest, scale in zip(self.optimizer.param_groups, self.highest, self.scales, strict=True):
+            group["lr"] = scale * self.rate(highest, update)
 
 
 def build_schedule(

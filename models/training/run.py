@@ -25,12 +25,13 @@ from torch import nn
 
 from cellops.models.data import CellData, Fold, Folds, near_duplicates
 from cellops.models.training import parts as parts_module
-from cellops.models.training.checkpoint import BEST, load_weights, read_weights, save_weights, write_text
+from cellops.models.training.checkpoint import BEST, load_weights, read_weights, save_weights, start_note, write_text
 from cellops.models.training.console import Output
 from cellops.models.training.environment import environment
 from cellops.models.training.evaluate import plain, quick_metrics
 from cellops.models.training.folder import free_folder, is_taken, lock
 from cellops.models.training.loop import Trainer
+from cellops.models.training.network import classifier_tensors, try_out
 from cellops.models.training.optim import warmup_epochs
 from cellops.models.training.parts import Batches, Part, class_weights, cut, parts, read_data
 from cellops.models.training.randomness import seed_everything
@@ -41,6 +42,7 @@ from cellops.models.training.recipe import (
     dump_recipe,
     load_recipe,
     overridden,
+    recipe_names,
     recipe_values,
 )
 from cellops.models.training.results import judge, summarize
@@ -94,14 +96,15 @@ def build_model(recipe: Recipe, classes: Sequence[str]) -> nn.Module:
     except RuntimeError as error:
         if not settings.pretrained:
             raise
+        twin, anew = f"{recipe.name}_scratch", "--set model.pretrained=false"
         raise RecipeError(
-            f"{error}. Train from scratch with --recipe {recipe.name}_scratch, or start from a file of weights with "
-            "--set model.pretrained=false model.weights=FILE.safetensors"
+            f"{error}. Train from scratch with {f'--recipe {twin}' if twin in recipe_names() else anew}, or start "
+            f"from a file of weights with {anew} --set model.weights=FILE.safetensors"
         ) from None
     except TypeError as error:
         raise RecipeError(f"model.arguments do not fit {settings.name}: {error}") from None
     if settings.weights is not None:
-        load_weights(model, Path(settings.weights))
+        load_weights(model, Path(settings.weights), classifier_tensors(model))
     return model
 
 
@@ -186,6 +189,9 @@ class Run:
             weights = torch.tensor(class_weights(fold.train, labels, classes), dtype=torch.float32)
         outputs = self.recipe.model.outputs or classes
         criterion = build_loss(self.recipe.loss, outputs, weights)
+        if getattr(criterion, "needs_features", False) and not hasattr(model, "forward_features"):
+            name = self.recipe.loss["name"]
+            raise RecipeError(f"loss {name} needs features: {self.recipe.model.name} has no forward_features")
         mixing = self.recipe.mixing
         if getattr(criterion, "needs_features", False) and (mixing.mixup > 0 or mixing.cutmix > 0):
             raise RecipeError("mixing: mixed images belong to no class, so no triplets can be made of them")
@@ -212,15 +218,12 @@ class Run:
         classes = len(self.data.classes)  # of which some metrics are, as those of two classes
         quick_metrics(np.eye(classes), np.arange(classes), self.recipe.training.monitor)
         self._first = self.trainer(self.parts[0])
-        height, width = self.recipe.data.input_size
-        model = self._first.judged.eval()
-        try:
-            with torch.no_grad():
-                model(torch.zeros(1, 3, height, width, device=self.ranks.device))
-        except (RuntimeError, AssertionError, ValueError) as error:
-            raise RecipeError(
-                f"data.input_size: {self.recipe.model.name} does not take images of {height} x {width}: {error}"
-            ) from None
+        images = torch.zeros(1, 3, *self.recipe.data.input_size, device=self.ranks.device)
+        name, outputs = self.recipe.model.name, self.recipe.model.outputs or classes
+        try_out(self._first.judged.eval(), name, images, outputs)
+        if self.recipe.model.weights is not None:
+            path = Path(self.recipe.model.weights)
+            self.notes.append(start_note(self._first.model, path, classifier_tensors(self._first.model)))
 
     def train(self, stop_after: int | None = None, deadline: float | None = None, parts: int | None = None) -> bool:
         """Train and evaluate what is left, then write the report.
@@ -361,14 +364,24 @@ def look_alikes(run: Run) -> list[str]:
     return notes
 
 
+def _whole_paths(recipe: Recipe) -> Recipe:
+    """The recipe with paths that hold in every working directory."""
+
+    def whole(path: str | None) -> str | None:
+        return path if path in (None, "synthetic") else str(Path(path).expanduser().resolve())
+
+    data = replace(recipe.data, path=whole(recipe.data.path))
+    return replace(recipe, data=data, model=replace(recipe.model, weights=whole(recipe.model.weights)))
+
+
 def _resumed_recipe(recipe: Recipe | None, folder: Path, overrides: Sequence[str]) -> Recipe:
     """The recipe of an unfinished run, with what may be changed about it."""
     if not (folder / "recipe.yaml").is_file():
         raise ValueError(f"there is no run to resume in {folder}: it has no recipe.yaml")
-    stored = load_recipe(folder / "recipe.yaml")
-    wanted = load_recipe(folder / "recipe.yaml", overrides) if recipe is None else recipe
+    stored = _whole_paths(load_recipe(folder / "recipe.yaml"))
+    wanted = _whole_paths(load_recipe(folder / "recipe.yaml", overrides) if recipe is None else recipe)
     if recipe is not None and recipe.data.path is None:
-        wanted = replace(recipe, data=replace(recipe.data, path=stored.data.path))
+        wanted = replace(wanted, data=replace(wanted.data, path=stored.data.path))
     different = _differences(recipe_values(stored), recipe_values(wanted))
     if different:
         raise ValueError(
@@ -432,9 +445,7 @@ def prepare(
     recipe = build_recipe(recipe_values(recipe))
     if recipe.training.threads is not None:
         torch.set_num_threads(recipe.training.threads)
-    path = recipe.data.path
-    if path is not None and path != "synthetic":
-        recipe = replace(recipe, data=replace(recipe.data, path=str(Path(path).expanduser().resolve())))
+    recipe = _whole_paths(recipe)
     data = data or read_data(recipe.data, output)
     folds = {}
     for protocol in parts_module.protocols(recipe.data):

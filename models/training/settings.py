@@ -31,7 +31,7 @@ class ModelSettings:
 
     name: str = "shufflenet_v2_x1_0"
     pretrained: bool = False  # ImageNet weights; an error where there are none
-    weights: str | None = None  # a .safetensors file to start from
+    weights: str | None = None  # a .safetensors file to start from; its classifier may be of other classes
     outputs: int | None = None  # logits; 1 for two classes trained with one logit; the number of classes if not given
     arguments: dict[str, Any] = field(default_factory=dict)
 
