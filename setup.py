@@ -4,6 +4,7 @@ Environment:
     CELLOPS_CUDA: AUTO (default: build the CUDA kernels if nvcc works), ON (fail without it) or OFF.
     CELLOPS_CUDA_ARCHS: the GPU architectures to compile for, "80;90" (default: 80, 86, 89, 90, 100 and 120).
     CMAKE_ARGS: further arguments for CMake's configuration.
+    CMAKE_BUILD_PARALLEL_LEVEL: how many files to compile at once (default: about one for each core).
 """
 
 import os
@@ -33,8 +34,10 @@ def tool(name: str) -> str:
 
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
-        import pybind11
-
+        try:
+            import pybind11
+        except ModuleNotFoundError:
+            raise SystemExit("cellops needs pybind11 to compile csrc/: pip install pybind11") from None
         cuda = os.environ.get("CELLOPS_CUDA", "AUTO").upper()
         if cuda not in ("AUTO", "ON", "OFF"):
             raise SystemExit(f"CELLOPS_CUDA must be AUTO, ON or OFF, got {cuda!r}")
@@ -62,8 +65,14 @@ class CMakeBuild(build_ext):
             f"-DCELLOPS_VERSION={self.distribution.get_version()}",
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]
-        subprocess.run(configure, check=True)
-        subprocess.run([cmake, "--build", str(build), "--target", "_C"], check=True)
+        # No traceback where these fail: their own messages would stand far above its end.
+        if subprocess.run(configure).returncode != 0:
+            raise SystemExit("cellops was not built: CMake says why above; a C++17 compiler is needed (CXX names one)")
+        if subprocess.run([cmake, "--build", str(build), "--target", "_C"]).returncode != 0:
+            raise SystemExit(
+                "cellops was not built: the compiler says why above; "
+                "where it was killed for want of memory, try again with CMAKE_BUILD_PARALLEL_LEVEL=1"
+            )
 
 
 class CleanBuildPy(build_py):

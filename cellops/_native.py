@@ -24,13 +24,13 @@ DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.floa
 
 
 def _load() -> ModuleType:
-    try:
-        return importlib.import_module("cellops._C")
-    except ModuleNotFoundError as missing:
-        if missing.name != "cellops._C":
-            raise
-    library = _source_tree.installed_library() if _source_tree.is_source_tree() else None
-    if library is None:
+    library = _source_tree.library() if _source_tree.is_source_tree() else None
+    if library is None or library.parent == _source_tree.PACKAGE:
+        try:
+            return importlib.import_module("cellops._C")
+        except ModuleNotFoundError as missing:
+            if missing.name != "cellops._C":
+                raise
         raise ImportError(_not_found())
     spec = importlib.util.spec_from_file_location("cellops._C", library)
     assert spec is not None and spec.loader is not None
@@ -46,7 +46,7 @@ def _not_found() -> str:
         remedy = "`pip install .` or `pip install -e .` builds it"
     else:
         where = f"in the installed package {_source_tree.PACKAGE}"
-        remedy = "`pip install --force-reinstall cellops` builds it"
+        remedy = "`pip install .` in a clone of cellops, by this Python's pip, builds it"
     return f"the compiled library cellops._C for {sys.implementation.cache_tag} is not {where}; {remedy}"
 
 

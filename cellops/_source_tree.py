@@ -14,7 +14,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent
 ROOT = PACKAGE.parent
-LIBRARY_NAMES = frozenset("_C" + suffix for suffix in EXTENSION_SUFFIXES)
+LIBRARY_NAMES = tuple("_C" + suffix for suffix in EXTENSION_SUFFIXES)
 
 
 def is_source_tree() -> bool:
@@ -22,14 +22,33 @@ def is_source_tree() -> bool:
     return (ROOT / "csrc" / "CMakeLists.txt").is_file() and (ROOT / "pyproject.toml").is_file()
 
 
-def installed_library() -> Path | None:
-    """The compiled `_C` of an installed cellops that this interpreter can load, or None."""
+def library() -> Path | None:
+    """The compiled `_C` of this tree, or that of an installed cellops if it was built later; None without either.
+
+    `pip install -e .` leaves its library in the tree, where a later `pip install .` neither replaces nor removes it.
+    """
+    own = next((path for name in LIBRARY_NAMES if (path := PACKAGE / name).is_file()), None)
+    if own is None:
+        return installed_library()
+    installed = installed_library(first=True)
+    later = installed is not None and installed.stat().st_mtime > own.stat().st_mtime
+    return installed if later else own
+
+
+def installed_library(first: bool = False) -> Path | None:
+    """The compiled `_C` of an installed cellops that this interpreter can load, or None.
+
+    Args:
+        first: ask only the one that pip would uninstall, which may be an editable one without a library of its own.
+    """
     for distribution in distributions(name="cellops"):
         for file in distribution.files or ():
             if file.name in LIBRARY_NAMES:
                 library = Path(str(distribution.locate_file(file)))
                 if library.is_file():
                     return library
+        if first and distribution.read_text("RECORD") is not None:  # a clone's egg-info has none
+            return None
     return None
 
 

@@ -22,14 +22,31 @@ def cpu_model() -> str:
     return found.group(1) if found else platform.processor() or platform.machine()
 
 
+def cores() -> str:
+    """How many there are, and how many of them this process may use (taskset, the cpuset of a container)."""
+    there_are = os.cpu_count() or 1
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else there_are
+    return f"{there_are} cores" + (f", {usable} of them for this process" if usable != there_are else "")
+
+
+def openmp(maps: Path = Path("/proc/self/maps")) -> str:
+    """The OpenMP runtimes in this process: one, unless cellops was compiled with clang."""
+    try:
+        found = sorted(set(re.findall(r"(/.*/lib[gi]?omp[^/\n]*)$", maps.read_text(), re.MULTILINE)))
+    except OSError:
+        return "unknown on this system"
+    return " and ".join(found) + (", whose threads spin against each other" if len(found) > 1 else "") or "none"
+
+
 def facts() -> dict[str, str]:
     """Where this process runs and with how many threads."""
     prefixes = ("OMP_", "GOMP_", "KMP_", "CELLOPS_")
     settings = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith(prefixes)]
     return {
         "package": f"{_source_tree.PACKAGE} ({'source tree' if _source_tree.is_source_tree() else 'installed'})",
-        "cpu": f"{cpu_model()}, {os.cpu_count()} cores",
+        "cpu": f"{cpu_model()}, {cores()}",
         "threads": f"{torch.get_num_threads()}, set by torch.set_num_threads",
+        "openmp": openmp(),
         "environment": ", ".join(settings) or "no OMP_* or CELLOPS_* set",
     }
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import cellops
 from cellops import _native
+from cellops.models import doctor
 from cellops.ops import _deform_conv2d_launch as launch
 from cellops.testing import Arguments, Case, assert_close_to_reference, cases, forward_and_gradients, to_dtype
 
@@ -57,6 +59,21 @@ def test_processes_agree_to_the_bit() -> None:
 def run_python(script: str, **environment: str) -> str:
     command = [sys.executable, "-c", script]
     return subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, **environment}).stdout
+
+
+def test_doctor_says_which_cores_and_runtimes_are_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {2, 3}, raising=False)
+    assert doctor.cores() == "8 cores, 2 of them for this process"
+    maps = tmp_path / "maps"
+    maps.write_text(
+        "7f00-7f10 r--p 0 fe:0 1   /opt/my env/torch/lib/libgomp.so.1\n"
+        "7f10-7f20 r-xp 0 fe:0 1   /opt/my env/torch/lib/libgomp.so.1\n"
+    )
+    assert doctor.openmp(maps) == "/opt/my env/torch/lib/libgomp.so.1"
+    with maps.open("a") as file:
+        file.write("7f30-7f40 r--p 0 fe:0 2   /usr/lib/llvm-14/lib/libomp.so.5\n")
+    assert doctor.openmp(maps).endswith(" and /usr/lib/llvm-14/lib/libomp.so.5, whose threads spin against each other")
 
 
 def test_python_threads() -> None:

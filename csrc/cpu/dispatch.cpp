@@ -5,8 +5,10 @@
 #include <stdexcept>
 #include <string>
 
-#ifdef CELLOPS_WITH_AMX
+#ifdef __x86_64__
 #include <cpuid.h>
+#endif
+#ifdef CELLOPS_WITH_AMX
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -55,12 +57,12 @@ bool uses_tiles = false;
 namespace {
 
 #if defined(__x86_64__)
-bool has_avx2() {
-#if defined(__clang__) || __GNUC__ >= 11  // older compilers cannot ask for f16c; every CPU with AVX2 has had it
-  if (!__builtin_cpu_supports("f16c")) return false;
-#endif
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+// Clang 14 and GCC 10 have no name for it that __builtin_cpu_supports takes.
+bool has_f16c() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && c & bit_F16C;
 }
+bool has_avx2() { return has_f16c() && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
@@ -134,7 +136,10 @@ const Table& choose() {
     }
     names += std::string(names.empty() ? "" : ", ") + table.isa;
   }
-  throw std::runtime_error("CELLOPS_ISA=" + std::string(wanted ? wanted : "") +
+  if (!wanted || !*wanted) {
+    throw std::runtime_error("this CPU has none of the instruction sets that were compiled: " + names);
+  }
+  throw std::runtime_error("CELLOPS_ISA=" + std::string(wanted) +
                            ": no such instruction-set variant was compiled; there are: " + names);
 }
 
