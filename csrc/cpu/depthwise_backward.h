@@ -2,7 +2,7 @@
 // block to the input's gradient by the transposed convolution, and to the weights', while all of it is in the cache.
 // Batch statistics take one reading of both tensors before that, for the two sums their gradient needs.
 #pragma once
-#include "depthwise.h"
+#include "depthwise_direct.h"
 
 namespace cellops::CELLOPS_ISA {
 
@@ -44,20 +44,26 @@ struct DepthwiseSums {
 
 template <class S>
 struct DepthwiseBackwardScratch {
-  DepthwiseBackwardScratch(const DepthwiseWalk<S>& w, bool has_direct)
+  // directly: whether sums are of windows that are read where they lie.
+  DepthwiseBackwardScratch(const DepthwiseWalk<S>& w, bool has_direct, bool directly)
       : input(w, w.rows + 4 * w.half),
         grad(w, w.rows + 2 * w.half),
         direct(w, has_direct ? w.rows + 2 * w.half : 0),
         convolved(w, w.rows + 2 * w.half),
-        taps(w.kernel * w.kernel * w.lanes) {}
+        taps(w.kernel * w.kernel * w.lanes),
+        border(directly ? w.channels : 0),
+        sums(directly ? 2 * w.group * w.lanes : 0) {}
   bool failed() const {
-    return input.failed() || grad.failed() || direct.failed() || convolved.failed() || taps.failed();
+    return input.failed() || grad.failed() || direct.failed() || convolved.failed() || taps.failed() ||
+           border.failed() || sums.failed();
   }
   const DepthwiseBlock<S> input;      // rows from 2 * half above the block on
   const DepthwiseBlock<S> grad;       // grad_output, the rows to be worked on; in the end the input's gradient
   const DepthwiseBlock<S> direct;     // what reaches x past the convolution, the rows from half above the block on
   const DepthwiseBlock<S> convolved;  // gradient of the convolution, the same rows
   const Buffer<S> taps;
+  const DirectBorder border;
+  const Buffer<S> sums;  // of a group of units
 };
 
 template <int Kernel, class S>
@@ -95,6 +101,39 @@ void sum_rows(const E& ending, const DepthwiseWalk<S>& w, const DepthwiseUnit<Ke
   w.add(product, at_unit, sums.products());
 }
 
+// The same of all units of some rows, read where the images lie. scratch: two numbers for each of their channels.
+template <class E>
+void sum_directly(const E& ending, const DepthwiseWalk<float>& w, const DirectBorder& border, const DepthwiseItem& item,
+                  const float* input, const float* grad_output, const DepthwiseBackwardConstants<float>& constants,
+                  float* scratch, const DepthwiseSums& sums) {
+  constexpr int lanes = kLanes<float>;
+  const int64_t image = item.image * w.height * w.width * w.channels, below = w.width * w.channels;
+  float *through_sums = scratch, *products = scratch + item.units * lanes;
+  for (int64_t i = 0; i < 2 * item.units * lanes; ++i) scratch[i] = 0;
+  const float *mean = constants.mean(), *scale = constants.scale(), *shift = constants.shift();
+  const auto add = [&](auto place, const Vec<float>* convolved, const Vec<float>* values) CELLOPS_INLINE_LAMBDA {
+    const int64_t at = place.unit * lanes, c = place.channel;
+    const Vec<float> m = load(mean + c), a = load(scale + c), b = load(shift + c);
+    Vec<float> sum = load(through_sums + at), product = load(products + at);
+    const float* grad = grad_output + image + place.element;
+#pragma GCC unroll 4
+    for (int r = 0; r < place.count; ++r, grad += below) {
+      const Vec<float> z = convolved[r] - m;
+      const Vec<float> through = ending.template through<float>(load(grad), values[r], z * a + b);
+      sum += through, product += through * z;
+    }
+    store(through_sums + at, sum), store(products + at, product);
+  };
+  for_direct_windows(w, item, input + image, border, constants.weights.get(), add);
+  for (int64_t u = 0; u < item.units; ++u) {
+    const int64_t c = direct_channel(w, item.unit + u), at = u * lanes;
+    for (int64_t i = direct_overlap(w, item.unit + u); i < lanes; ++i) {
+      sums.through()[c + i] += double(through_sums[at + i]);
+      sums.products()[c + i] += double(products[at + i]);
+    }
+  }
+}
+
 // The two sums that batch statistics need.
 template <int Kernel, class T, class S, class Params>
 void sum_gradients(const Params& p, const Team& team, const DepthwiseWalk<S>& w, const T* grad_output, const T* input,
@@ -106,6 +145,13 @@ void sum_gradients(const Params& p, const Team& team, const DepthwiseWalk<S>& w,
     const DepthwiseItem item = w.item(i);
     for (int64_t row = item.begin; row < item.end; row += w.rows) {
       const int64_t rows = min_of(w.rows, item.end - row);
+      if constexpr (Kernel == 3 && sizeof(T) == sizeof(float)) {
+        if (reads_directly(p)) {
+          const DepthwiseItem part{item.image, item.unit, item.units, row, row + rows};
+          sum_directly(Ending<Params>(p), w, own.border, part, input, grad_output, constants, own.sums.get(), sums);
+          continue;
+        }
+      }
       load_window(w, item, input, row, rows, w.half, own.input);
       load_rows(w, item, grad_output, row, row + rows, own.grad, 0);
       DepthwiseAhead ahead = ahead_of(w, item, row, w.half, i + 1, input);
@@ -280,7 +326,7 @@ bool run_depthwise(const Params& p, const FreluBackward& io, int threads) {
   const bool wants_sums = io.grad_weight || io.grad_scale || io.grad_shift;
   bool failed = false;
   parallel(threads, [&](const Team& team) {
-    const DepthwiseBackwardScratch<S> own(w, Ending<Params>::kDirect);
+    const DepthwiseBackwardScratch<S> own(w, Ending<Params>::kDirect, false);
     const DepthwiseSums sums(p.kernel * p.kernel, w.padded);
     if (!team.all(!own.failed() && !sums.failed(), &failed)) return;
     differentiate<Kernel, false>(p, team, w, static_cast<const T*>(io.grad_output), static_cast<const T*>(io.input),
@@ -312,7 +358,7 @@ bool run_depthwise(const Params& p, const FreluBatchNormBackward& io, int thread
   const T *grad_output = static_cast<const T*>(io.grad_output), *input = static_cast<const T*>(io.input);
   bool failed = false;
   parallel(threads, [&](const Team& team) {
-    const DepthwiseBackwardScratch<S> own(w, Ending<Params>::kDirect);
+    const DepthwiseBackwardScratch<S> own(w, Ending<Params>::kDirect, reads_directly(p));
     const DepthwiseSums sums(p.kernel * p.kernel, w.padded);
     if (!team.all(!own.failed() && !sums.failed(), &failed)) return;
     sum_gradients<Kernel>(p, team, w, grad_output, input, constants, own, sums);

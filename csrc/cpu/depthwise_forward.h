@@ -1,57 +1,19 @@
 // Depthwise convolutions, forward: a window of rows is copied into a block, convolved there, and what follows is done
-// before the result leaves it, so that an image is read once and written once. Batch statistics take one reading more.
+// before the result leaves it, so that an image is read once and written once; or it is read where it lies. Batch
+// statistics take one reading more.
 #pragma once
-#include "depthwise.h"
+#include "depthwise_direct.h"
 
 namespace cellops::CELLOPS_ISA {
 
-// What of the walk a thread needs for itself.
+// Weights and the channels' numbers of one call, in the compute type.
 template <class S>
-struct DepthwiseForwardScratch {
-  explicit DepthwiseForwardScratch(const DepthwiseWalk<S>& w)
-      : input(w, w.rows + 2 * w.half), output(w, w.rows), taps(w.kernel * w.kernel * w.lanes) {}
-  bool failed() const { return input.failed() || output.failed() || taps.failed(); }
-  const DepthwiseBlock<S> input, output;
-  const Buffer<S> taps;
+struct DepthwiseForwardConstants {
+  explicit DepthwiseForwardConstants(const DepthwiseWalk<S>& w)
+      : weights(w.kernel * w.kernel * w.padded), mean(w.padded), scale(w.padded), shift(w.padded) {}
+  bool failed() const { return weights.failed() || mean.failed() || scale.failed() || shift.failed(); }
+  const Buffer<S> weights, mean, scale, shift;
 };
-
-// A unit's rows of a block. Compiled for the compute type, as all loops over windows are.
-template <class E, int Kernel, class S>
-void end_rows(const E& ending, const DepthwiseWalk<S>& w, const DepthwiseTaps<Kernel, S>& taps, Vec<S> m, Vec<S> a,
-              Vec<S> b, const S* x, int64_t rows, S* y, DepthwiseAhead& given_ahead) {
-  DepthwiseAhead ahead = given_ahead;
-  for_windows(w, rows, w.flat, taps, x,
-              [&](int64_t, int64_t to, const auto& only, Vec<S> z, Vec<S> value) CELLOPS_INLINE_LAMBDA {
-                only.put(y + to, ending.template value<S>(value, (z - m) * a + b));
-                ahead.fetch();
-              });
-  given_ahead = ahead;
-}
-
-// y from (conv(x) - mean) * scale + shift on a thread's items, the last first: what the statistics have read last may
-// still be in a cache. Per-channel numbers are [padded].
-template <int Kernel, class T, class S, class Params>
-void convolve_images(const Params& p, const Team& team, const DepthwiseWalk<S>& w, const T* input, const S* weights,
-                     const S* mean, const S* scale, const S* shift, const DepthwiseForwardScratch<S>& own, T* output) {
-  const bool streamed = w.streams(output);
-  int64_t begin, end;
-  team.share(w.items, &begin, &end);
-  for (int64_t i = end - 1; i >= begin; --i) {
-    const DepthwiseItem item = w.item(i);
-    for (int64_t row = item.begin; row < item.end; row += w.rows) {
-      const int64_t rows = min_of(w.rows, item.end - row);
-      load_window(w, item, input, row, rows, w.half, own.input);
-      DepthwiseAhead ahead = ahead_of(w, item, row, w.half, i - 1, input);
-      for (int64_t u = 0; u < item.units; ++u) {
-        const DepthwiseTaps<Kernel, S> taps(w, weights, item.unit + u, false, own.taps.get());
-        const Vec<S> m = w.of(mean, item.unit + u), a = w.of(scale, item.unit + u), b = w.of(shift, item.unit + u);
-        end_rows(Ending<Params>(p), w, taps, m, a, b, own.input.at(u, w.half), rows, own.output.at(u, 0), ahead);
-      }
-      store_rows(w, item, own.output, row, row + rows, output, streamed);
-    }
-  }
-  if (streamed) end_streams();
-}
 
 // Count, mean and sum of squared deviations of some values of each channel.
 struct DepthwiseMoments {
@@ -75,6 +37,19 @@ struct DepthwiseMoments {
   int64_t channels;
   const Buffer<double> memory;
 };
+
+// A unit's rows of a block. Compiled for the compute type, as all loops over windows are.
+template <class E, int Kernel, class S>
+void end_rows(const E& ending, const DepthwiseWalk<S>& w, const DepthwiseTaps<Kernel, S>& taps, Vec<S> m, Vec<S> a,
+              Vec<S> b, const S* x, int64_t rows, S* y, DepthwiseAhead& given_ahead) {
+  DepthwiseAhead ahead = given_ahead;
+  for_windows(w, rows, w.flat, taps, x,
+              [&](int64_t, int64_t to, const auto& only, Vec<S> z, Vec<S> value) CELLOPS_INLINE_LAMBDA {
+                only.put(y + to, ending.template value<S>(value, (z - m) * a + b));
+                ahead.fetch();
+              });
+  given_ahead = ahead;
+}
 
 // DepthwiseMoments of the convolution over a block of rows, of which a value in its middle is taken first, so that
 // little cancels in the squares.
@@ -113,35 +88,159 @@ void add_moments(const DepthwiseWalk<S>& w, const DepthwiseTaps<Kernel, S>& taps
   }
 }
 
-template <int Kernel, class T, class S>
-void measure_convolution(const Team& team, const DepthwiseWalk<S>& w, const T* input, const S* weights,
-                         const DepthwiseForwardScratch<S>& own, const DepthwiseMoments& moments) {
-  int64_t begin, end;
-  team.share(w.items, &begin, &end);
-  for (int64_t i = begin; i < end; ++i) {
-    const DepthwiseItem item = w.item(i);
-    for (int64_t row = item.begin; row < item.end; row += w.rows) {
-      const int64_t rows = min_of(w.rows, item.end - row);
-      load_window(w, item, input, row, rows, w.half, own.input);
-      DepthwiseAhead ahead = ahead_of(w, item, row, w.half, i + 1, input);
+// Windows in blocks of rows, for one thread.
+template <int Kernel, class T, class E>
+class FromBlocks {
+ public:
+  using S = Compute<T>;
+  FromBlocks(const E& ending, const DepthwiseWalk<S>& walk, const DepthwiseForwardConstants<S>& of, const T* input)
+      : w_(walk),
+        of_(of),
+        ending_(ending),
+        input_(input),
+        block_(walk, walk.rows + 2 * walk.half),
+        results_(walk, walk.rows),
+        taps_(walk.kernel * walk.kernel * walk.lanes) {}
+  bool failed() const { return block_.failed() || results_.failed() || taps_.failed(); }
+
+  // Adds what an item's convolution gives; then comes the item `next`.
+  void measure(int64_t index, int64_t next, const DepthwiseMoments& moments) const {
+    for_blocks(index, next, [&](const DepthwiseItem& item, int64_t, int64_t rows, DepthwiseAhead& ahead) {
       for (int64_t u = 0; u < item.units; ++u) {
-        const DepthwiseTaps<Kernel, S> taps(w, weights, item.unit + u, false, own.taps.get());
-        add_moments(w, taps, own.input.at(u, w.half), rows, item.unit + u, ahead, moments);
+        const DepthwiseTaps<Kernel, S> taps(w_, of_.weights.get(), item.unit + u, false, taps_.get());
+        add_moments(w_, taps, block_.at(u, w_.half), rows, item.unit + u, ahead, moments);
+      }
+    });
+  }
+
+  // y from (conv(x) - mean) * scale + shift.
+  void finish(int64_t index, int64_t next, T* output, bool streamed) const {
+    for_blocks(index, next, [&](const DepthwiseItem& item, int64_t row, int64_t rows, DepthwiseAhead& ahead) {
+      for (int64_t u = 0; u < item.units; ++u) {
+        const int64_t unit = item.unit + u;
+        const DepthwiseTaps<Kernel, S> taps(w_, of_.weights.get(), unit, false, taps_.get());
+        const Vec<S> m = w_.of(of_.mean.get(), unit), a = w_.of(of_.scale.get(), unit),
+                     b = w_.of(of_.shift.get(), unit);
+        end_rows(ending_, w_, taps, m, a, b, block_.at(u, w_.half), rows, results_.at(u, 0), ahead);
+      }
+      store_rows(w_, item, results_, row, row + rows, output, streamed);
+    });
+  }
+
+ private:
+  template <class Work>
+  void for_blocks(int64_t index, int64_t next, const Work& work) const {
+    const DepthwiseItem item = w_.item(index);
+    for (int64_t row = item.begin; row < item.end; row += w_.rows) {
+      const int64_t rows = min_of(w_.rows, item.end - row);
+      load_window(w_, item, input_, row, rows, w_.half, block_);
+      DepthwiseAhead ahead = ahead_of(w_, item, row, w_.half, next, input_);
+      work(item, row, rows, ahead);
+    }
+  }
+
+  const DepthwiseWalk<S>& w_;
+  const DepthwiseForwardConstants<S>& of_;
+  const E ending_;
+  const T* input_;
+  const DepthwiseBlock<S> block_, results_;
+  const Buffer<S> taps_;
+};
+
+// Windows where the image lies, for one thread.
+template <class E>
+class FromImages {
+ public:
+  using S = float;
+  FromImages(const E& ending, const DepthwiseWalk<S>& walk, const DepthwiseForwardConstants<S>& of, const S* input)
+      : w_(walk), of_(of), ending_(ending), input_(input), border_(walk.channels), sums_(3 * walk.group * walk.lanes) {}
+  bool failed() const { return border_.failed() || sums_.failed(); }
+
+  void measure(int64_t index, int64_t, const DepthwiseMoments& moments) const {
+    DepthwiseItem part = w_.item(index);
+    const int64_t end = part.end;
+    for (; part.begin < end; part.begin = part.end) {
+      part.end = min_of(part.begin + w_.rows, end);
+      measure_rows(part, moments);
+    }
+  }
+
+  void finish(int64_t index, int64_t, S* output, bool streamed) const {
+    const DepthwiseItem item = w_.item(index);
+    const int64_t at = image(item), below = w_.width * w_.channels;
+    const S *mean = of_.mean.get(), *scale = of_.scale.get(), *shift = of_.shift.get();
+    const auto end_pixels = [&](auto place, const Vec<S>* z, const Vec<S>* values) CELLOPS_INLINE_LAMBDA {
+      const Vec<S> m = load(mean + place.channel), a = load(scale + place.channel), b = load(shift + place.channel);
+      // Channels that belong to another item, and so to another thread, are not written again.
+      const int64_t others = place.unit == 0 ? direct_overlap(w_, item.unit) : 0;
+      S* to = output + at + place.element;
+#pragma GCC unroll 4
+      for (int r = 0; r < place.count; ++r, to += below) {
+        const Vec<S> y = ending_.template value<S>(values[r], (z[r] - m) * a + b);
+        if (others == 0) {
+          put(to, y, streamed);
+        } else {
+          for (int64_t i = others; i < w_.lanes; ++i) to[i] = y[i];
+        }
+      }
+    };
+    for_direct_windows(w_, item, input_ + at, border_, of_.weights.get(), end_pixels);
+  }
+
+ private:
+  int64_t image(const DepthwiseItem& item) const { return item.image * w_.height * w_.width * w_.channels; }
+
+  // As add_moments, for all units of some rows.
+  void measure_rows(const DepthwiseItem& item, const DepthwiseMoments& moments) const {
+    constexpr int lanes = kLanes<S>;
+    const S* from = input_ + image(item);
+    S *first = sums_.get(), *sums = first + item.units * lanes, *squares = sums + item.units * lanes;
+    for (int64_t u = 0; u < item.units; ++u) {
+      const int64_t row = (item.begin + item.end) / 2, c = direct_channel(w_, item.unit + u);
+      store(first + u * lanes, convolve_pixel(w_, from, row, w_.width / 2, border_, of_.weights.get(), c));
+      store(sums + u * lanes, Vec<S>{}), store(squares + u * lanes, Vec<S>{});
+    }
+    const auto add = [&](auto place, const Vec<S>* z, const Vec<S>*) CELLOPS_INLINE_LAMBDA {
+      const int64_t at = place.unit * lanes;
+      const Vec<S> apart = load(first + at);
+      Vec<S> sum = load(sums + at), square = load(squares + at);
+#pragma GCC unroll 4
+      for (int r = 0; r < place.count; ++r) {
+        const Vec<S> value = z[r] - apart;
+        sum += value, square += value * value;
+      }
+      store(sums + at, sum), store(squares + at, square);
+    };
+    for_direct_windows(w_, item, from, border_, of_.weights.get(), add);
+    const double count = double((item.end - item.begin) * w_.width);
+    for (int64_t u = 0; u < item.units; ++u) {
+      const int64_t c = direct_channel(w_, item.unit + u), at = u * lanes;
+      for (int64_t i = direct_overlap(w_, item.unit + u); i < lanes; ++i) {
+        const double total = sums[at + i], total_squares = squares[at + i];
+        moments.merge(c + i, count, double(first[at + i]) + total / count, total_squares - total * total / count);
       }
     }
   }
-}
 
-// Weights and the channels' numbers of one call, in the compute type.
-template <class S>
-struct DepthwiseForwardConstants {
-  explicit DepthwiseForwardConstants(const DepthwiseWalk<S>& w)
-      : weights(w.kernel * w.kernel * w.padded), mean(w.padded), scale(w.padded), shift(w.padded) {}
-  bool failed() const { return weights.failed() || mean.failed() || scale.failed() || shift.failed(); }
-  const Buffer<S> weights, mean, scale, shift;
+  const DepthwiseWalk<S>& w_;
+  const DepthwiseForwardConstants<S>& of_;
+  const E ending_;
+  const S* input_;
+  const DirectBorder border_;
+  const Buffer<S> sums_;
 };
 
-template <int Kernel, class T, class Params>
+// All of a thread's items, the last first: what the statistics have read last may still be in a cache.
+template <class Windows, class S, class T>
+void finish_items(const Team& team, const DepthwiseWalk<S>& w, const Windows& windows, T* output) {
+  const bool streamed = w.streams(output);
+  int64_t begin, end;
+  team.share(w.items, &begin, &end);
+  for (int64_t i = end - 1; i >= begin; --i) windows.finish(i, i - 1, output, streamed);
+  if (streamed) end_streams();
+}
+
+template <class Windows, class T, class Params>
 bool run_depthwise(const Params& p, const FreluForward& io, int threads) {
   using S = Compute<T>;
   threads = depthwise_threads(p, threads);
@@ -154,15 +253,14 @@ bool run_depthwise(const Params& p, const FreluForward& io, int threads) {
   unpack_channels(w, io.shift, S(0), constants.shift.get());
   bool failed = false;
   parallel(threads, [&](const Team& team) {
-    const DepthwiseForwardScratch<S> own(w);
-    if (!team.all(!own.failed(), &failed)) return;
-    convolve_images<Kernel>(p, team, w, static_cast<const T*>(io.input), constants.weights.get(), constants.mean.get(),
-                            constants.scale.get(), constants.shift.get(), own, static_cast<T*>(io.output));
+    const Windows windows(Ending<Params>(p), w, constants, static_cast<const T*>(io.input));
+    if (!team.all(!windows.failed(), &failed)) return;
+    finish_items(team, w, windows, static_cast<T*>(io.output));
   });
   return !failed;
 }
 
-template <int Kernel, class T, class Params>
+template <class Windows, class T, class Params>
 bool run_depthwise(const Params& p, const FreluBatchNormForward& io, int threads) {
   using S = Compute<T>;
   threads = depthwise_threads(p, threads);
@@ -170,17 +268,18 @@ bool run_depthwise(const Params& p, const FreluBatchNormForward& io, int threads
   const DepthwiseForwardConstants<S> constants(w);
   const DepthwiseMoments every(w.padded);
   if (constants.failed() || every.failed()) return false;
-  const T* input = static_cast<const T*>(io.input);
   unpack_weights(w, static_cast<const T*>(io.weight), constants.weights.get());
   unpack_channels(w, io.gamma, S(1), constants.scale.get());
   unpack_channels(w, io.beta, S(0), constants.shift.get());
   constants.mean.zero();
   bool failed = false;
   parallel(threads, [&](const Team& team) {
-    const DepthwiseForwardScratch<S> own(w);
+    const Windows windows(Ending<Params>(p), w, constants, static_cast<const T*>(io.input));
     const DepthwiseMoments moments(w.padded);
-    if (!team.all(!own.failed() && !moments.failed(), &failed)) return;
-    measure_convolution<Kernel>(team, w, input, constants.weights.get(), own, moments);
+    if (!team.all(!windows.failed() && !moments.failed(), &failed)) return;
+    int64_t begin, end;
+    team.share(w.items, &begin, &end);
+    for (int64_t i = begin; i < end; ++i) windows.measure(i, i + 1, moments);
     team.in_order([&] {
       for (int64_t c = 0; c < w.channels; ++c) {
         every.merge(c, moments.count()[c], moments.mean()[c], moments.squares()[c]);
@@ -195,16 +294,18 @@ bool run_depthwise(const Params& p, const FreluBatchNormForward& io, int threads
       }
     }
     team.barrier();
-    convolve_images<Kernel>(p, team, w, input, constants.weights.get(), constants.mean.get(), constants.scale.get(),
-                            constants.shift.get(), own, static_cast<T*>(io.output));
+    finish_items(team, w, windows, static_cast<T*>(io.output));
   });
   return !failed;
 }
 
 template <class T, class Params, class Tensors>
 bool depthwise_forward(const Params& p, const Tensors& io, int threads) {
-  return with_window<Compute<T>>(
-      p.kernel, [&](auto window) { return run_depthwise<decltype(window)::value, T>(p, io, threads); });
+  using E = Ending<Params>;
+  if (reads_directly(p)) return run_depthwise<FromImages<E>, float>(p, io, threads);
+  return with_window<Compute<T>>(p.kernel, [&](auto window) {
+    return run_depthwise<FromBlocks<decltype(window)::value, T, E>, T>(p, io, threads);
+  });
 }
 
 }  // namespace cellops::CELLOPS_ISA
