@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 import cellops
 from cellops import DepthwiseConv2d, depthwise_conv2d
 from cellops.ops.depthwise_conv2d import depthwise_conv2d_batch_norm
+from cellops.testing import forward_and_gradients, to_dtype
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda x: x,
@@ -266,9 +268,46 @@ def test_a_value_that_is_not_finite_stays_within_its_window(value: float, layout
 
 @each_layout
 @pytest.mark.parametrize("channels", [5, 32])
-def test_variance_of_values_far_from_zero(channels: int, layout: torch.memory_format) -> None:
+@pytest.mark.parametrize("kernel_size", [1, 3])
+def test_variance_of_values_far_from_zero(kernel_size: int, channels: int, layout: torch.memory_format) -> None:
     """A mean a thousand deviations away: sums of squares in float32 would leave nothing of the variance."""
     input = (torch.randn(4, channels, 30, 31) + 1000).contiguous(memory_format=layout)
-    mean, var = depthwise_conv2d_batch_norm(input, torch.ones(channels, 1, 1, 1))[1:]
+    weight = torch.zeros(channels, 1, kernel_size, kernel_size)
+    weight[:, :, kernel_size // 2, kernel_size // 2] = 1
+    mean, var = depthwise_conv2d_batch_norm(input, weight)[1:]
     torch.testing.assert_close(mean.double(), input.double().mean((0, 2, 3)), rtol=1e-6, atol=0)
     torch.testing.assert_close(var.double(), input.double().var((0, 2, 3), unbiased=False), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("channels", "sizes", "threads"),
+    [
+        *(
+            (channels, [(2, height, width) for height in range(1, 8) for width in (1, 2, 3)], 1)
+            for channels in (16, 33)
+        ),
+        (17, [(1, 45, 40)], 3),  # the last vector's channels are partly another thread's
+    ],
+)
+def test_windows_where_the_image_lies(channels: int, sizes: list[tuple[int, int, int]], threads: int) -> None:
+    """In channels_last, four, two and one row at a time, on maps so narrow that windows miss a column or two."""
+    generator = torch.Generator().manual_seed(3)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for batch, height, width in sizes:
+            image = torch.randn(batch, channels, height, width, generator=generator)
+            arguments: dict[str, Any] = {
+                "input": image.contiguous(memory_format=torch.channels_last),
+                "weight": torch.randn(channels, 1, 3, 3, generator=generator),
+            }
+            for op, settings in ((depthwise_conv2d, {}), (depthwise_conv2d_batch_norm, {"eps": 0.1})):
+                call = functools.partial(op, activation="silu", **settings)
+                found = forward_and_gradients(call, arguments)
+                wanted = forward_and_gradients(
+                    functools.partial(call, backend="reference"), to_dtype(arguments, torch.float64)
+                )
+                for name, tensor in found.items():
+                    torch.testing.assert_close(tensor.double(), wanted[name], rtol=1e-4, atol=5e-4, msg=name)
+    finally:
+        torch.set_num_threads(before)

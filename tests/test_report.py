@@ -15,6 +15,7 @@ import pytest
 import torch
 import trees
 from PIL import Image
+from torch.nn import functional
 from training_runs import TinyCells, finish, start, tiny_recipe
 
 from cellops.models.report import figures, write_report
@@ -230,6 +231,26 @@ def test_grad_cam_of_maps_that_the_logits_use():
     plain = TinyCells(2, 3, "batch", 0.0).eval()
     plain.load_state_dict({key: value for key, value in network.state_dict().items() if "extra" not in key})
     np.testing.assert_allclose(grad_cam(network, images, labels), grad_cam(plain, images, labels), atol=1e-6)
+
+
+def test_grad_cam_of_a_layer_that_is_called_everywhere():
+    """A single ReLU gives the maps, smaller ones after them, and the numbers of the head."""
+
+    class Shared(TinyCells):
+        def __init__(self):
+            super().__init__(2, 3, "batch", 0.0)
+            self.relu = self.again = torch.nn.ReLU()
+
+        def forward(self, images):
+            maps = self.relu(self.second(self.norm(self.first(images))))
+            small = self.again(functional.adaptive_avg_pool2d(maps, 2))
+            return self.head(self.again(small.mean((2, 3))))
+
+    torch.manual_seed(0)
+    network, images, labels = Shared().eval(), torch.rand(2, 3, 32, 32), torch.tensor([1, 0])
+    found = grad_cam(network, images, labels)
+    network.again = torch.nn.ReLU()
+    np.testing.assert_allclose(found, grad_cam(network, images, labels), atol=1e-6)
 
 
 def test_worst_first():

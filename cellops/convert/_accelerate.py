@@ -75,9 +75,7 @@ def _modules(model: nn.Module, prefix: str = "", seen: set[nn.Module] | None = N
         yield from _modules(child, f"{prefix}.{name}" if prefix else name, seen)
 
 
-LOST_WITH_NO_HARM = frozenset(
-    ("__init__", "forward", "extra_repr", "__repr__", "__annotate__", "__annotate_func__", "__init_subclass__")
-)
+LOST_WITH_NO_HARM = frozenset(("__init__", "forward", "extra_repr", "__repr__", "__annotate__", "__annotate_func__"))
 
 
 def _overridden(module: nn.Module) -> list[str]:

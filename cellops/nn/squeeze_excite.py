@@ -65,7 +65,7 @@ def excite(input: Tensor, fc1: nn.Module, fc2: nn.Module, act: str, gate: str) -
         check_names(act, gate)
         pooled = input.mean((2, 3), keepdim=True)
         return input * reference.GATES[gate](fc2(reference.ACTIVATIONS[act](fc1(pooled))))
-    parameters = (_window(fc1), fc1.bias, _window(fc2), fc2.bias)
+    parameters = (_weight_1x1(fc1), fc1.bias, _weight_1x1(fc2), fc2.bias)
     if _compiled.stands_back("squeeze_excite", input, *parameters):
         known = act in reference.ACTIVATIONS and gate in reference.GATES
         if known and input.shape[1] == parameters[0].shape[1]:  # the op says what is wrong
@@ -80,6 +80,6 @@ def is_linear(layer: nn.Module) -> TypeGuard[nn.Conv2d | nn.Linear]:
     return layer.kernel_size == (1, 1) and layer.groups == 1 and _children.keeps_size(layer)
 
 
-def _window(layer: nn.Conv2d | nn.Linear) -> Tensor:
-    """The weight of a 1x1 convolution; that of a linear layer as one of such."""
+def _weight_1x1(layer: nn.Conv2d | nn.Linear) -> Tensor:
+    """The weight [O, C, 1, 1] of a 1x1 convolution, or of a linear layer seen as one."""
     return layer.weight[:, :, None, None] if isinstance(layer, nn.Linear) else layer.weight

@@ -22,8 +22,8 @@ from cellops.triton._numerics import narrow
 from cellops.triton._pixels import channel_values, tile_elements
 
 VARYING = ("rows", "across", "of_image", "count", "height", "part_strips")
-"""Sizes that no address depends on: a kernel that is compiled for each that is 1 or a multiple of 16 is no faster, and
-images of many sizes would need a hundred of them."""
+"""Sizes that do not decide how addresses are aligned: a kernel compiled for each that is 1 or a multiple of 16 is no
+faster, and images of many sizes would need a hundred of them."""
 
 
 @triton.jit
@@ -57,7 +57,10 @@ def _step(strips, i, J: tl.constexpr):
 
 @triton.jit
 def _row_of(pointer, strips, known, i, K: tl.constexpr, COLUMNS: tl.constexpr):
-    """COLUMNS + K - 1 values [C, P]: each strip's row i and what the window sees beside it; 0 outside the image."""
+    """COLUMNS + K - 1 values [C, P]: each strip's row i and what the window sees beside it; 0 outside the image.
+
+    `_inside` and `_step` are written out: a call for every value doubles the interpreter's time.
+    """
     exists, row, column, height, width, pixel_stride = strips
     exists = exists & (row + i >= 0) & (row + i < height)
     values = ()

@@ -54,7 +54,7 @@ template <int Count>
 CELLOPS_INLINE void convolve_columns(const DirectRows<Count>& rows, const DepthwiseWalk<float>& w, const float* weights,
                                      int64_t channel, int begin, int end, Vec<float>* sums, Vec<float>* centres) {
 #pragma GCC unroll 4
-  for (int r = 0; r < Count; ++r) sums[r] = Vec<float>{};
+  for (int r = 0; r < Count; ++r) sums[r] = centres[r] = Vec<float>{};
 #pragma GCC unroll 3
   for (int j = begin; j < end; ++j) {
     const float* tap = weights + j * w.padded + channel;

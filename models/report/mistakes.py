@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import matplotlib as mpl
 import numpy as np
@@ -34,7 +34,7 @@ def deepest_maps(model: nn.Module, images: Tensor) -> nn.Module | None:
     found: list[tuple[nn.Module, Tensor]] = []
 
     def note(module: nn.Module, arguments: object, output: object) -> None:
-        if isinstance(output, Tensor) and output.dim() == 4 and output.shape[1] > 1 and output.shape[-1] > 1:
+        if _is_map(output):
             found.append((module, output))
 
     handles = [module.register_forward_hook(note) for module in model.modules() if module is not model]
@@ -44,13 +44,24 @@ def deepest_maps(model: nn.Module, images: Tensor) -> nn.Module | None:
     finally:
         for handle in handles:
             handle.remove()
-    asked = [(module, output) for module, output in found if output.requires_grad]
-    if not asked:
+    if not found:
         return None
-    gradients = torch.autograd.grad(logits.sum(), [output for _, output in asked], allow_unused=True)
-    used = [pair for pair, gradient in zip(asked, gradients, strict=True) if gradient is not None]
-    fine = [module for module, output in used if min(output.shape[-2:]) >= LEAST]
-    return fine[-1] if fine else used[-1][0] if used else None
+    gradients = torch.autograd.grad(logits.sum(), [output for _, output in found], allow_unused=True)
+    used = [pair for pair, gradient in zip(found, gradients, strict=True) if gradient is not None]
+    return used[_deepest([output for _, output in used])][0] if used else None
+
+
+def _is_map(output: object) -> TypeGuard[Tensor]:
+    """Whether a layer gave maps whose gradient can be asked for."""
+    if not isinstance(output, Tensor) or not output.requires_grad:
+        return False
+    return output.dim() == 4 and output.shape[1] > 1 and output.shape[-1] > 1
+
+
+def _deepest(maps: Sequence[Tensor]) -> int:
+    """The index of the last maps of at least LEAST positions a side, or the last index."""
+    fine = [index for index, output in enumerate(maps) if min(output.shape[-2:]) >= LEAST]
+    return fine[-1] if fine else len(maps) - 1
 
 
 def grad_cam(model: nn.Module, images: Tensor, labels: Tensor) -> np.ndarray | None:
@@ -71,7 +82,9 @@ def grad_cam(model: nn.Module, images: Tensor, labels: Tensor) -> np.ndarray | N
     if layer is None:
         return None
     kept: list[Tensor] = []
-    handle = layer.register_forward_hook(lambda module, arguments, output: kept.append(output))
+    handle = layer.register_forward_hook(
+        lambda module, arguments, output: kept.append(output) if _is_map(output) else None
+    )
     try:
         with torch.enable_grad():
             logits = model(images.detach().requires_grad_())
@@ -82,8 +95,9 @@ def grad_cam(model: nn.Module, images: Tensor, labels: Tensor) -> np.ndarray | N
             gradients = torch.autograd.grad(score, kept, allow_unused=True)
     finally:
         handle.remove()
-    # The last call of the layer that the score depends on; the layer was chosen since there is one.
-    gradient, output = [pair for pair in zip(gradients, kept, strict=True) if pair[0] is not None][-1]
+    # Of all calls of the layer the one that it was chosen for: a network may have a single ReLU.
+    used = [(gradient, output) for gradient, output in zip(gradients, kept, strict=True) if gradient is not None]
+    gradient, output = used[_deepest([output for _, output in used])]
     maps = functional.relu((gradient.mean((2, 3), keepdim=True) * output.detach()).sum(1, keepdim=True)).float()
     maps = functional.interpolate(maps, images.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
     peak = maps.flatten(1).amax(1).clamp_min(1e-12)[:, None, None]

@@ -230,6 +230,6 @@ def _unfit(own: Mapping[str, Tensor], weights: Mapping[str, Tensor], classifier:
 def start_note(model: torch.nn.Module, path: Path, classifier: Collection[str] = ()) -> str:
     """A sentence about the file that `load_weights` started a model from."""
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    drawn = f"; its classifier has other classes, so that {' and '.join(sorted(classifier))} were drawn anew"
+    drawn = f"; its classifier does not fit, so that {' and '.join(sorted(classifier))} were drawn anew"
     anew = _unfit(model.state_dict(), read_weights(path)[0], classifier)
     return f"Training started from {path} (SHA-256 {digest}){drawn if anew else ''}."

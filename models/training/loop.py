@@ -438,7 +438,7 @@ class Trainer:
             "epoch": progress.epoch + 1,
             "loss": loss_sum / seen if seen else math.nan,
             "accuracy_micro": correct / seen if seen else math.nan,
-            "learning_rate": max(group["lr"] for group in self.optimizer.param_groups),  # of layer_decay, the head's
+            "learning_rate": max(group["lr"] for group in self.optimizer.param_groups),  # with layer_decay: the head's
             "non_finite": progress.non_finite,
         }
         better = False
