@@ -395,15 +395,21 @@ def test_killed_at_random_moments(run, tmp_path):
     assert cli.main([*arguments, str(tmp_path / "whole")]) == 1
     whole = (tmp_path / "whole" / "predictions.csv").read_bytes()
     out, moments, killed = tmp_path / "out", random.Random(0), 0
+    csv_file = out / "predictions.csv"
+
+    def written() -> int:
+        """Bytes of the table, which comes a moment after its folder."""
+        return csv_file.stat().st_size if csv_file.exists() else 0
+
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["cellops.models.prediction.job", "cellops.models.training.run"])
     for attempt in range(40):
-        begun = (out / "predictions.csv").stat().st_size if out.exists() else 0
+        begun = written()
         process = context.Process(
             target=_predict, args=([*arguments, str(out), "--resume"], moments.choice([0, 0.05])), daemon=True
         )
         process.start()
-        while process.is_alive() and (not out.exists() or (out / "predictions.csv").stat().st_size <= begun):
+        while process.is_alive() and written() <= begun:
             time.sleep(0.001)
         time.sleep(moments.uniform(0, 0.25))
         if attempt < 12 and process.is_alive():
@@ -413,7 +419,7 @@ def test_killed_at_random_moments(run, tmp_path):
         if process.exitcode == 1:
             break
     assert killed >= 3, f"killed {killed} times only"
-    assert (out / "predictions.csv").read_bytes() == whole
+    assert csv_file.read_bytes() == whole
     names = [row["image"] for row in table_of(out)]
     assert len(names) == len(set(names)) == 3000
     assert (out / "unreadable.csv").read_bytes() == (tmp_path / "whole" / "unreadable.csv").read_bytes()
