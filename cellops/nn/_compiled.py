@@ -15,7 +15,7 @@ from torch import Tensor, nn
 FEWEST: dict[str, tuple[int, int]] = {
     "squeeze_excite": (262_144, 262_144),
     "eca": (262_144, 262_144),
-    "frelu": (16_384, 262_144),
+    "frelu": (16_384, 65_536),
     "depthwise_conv2d": (262_144, 262_144),
     "group_conv1x1": (8_192, 8_192),
     "spatial_attention conv": (0, 262_144),
