@@ -269,8 +269,8 @@ def offset_sample2d_backward_kernel(
             offset_pixel_stride,
             INTERLEAVED,
         )
-        tl.store(dy, narrow(grad_y, grad_offset.dtype.element_ty))
         tl.store(dx, narrow(grad_x, grad_offset.dtype.element_ty))
+        tl.store(dy, narrow(grad_y, grad_offset.dtype.element_ty))
     if grad_input is not None:
         # Beyond the last row and column 0 is added to the first corner: a mask would be a branch around each addition.
         point = grad_input + start + plane + corner
