@@ -77,10 +77,12 @@ def _origins(run: Path) -> list[str]:
 
 
 def keep(table: Table, name: str, folder: Path = RESULTS) -> Path:
-    """Write the figures of a table; those of the same machine and data are replaced."""
+    """Write the figures of a table: of the same machine, data, recipe and protocol they are replaced, others stay."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}-{table['data']}.json"
-    path.write_text(json.dumps(table, indent=1, ensure_ascii=False) + "\n")
+    before = json.loads(path.read_text())["rows"] if path.is_file() else []
+    rows = {(row["recipe"], row["protocol"]): row for row in [*before, *table["rows"]]}
+    path.write_text(json.dumps({**table, "rows": list(rows.values())}, indent=1, ensure_ascii=False) + "\n")
     return path
 
 

@@ -55,6 +55,15 @@ def test_what_is_kept_and_shown(experiments: Any, tmp_path: Path) -> None:
     assert "X, 2 thread(s); torch 2.15; commit 0123456789 and changes." in text and "commit no clone." in text
 
 
+def test_other_rows_stay(experiments: Any, tmp_path: Path) -> None:
+    """A folder has the rows that were trained on one day; those of others are kept, the same ones replaced."""
+    table = experiments.collect(write_table(tmp_path / "runs", "cric", []))
+    (row,) = table["rows"]
+    for label, recipe in (("old", row["recipe"]), ("other", "cells_other_cric"), ("new", row["recipe"])):
+        path = experiments.keep({**table, "rows": [{**row, "label": label, "recipe": recipe}]}, "m", tmp_path / "kept")
+    assert [row["label"] for row in json.loads(path.read_text())["rows"]] == ["new", "other"]
+
+
 def test_drawn_cells_are_not_shown_as_real_ones(experiments: Any, tmp_path: Path) -> None:
     table = experiments.collect(write_table(tmp_path / "runs", "synthetic", []))
     assert experiments.page([table]).strip() == ""
