@@ -7,7 +7,6 @@ for row in Predictor.load("runs/demo")("new_slides/"):
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from cellops.models.data.images import ImageError
 from cellops.models.data.parallel import available_cores, ordered_map
 from cellops.models.prediction.files import image_files
 from cellops.models.prediction.preparation import Preparation
+from cellops.models.training.checkpoint import file_hash
 from cellops.models.training.network import TURNS, predict_batches
 
 BATCH_SIZE = 64
@@ -242,15 +242,6 @@ def _several(images: Iterable[str | Path | np.ndarray]) -> Iterator[tuple[Name, 
             yield number, item
         else:
             yield from image_files([item])
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 class OnnxNetwork(nn.Module):

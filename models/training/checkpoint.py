@@ -64,6 +64,15 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically."""
     write_atomically(path, lambda file: file.write(text.encode("utf-8")))
@@ -151,19 +160,22 @@ def save_weights(path: Path, weights: Mapping[str, Tensor], metadata: Mapping[st
     # A clone each: safetensors refuses tensors that share memory.
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()}
     header = {name: json.dumps(value) for name, value in metadata.items()}
-    data = _in_order(save(tensors, header))
-    write_atomically(path, lambda file: file.write(data))
+    parts = _in_order(save(tensors, header))
+    write_atomically(path, lambda file: file.writelines(parts))
 
 
-def _in_order(data: bytes) -> bytes:
-    """A safetensors file whose facts are in the order of their names: the library writes them in another one each time,
-    and two runs that agree to the last bit should have one checksum."""
+def _in_order(data: bytes) -> tuple[bytes, memoryview]:
+    """The header of a safetensors file with its facts in the order of their names, and the tensors, not copied.
+
+    The library writes facts in another order each time, and two runs that agree to the last bit should have one
+    checksum.
+    """
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
     header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # the format keeps tensors at multiples of 8
-    return len(text).to_bytes(8, "little") + text + data[8 + length :]
+    return len(text).to_bytes(8, "little") + text, memoryview(data)[8 + length :]
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -229,7 +241,6 @@ def _unfit(own: Mapping[str, Tensor], weights: Mapping[str, Tensor], classifier:
 
 def start_note(model: torch.nn.Module, path: Path, classifier: Collection[str] = ()) -> str:
     """A sentence about the file that `load_weights` started a model from."""
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
     drawn = f"; its classifier does not fit, so that {' and '.join(sorted(classifier))} were drawn anew"
     anew = _unfit(model.state_dict(), read_weights(path)[0], classifier)
-    return f"Training started from {path} (SHA-256 {digest}){drawn if anew else ''}."
+    return f"Training started from {path} (SHA-256 {file_hash(path)}){drawn if anew else ''}."
