@@ -150,6 +150,13 @@ class Worker {
     T* output = static_cast<T*>(io.output) + data_at_;
     T* to = turn_data_ ? data_.get() : output;
     for_tiles([&](int64_t channel, int64_t pixel, const Runs& runs, const Origin<S>& origin) {
+      if (by_channels_) {
+        fetch<false>(offset, 2, pixel, runs.count);
+        if (!turn_data_) {
+          fetch<true>(output, 1, pixel, runs.count);
+          fetch_next<false>(static_cast<const T*>(io.input) + data_at_, 1, pixel, runs.count);
+        }
+      }
       locate_tile(runs, origin, offset + shift_at(channel, pixel));
       sample(tile_, runs, staged_.get() + 2 * channel * grid_.plane, to + data_at(channel, pixel));
     });
@@ -178,6 +185,14 @@ class Worker {
     if (sums) __builtin_memset(sums, 0, size_t(4 * planes_ * grid_.plane) * sizeof(S));
     for_tiles([&](int64_t channel, int64_t pixel, const Runs& runs, const Origin<S>& origin) {
       const int64_t at = shift_at(channel, pixel);
+      if (by_channels_) {
+        fetch<false>(offset, 2, pixel, runs.count);
+        if (grad_shifts) fetch<true>(grad_shifts, 2, pixel, runs.count);
+        if (!turn_data_) {
+          fetch<false>(grad_output, 1, pixel, runs.count);
+          if (grad_shifts) fetch_next<false>(static_cast<const T*>(io.input) + data_at_, 1, pixel, runs.count);
+        }
+      }
       locate_tile(runs, origin, offset + at);
       differentiate(grid_, &tile_, runs, staged_.get() + 2 * channel * grid_.plane, grad + data_at(channel, pixel),
                     grad_shifts ? grad_shifts + at : nullptr);
@@ -195,8 +210,12 @@ class Worker {
         gather_sums(grid_, sums + 4 * c * grid_.plane, grad_input + c * pixels_);
       }
     }
-    if (p_.channels_last) {
-      planes_to_rows(channels_, 0, pixels_, staged_.get(), pixels_, grad_input, p_.channels);
+    if (!p_.channels_last) return;
+    const int64_t size = sizeof(T);
+    for (int64_t p = 0; p < pixels_; p += kAhead) {
+      const int64_t end = min_of(p + kAhead, pixels_);
+      fetch_pixels<true>(grad_input, p_.channels * size, channels_ * size, end, min_of(end + kAhead, pixels_));
+      planes_to_rows(channels_, p, end, staged_.get(), pixels_, grad_input, p_.channels);
     }
   }
 
@@ -212,6 +231,24 @@ class Worker {
     const int64_t at = image * p_.channels * pixels_;
     data_at_ = at + first * (p_.channels_last ? 1 : pixels_);
     offset_at_ = 2 * (at + first * (p_.offset_channels_last ? 1 : pixels_));
+    const bool last = block + 1 == blocks(p_);
+    next_ = last ? 0 : (block + 1) % blocks_ > 0 ? planes_ : pixels_ * p_.channels - first;
+  }
+
+  // Asks for `numbers` of each channel of `count` pixels, those kAhead behind `pixel`: in the next block where they are
+  // behind the last one.
+  template <bool Write, class V>
+  void fetch(const V* block, int64_t numbers, int64_t pixel, int64_t count) const {
+    const int64_t size = numbers * int64_t(sizeof(V)), first = pixel + kAhead;
+    fetch_pixels<Write>(block, p_.channels * size, channels_ * size, first, min_of(first + count, pixels_));
+    fetch_next<Write>(block, numbers, pixel, count);
+  }
+  // Only those in the next block.
+  template <bool Write, class V>
+  void fetch_next(const V* block, int64_t numbers, int64_t pixel, int64_t count) const {
+    const int64_t size = numbers * int64_t(sizeof(V)), first = pixel + kAhead - pixels_;
+    fetch_pixels<Write>(block + numbers * next_, p_.channels * size, channels_ * size, max_of(0, first),
+                        min_of(first + count, pixels_));
   }
 
   void stage(const T* input) {
@@ -283,7 +320,8 @@ class Worker {
   const Buffer<T> data_;
   const Buffer<O> grad_offset_;
   const Buffer<S> sums_;
-  int64_t channels_ = 0, data_at_ = 0, offset_at_ = 0;  // of the block at hand
+  // Of the block at hand, and how far the next one lies behind it in data that are channels_last.
+  int64_t channels_ = 0, data_at_ = 0, offset_at_ = 0, next_ = 0;
   Tile<S> tile_;
 };
 

@@ -15,6 +15,9 @@ namespace cellops::CELLOPS_ISA {
 
 inline constexpr int kBlockPlanes = 16;  // planes that are staged together where memory holds their channels together
 
+template <class S>
+inline constexpr int64_t kLineCells = 32 / sizeof(S);  // staged cells of a cache line
+
 // The staged planes' sizes, and the coordinates of the points before they are shifted. A cell is a pixel with its right
 // and lower neighbours.
 template <class S>
@@ -24,8 +27,8 @@ struct Grid {
   Grid(int64_t height, int64_t width)
       : height(height),
         width(width),
-        row(round_up(width + 1, 32 / int64_t(sizeof(S)))),
-        plane((height + 1) * row),
+        row(round_up(width + 1, kLineCells<S>)),
+        plane(((height + 1) * (row / kLineCells<S>) | 1) * kLineCells<S>),
         rows(min_of(height, max_of(1, 1024 / width))),
         exact(sizeof(S) == 8 || plane < 1 << 24),
         last_row(broadcast(S(height - 1))),
@@ -42,9 +45,11 @@ struct Grid {
   bool failed() const { return y.failed() || x.failed(); }
 
   const int64_t height, width;
-  const int64_t row, plane;  // cells of a staged row, in whole cache lines, and of a plane
-  const int64_t rows;        // that y and x hold, from the first on
-  const bool exact;          // S holds the number of every cell of a plane
+  // Cells of a staged row, in whole cache lines, and of a plane, in an odd number of them: with a power of two, the
+  // same place of all planes would share a few lines of the first-level cache.
+  const int64_t row, plane;
+  const int64_t rows;  // that y and x hold, from the first on
+  const bool exact;    // S holds the number of every cell of a plane
   const Vec<S> last_row, last_column, row_real;
   const VecInt<S> row_int;
   VecInt<S> planes;  // where the planes of a vector's lanes begin, if each has its own
@@ -149,6 +154,20 @@ CELLOPS_PHASE void locate(const Grid<S>& grid, const Runs& given, const Origin<S
   }
 }
 
+// Fetching -------------------------------------------------------------------------------------------------------
+
+inline constexpr int64_t kAhead = 32;  // pixels
+
+// Asks for `bytes` of each of some pixels that lie `stride` bytes apart. Rows of many channels, each in a page of its
+// own, are not foreseen by the hardware.
+template <bool Write>
+CELLOPS_INLINE void fetch_pixels(const void* from, int64_t stride, int64_t bytes, int64_t first, int64_t last) {
+  const char* at = static_cast<const char*>(from) + first * stride;
+  for (int64_t pixel = first; pixel < last; ++pixel, at += stride) {
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i, Write);
+  }
+}
+
 // Staging --------------------------------------------------------------------------------------------------------
 
 // One row of cells from a row of numbers and the one below it, or null.
@@ -189,7 +208,11 @@ inline void stage_plane(const Grid<S>& grid, const T* from, S* to) {
 template <class S, class T>
 inline void stage_rows(const Grid<S>& grid, int64_t channels, const T* from, int64_t stride, S* lines, S* to) {
   const int64_t height = grid.height, width = grid.width, row = grid.row, line = kBlockPlanes * width;
+  const int64_t size = sizeof(T), ahead = div_up(kAhead, width);
   for (int64_t y = 0; y < height; ++y, from += width * stride) {
+    if (y + ahead < height) {
+      fetch_pixels<false>(from, stride * size, channels * size, ahead * width, (ahead + 1) * width);
+    }
     S *here = lines + y % 2 * line, *above = lines + (y + 1) % 2 * line;
     if constexpr (sizeof(T) == 2) {
       S* wide = lines + 2 * line;
