@@ -117,6 +117,7 @@ class Worker {
         grid_(grid),
         pixels_(p.height * p.width),
         by_channels_(p.offset_channels_last && !p.interleaved && grid.plane < int64_t(1) << 27),
+        far_(by_channels_ && 2 * p.batch * p.channels * pixels_ * int64_t(sizeof(O)) > kFetchedFrom),
         turn_offset_(p.offset_channels_last && !by_channels_),
         turn_data_(by_channels_ != p.channels_last),
         data_stride_(turn_data_ ? kBlockPlanes : p.channels),
@@ -150,9 +151,9 @@ class Worker {
     T* output = static_cast<T*>(io.output) + data_at_;
     T* to = turn_data_ ? data_.get() : output;
     for_tiles([&](int64_t channel, int64_t pixel, const Runs& runs, const Origin<S>& origin) {
-      if (by_channels_) {
+      if (far_) {
         fetch<false>(offset, 2, pixel, runs.count);
-        if (!turn_data_) {
+        if (p_.channels_last) {
           fetch<true>(output, 1, pixel, runs.count);
           fetch_next<false>(static_cast<const T*>(io.input) + data_at_, 1, pixel, runs.count);
         }
@@ -185,10 +186,10 @@ class Worker {
     if (sums) __builtin_memset(sums, 0, size_t(4 * planes_ * grid_.plane) * sizeof(S));
     for_tiles([&](int64_t channel, int64_t pixel, const Runs& runs, const Origin<S>& origin) {
       const int64_t at = shift_at(channel, pixel);
-      if (by_channels_) {
+      if (far_) {
         fetch<false>(offset, 2, pixel, runs.count);
         if (grad_shifts) fetch<true>(grad_shifts, 2, pixel, runs.count);
-        if (!turn_data_) {
+        if (p_.channels_last) {
           fetch<false>(grad_output, 1, pixel, runs.count);
           if (grad_shifts) fetch_next<false>(static_cast<const T*>(io.input) + data_at_, 1, pixel, runs.count);
         }
@@ -235,17 +236,17 @@ class Worker {
     next_ = last ? 0 : (block + 1) % blocks_ > 0 ? planes_ : pixels_ * p_.channels - first;
   }
 
-  // Asks for `numbers` of each channel of `count` pixels, those kAhead behind `pixel`: in the next block where they are
-  // behind the last one.
+  // Asks for `numbers` of each channel of `count` pixels, those kAhead behind `pixel`: in the next block
+  // where they are behind the last one.
   template <bool Write, class V>
-  void fetch(const V* block, int64_t numbers, int64_t pixel, int64_t count) const {
+  CELLOPS_INLINE void fetch(const V* block, int64_t numbers, int64_t pixel, int64_t count) const {
     const int64_t size = numbers * int64_t(sizeof(V)), first = pixel + kAhead;
     fetch_pixels<Write>(block, p_.channels * size, channels_ * size, first, min_of(first + count, pixels_));
     fetch_next<Write>(block, numbers, pixel, count);
   }
   // Only those in the next block.
   template <bool Write, class V>
-  void fetch_next(const V* block, int64_t numbers, int64_t pixel, int64_t count) const {
+  CELLOPS_INLINE void fetch_next(const V* block, int64_t numbers, int64_t pixel, int64_t count) const {
     const int64_t size = numbers * int64_t(sizeof(V)), first = pixel + kAhead - pixels_;
     fetch_pixels<Write>(block + numbers * next_, p_.channels * size, channels_ * size, max_of(0, first),
                         min_of(first + count, pixels_));
@@ -310,7 +311,9 @@ class Worker {
   const OffsetSample2dParams& p_;
   const Grid<S>& grid_;
   const int64_t pixels_;
-  const bool by_channels_, turn_offset_, turn_data_;
+  const bool by_channels_;
+  const bool far_;  // rows of channels are fetched ahead
+  const bool turn_offset_, turn_data_;
   const int64_t data_stride_;      // from one run of channels to the next in data
   const int64_t other_;            // from dy to dx, 0 where they are pairs
   const int64_t slots_, whole_;    // points of a tile that a plane takes, and planes that fit in a tile

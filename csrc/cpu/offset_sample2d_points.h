@@ -156,10 +156,11 @@ CELLOPS_PHASE void locate(const Grid<S>& grid, const Runs& given, const Origin<S
 
 // Fetching -------------------------------------------------------------------------------------------------------
 
-inline constexpr int64_t kAhead = 32;  // pixels
+inline constexpr int64_t kAhead = 32;                      // pixels
+inline constexpr int64_t kFetchedFrom = int64_t(1) << 20;  // bytes of an offset: less is in the cache
 
 // Asks for `bytes` of each of some pixels that lie `stride` bytes apart. Rows of many channels, each in a page of its
-// own, are not foreseen by the hardware.
+// own, are not foreseen by the hardware. Inlined always: GCC drops calls of a function that does nothing else.
 template <bool Write>
 CELLOPS_INLINE void fetch_pixels(const void* from, int64_t stride, int64_t bytes, int64_t first, int64_t last) {
   const char* at = static_cast<const char*>(from) + first * stride;
