@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import struct
 import sys
 import warnings
 from pathlib import Path
@@ -26,18 +27,50 @@ DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.floa
 def _load() -> ModuleType:
     library = _source_tree.library() if _source_tree.is_source_tree() else None
     if library is None or library.parent == _source_tree.PACKAGE:
-        try:
-            return importlib.import_module("cellops._C")
-        except ModuleNotFoundError as missing:
-            if missing.name != "cellops._C":
-                raise
-        raise ImportError(_not_found())
+        spec = importlib.util.find_spec("cellops._C")
+        if spec is None:
+            raise ImportError(_not_found())
+        if spec.origin is not None:
+            _expect_whole(Path(spec.origin))
+        return importlib.import_module("cellops._C")
+    _expect_whole(library)
     spec = importlib.util.spec_from_file_location("cellops._C", library)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     sys.modules["cellops._C"] = module
     return module
+
+
+def _expect_whole(library: Path) -> None:
+    """Raise ImportError for a file that was cut off: its pages are mapped, and the missing ones end Python.
+
+    What ELF's header says of a 64-bit file is compared with the file's size; other files are left to the loader, and so
+    are those that cannot be read.
+    """
+    try:
+        file = library.open("rb")
+    except OSError:
+        return
+    with file:
+        size, header = os.fstat(file.fileno()).st_size, file.read(64)
+        if header[:5] != b"\x7fELF\x02" or len(header) < 64:
+            return
+        order = "<" if header[5] == 1 else ">"
+        programs, sections, program_size, program_count, section_size, section_count = struct.unpack_from(
+            f"{order}32xQQ6xHHHH", header
+        )
+        ends = [programs + program_size * program_count, sections + section_size * section_count]
+        file.seek(programs)
+        table = file.read(program_size * program_count)
+        for start in range(0, len(table) - 55, max(program_size, 56)):
+            offset, length = struct.unpack_from(f"{order}8xQ16xQ", table, start)  # in the file, of a segment
+            ends.append(offset + length)
+    if size < max(ends):
+        raise ImportError(
+            f"the compiled library {library} was cut off: it has {size} of at least {max(ends)} bytes. "
+            "Copy or install it again"
+        )
 
 
 def _not_found() -> str:

@@ -377,12 +377,12 @@ def test_a_known_name_with_another_forward_is_found_out(bend: str) -> None:
 
 def test_the_network_itself_and_shared_modules_and_old_keys() -> None:
     alone = timm.layers.SEModule(32)
-    assert cellops.accelerate(alone).replaced[0].module == "" and type(alone) is cellops.SqueezeExcite
+    assert cellops.accelerate(alone).replaced[0].module == "" and isinstance(alone, cellops.SqueezeExcite)
 
     shared = timm.layers.SEModule(16)
     model = nn.ModuleList([shared, nn.Sequential(shared)])
     assert len(cellops.accelerate(model).replaced) == 1
-    assert model[0] is model[1][0] is shared and type(shared) is cellops.SqueezeExcite
+    assert model[0] is model[1][0] is shared and isinstance(shared, cellops.SqueezeExcite)
 
     packs = nn.Sequential(ModulatedDeformConv2dPack(8, 8, 3))
     state = {key.replace("0.conv_offset.", "0_offset."): 2 * value for key, value in packs.state_dict().items()}

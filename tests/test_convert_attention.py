@@ -92,6 +92,73 @@ def test_accelerated_whatever_mode_the_caller_is_in(within: Callable[[], Abstrac
     assert len(report.replaced) == 3, report
 
 
+def kinds() -> dict[str, Callable[[], nn.Module]]:
+    """Whatever multiplies its input by what autocast computes in another type, or takes the larger of both."""
+    torchvision, timm = pytest.importorskip("torchvision"), pytest.importorskip("timm")
+    return {
+        "torchvision": lambda: torchvision.ops.SqueezeExcitation(16, 4),
+        "SEModule": lambda: timm.layers.SEModule(16, rd_channels=4),
+        "EfficientNet": lambda: timm.create_model("mobilenetv3_small_050").blocks[0][0].se,
+        "linear": lambda: SELayer(16, 4),
+        "sequence": lambda: SEBlock(16, 4),
+        "EcaModule": lambda: timm.layers.EcaModule(16),
+        "eca_layer": eca_layer,
+        "CBAM": lambda: timm.layers.create_attn("cbam", 16).spatial,
+        "funnel": lambda: FReLU(16),
+    }
+
+
+EACH_KIND = ["torchvision", "SEModule", "EfficientNet", "linear", "sequence", "EcaModule", "eca_layer", "CBAM"]
+
+
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", [*EACH_KIND, "funnel"])
+def test_under_autocast_the_type_is_the_originals(kind: str, autocast: torch.dtype) -> None:
+    """The ops return autocast's type, for a float32 input too: what came behind a module had another type than before.
+
+    PyTorch promotes: float32 times a half type is float32, and so is one half type times the other.
+    """
+    torch.manual_seed(0)
+    plain = kinds()[kind]()
+    model = copy.deepcopy(plain)
+    assert cellops.accelerate(model).replaced
+    for training in (False, True):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            if kind == "CBAM" and dtype not in (torch.float32, autocast):
+                continue  # torch.cat refuses both half types under one autocast
+            x, found = torch.randn(2, 16, 9, 9).to(dtype), []
+            for module in (plain.train(training), model.train(training)):
+                leaf = x.clone().requires_grad_()
+                with torch.autocast("cpu", autocast):
+                    output = module(leaf)
+                (gradient,) = torch.autograd.grad(output.float().sum(), leaf)
+                found.append((output, gradient))
+            close = {"rtol": 0.05, "atol": 0.05}
+            torch.testing.assert_close(found[1][0], found[0][0], **close)  # the dtypes too
+            assert found[1][1].dtype == found[0][1].dtype  # maxima fall another way in half types: no values
+    torch.compiler.reset()
+    compiled = torch.compile(model.eval(), fullgraph=True, backend="aot_eager")
+    x = torch.randn(2, 16, 9, 9)
+    with torch.autocast("cpu", autocast):
+        torch.testing.assert_close(compiled(x), plain.eval()(x), **close)
+
+
+@pytest.mark.parametrize("kind", ["torchvision", "sequence", "eca_layer"])
+def test_an_image_without_a_batch_as_the_originals_take_it(kind: str) -> None:
+    plain = kinds()[kind]()
+    model = copy.deepcopy(plain)
+    assert cellops.accelerate(model).replaced
+    calls: list[int] = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    for layout in (torch.contiguous_format, torch.channels_last):
+        x = torch.randn(2, 16, 9, 9).contiguous(memory_format=layout)[0].requires_grad_()
+        found = [(y := module(x), *torch.autograd.grad(y.square().sum(), x)) for module in (model, plain)]
+        torch.testing.assert_close(*found)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(model(x), plain(x), rtol=0.02, atol=0.02)
+    assert len(calls) == 3  # one a call
+
+
 class Frozen(nn.Sequential):
     """A sequence whose normalisation learns no statistics, as detectors freeze their first stages."""
 
@@ -123,3 +190,24 @@ def test_a_class_keeps_its_methods(kind: type[nn.Sequential], name: str) -> None
     model = nn.Sequential(kind(nn.Conv2d(8, 8, 1, groups=2), nn.BatchNorm2d(8), nn.ReLU()))
     report = cellops.accelerate(model)
     assert type(model[0]) is kind and report.left[0].reason == f"its class has another {name}"
+
+
+@pytest.mark.parametrize("conv", [nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.Conv2d(8, 8, 1, groups=2)])
+def test_a_normalisation_that_is_called_elsewhere_too(conv: nn.Conv2d) -> None:
+    """Its backward has saved the running statistics, and refused them once the op had learned others."""
+
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bn = nn.BatchNorm2d(8)
+            self.body = nn.Sequential(copy.deepcopy(conv), self.bn, nn.ReLU())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body(self.bn(x)) + self.body(x)
+
+    plain = drawn(Shared)
+    model = copy.deepcopy(plain)
+    assert cellops.accelerate(model).replaced and model.body[1] is model.bn
+    images = torch.randn(2, 8, 20, 20, dtype=torch.float64)
+    for training in (True, False):
+        assert_same(step(model.train(training), images), step(plain.train(training), images))

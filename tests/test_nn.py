@@ -76,6 +76,36 @@ def test_errors_of_modules(make: Any, message: str) -> None:
         make()
 
 
+@pytest.mark.parametrize("wrong", [2.0, "2", [2]], ids=str)
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("in_channels", lambda n: DeformConv2d(n, 4, 3)),
+        ("groups", lambda n: DeformConv2d(4, 4, 3, groups=n)),
+        ("offset_groups", lambda n: DeformConv2dPack(4, 4, 3, offset_groups=n)),
+        ("channels", lambda n: ConvOffset2d(n)),
+        ("kernel_size", lambda n: FReLU(4, n)),
+        ("channels", lambda n: FReLU(n)),
+        ("kernel_size", lambda n: cellops.DepthwiseConv2d(4, n)),
+        ("stride", lambda n: cellops.DepthwiseConv2d(4, stride=n)),
+        ("channels", lambda n: cellops.SqueezeExcite(n)),
+        ("rd_channels", lambda n: cellops.SqueezeExcite(8, rd_channels=n)),
+        ("rd_divisor", lambda n: cellops.SqueezeExcite(8, rd_divisor=n)),
+        ("channels", lambda n: cellops.EfficientChannelAttention(n)),
+        ("kernel_size", lambda n: cellops.EfficientChannelAttention(8, n)),
+        ("channels", lambda n: cellops.SpatialAttention(n)),
+        ("kernel_size", lambda n: cellops.SpatialAttention(8, n)),
+        ("out_channels", lambda n: cellops.GroupConv1x1(4, n, 2)),
+        ("groups", lambda n: cellops.GroupConv1x1(4, 4, n)),
+        ("groups", lambda n: cellops.group_conv1x1(torch.zeros(1, 4, 2, 2), torch.zeros(4, 2, 1, 1), groups=n)),
+    ],
+)
+def test_numbers_of_modules_are_integers(name: str, make: Any, wrong: object) -> None:
+    """They were compared and divided as they came: errors of Python's operators or of `torch.empty` named nothing."""
+    with pytest.raises(ValueError, match=f"^{name} must be an integer, got "):
+        make(wrong)
+
+
 # DeformConv2dPack
 
 PACKS: list[dict[str, Any]] = [

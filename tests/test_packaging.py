@@ -171,6 +171,22 @@ def test_runs_without_the_library(tmp_path):
     assert "ImportError: backend='cpu' cannot run deform_conv2d" in text
 
 
+def test_library_that_was_cut_off(tmp_path, clone, site, library):
+    """A full disk, an interrupted copy: the missing pages ended Python with a bus error."""
+    if library.read_bytes()[:4] != b"\x7fELF":
+        pytest.skip("not ELF")
+    _native._expect_whole(library)
+    cut = site / "cellops" / library.name
+    for part in (0.999, 0.5, 1e-4):
+        os.truncate(cut, int(part * library.stat().st_size))
+        with pytest.raises(ImportError, match=rf"the compiled library {cut} was cut off: it has \d+ of at least \d+"):
+            _native._expect_whole(cut)
+    for folder in (tmp_path, clone):
+        text = python(USE, cwd=folder, PYTHONPATH=str(site))
+        assert text.count("UserWarning") == 1 and f"the compiled library {cut} was cut off" in text
+        assert "torch.Size([1, 3, 5, 5])" in text
+
+
 def test_library_that_cannot_be_loaded(tmp_path, library):
     copy_python_files(tmp_path)
     (tmp_path / "cellops" / library.name).write_bytes(b"not a library")

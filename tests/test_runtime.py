@@ -183,6 +183,42 @@ def test_images_beyond_the_kernel_take_the_reference() -> None:
         plan("cpu")
 
 
+def test_outputs_beyond_2_31_pixels_are_the_cpus_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library numbers an output's pixels in 64 bits, Triton in 32: its kernels read and wrote elsewhere."""
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+    def plan(
+        backend: str | None, image: tuple[int, int], pad: tuple[int, int] = (0, 0), weight: launch.Shape = (1, 1, 1, 1)
+    ) -> str:
+        out = [size + 2 * zeros - taps + 1 for size, zeros, taps in zip(image, pad, weight[2:], strict=True)]
+        offset = (1, 2 * weight[2] * weight[3], *out)
+        dtypes = (torch.float32, torch.float32, torch.float32, None, None)
+        shapes = ((1, weight[1], *image), offset, weight, None, None)
+        return launch._plan("cpu", (False,) * 4, (1, 1, *pad, 1, 1, backend), *shapes, *dtypes).backend
+
+    large = ((1, 1), (2**15, 2**15))
+    if _native.error is None:
+        assert plan(None, *large) == plan("cpu", *large) == "cpu"
+    for call in (large, ((1, 2**31 - 64),)):
+        with pytest.raises(RuntimeError, match=r"an image or its output has about 2\^31 pixels or more"):
+            plan("triton", *call)
+    assert plan("triton", (1, 2**31 - 128)) == "triton"
+    with pytest.raises(RuntimeError, match=r"the weight has 2\^31 elements or more"):
+        plan("triton", (1, 1), weight=(2**16, 2**15, 1, 1))
+    for backend in ("triton", "cpu"):
+        with pytest.raises((RuntimeError, ImportError), match=r"a padded image has 2\^31 rows|compiled library"):
+            plan(backend, (1, 1), (2**30, 0), (1, 1, 2**31 + 1, 1))
+
+
+@needs_library
+def test_an_image_beyond_the_kernel_is_refused_before_it_is_copied() -> None:
+    image = torch.zeros(1).expand(1, 1, 2**20, 2**20)  # 4 TiB as a copy
+    with pytest.raises(RuntimeError, match=r"an image has 2\^31 pixels or more"):
+        stride = (2**20, 2**20)
+        cellops.deform_conv2d(image, torch.zeros(1, 2, 1, 1), torch.ones(1, 1, 1, 1), stride=stride, backend="cpu")
+
+
 # Memory
 
 PEAK = """

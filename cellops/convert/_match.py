@@ -18,7 +18,9 @@ from cellops.convert.modules import (
     EfficientNetSqueezeExcite,
     Fused,
     FusedSequential,
+    NamedChannelAttention,
     NamedFReLU,
+    NamedSqueezeExcite,
     PooledAttention,
     SequentialSqueezeExcite,
     activation_of,
@@ -26,7 +28,7 @@ from cellops.convert.modules import (
     is_norm,
     steps,
 )
-from cellops.nn import DeformConv2d, DeformConv2dPack, EfficientChannelAttention, FReLU, SqueezeExcite
+from cellops.nn import DeformConv2d, DeformConv2dPack
 from cellops.nn.squeeze_excite import is_linear
 from cellops.ops.deform_conv2d import pair
 from cellops.ops.squeeze_excite import ACTIVATION_CODES
@@ -112,7 +114,7 @@ def _squeeze_excite(module: nn.Module) -> Match | None:
     if fc1.weight.shape != (hidden, channels, 1, 1) or fc2.weight.shape != (channels, hidden, 1, 1):
         raise Stays(f"{' and '.join(names)} are not 1x1 convolutions there and back")
     act, gate = _activation_and_gate(children)
-    cls = SqueezeExcite if names == ("fc1", "fc2") else EfficientNetSqueezeExcite
+    cls = NamedSqueezeExcite if names == NamedSqueezeExcite.names else EfficientNetSqueezeExcite
     convert = partial(_become, cls=cls, attributes={"act": act, "gate": gate}, drop=tuple(children))
     return Match("SqueezeExcite", "squeeze_excite", convert, ((2, channels, SIDE, SIDE),))
 
@@ -166,7 +168,7 @@ def _eca(module: nn.Module) -> Match | None:
     taps = conv.kernel_size[0]
     if conv.weight.shape[:2] != (1, 1) or conv.bias is not None or conv.padding != (taps // 2,) or taps % 2 == 0:
         raise Stays("conv is not one odd convolution over the channels without bias, padded by zeros")
-    convert = partial(_become, cls=EfficientChannelAttention, attributes={}, drop=(*children, "act", "conv2"))
+    convert = partial(_become, cls=NamedChannelAttention, attributes={}, drop=(*children, "act", "conv2"))
     return Match("EfficientChannelAttention", "eca", convert, ((2, 12, SIDE, SIDE),))
 
 
@@ -202,10 +204,7 @@ def _frelu(module: nn.Module) -> Match | None:
     norm = norms[0] if norms else None
     if norm is not None:
         _exactly(children[norm], nn.BatchNorm2d, norm)
-    if convs[0] == "conv_frelu" and norm in ("bn_frelu", None):
-        convert = partial(_become, cls=FReLU, attributes={} if norm else {"bn_frelu": None})
-    else:
-        convert = partial(_become, cls=NamedFReLU, attributes={"conv_name": convs[0], "bn_name": norm})
+    convert = partial(_become, cls=NamedFReLU, attributes={"conv_name": convs[0], "bn_name": norm})
     return Match("FReLU", "frelu", convert, ((2, channels, SIDE, SIDE),))
 
 

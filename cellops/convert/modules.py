@@ -1,20 +1,29 @@
 """Modules that compute as ours do and name their children as other libraries do, so that weights keep their keys.
 
-`accelerate` turns modules into them; where the names are the same it takes those of `cellops.nn`.
+`accelerate` turns modules into them. They take what their originals take: under autocast the product of an input of
+another type has the wider type, where the ops return autocast's; channel attention takes an image without a batch too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from cellops.nn import FReLU, SqueezeExcite, _batch_norm, depthwise_conv2d, group_conv1x1
+from cellops.nn import (
+    EfficientChannelAttention,
+    FReLU,
+    SqueezeExcite,
+    _batch_norm,
+    depthwise_conv2d,
+    eca,
+    group_conv1x1,
+    squeeze_excite,
+)
 from cellops.nn._children import keeps_size, watched
-from cellops.nn.squeeze_excite import excite
 from cellops.ops.spatial_attention import spatial_attention
 
 ACTIVATIONS = {
@@ -31,15 +40,46 @@ ACTIVATIONS = {
 """Names of activation modules, and of the activations that `depthwise_conv2d` and `group_conv1x1` have."""
 
 
-class EfficientNetSqueezeExcite(SqueezeExcite):
-    """Squeeze-and-excitation with the children `conv_reduce` and `conv_expand` of timm's EfficientNet and MobileNet."""
+def promotes(input: Tensor) -> bool:
+    """Whether autocast computes in a half type that the input does not have: their product then has the wider type."""
+    if not torch._C._is_any_autocast_enabled() or isinstance(input, Proxy):
+        return False
+    device = input.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return False
+    return input.is_floating_point() and input.dtype not in (torch.float64, torch.get_autocast_dtype(device))
+
+
+def batched(compute: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:
+    """What is computed of a batch, of an image [C, H, W] too."""
+    if isinstance(input, Proxy) or input.dim() != 3:
+        return compute(input)
+    return compute(input.unsqueeze(0)).squeeze(0)
+
+
+class NamedSqueezeExcite(SqueezeExcite):
+    """Squeeze-and-excitation with two children of any names.
+
+    Attributes:
+        names: theirs; the children of torchvision's and timm's.
+    """
+
+    names = ("fc1", "fc2")
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[N, C, H, W] or [C, H, W], as it is returned. Errors are those of `cellops.squeeze_excite`."""
+        fc1, fc2 = (self._modules[name] for name in self.names)
+        assert fc1 is not None and fc2 is not None
+        compute = squeeze_excite.compose if promotes(input) else squeeze_excite.excite
+        return batched(lambda images: compute(images, fc1, fc2, self.act, self.gate), input)
+
+
+class EfficientNetSqueezeExcite(NamedSqueezeExcite):
+    """The same with the children `conv_reduce` and `conv_expand` of timm's EfficientNet and MobileNet."""
 
     conv_reduce: nn.Conv2d
     conv_expand: nn.Conv2d
-
-    def forward(self, input: Tensor) -> Tensor:
-        """[N, C, H, W] -> [N, C, H, W]. Errors are those of `cellops.squeeze_excite`."""
-        return excite(input, self.conv_reduce, self.conv_expand, self.act, self.gate)
+    names = ("conv_reduce", "conv_expand")
 
 
 class SequentialSqueezeExcite(nn.Module):
@@ -57,23 +97,38 @@ class SequentialSqueezeExcite(nn.Module):
     gate: str
 
     def forward(self, input: Tensor) -> Tensor:
-        """[N, C, H, W] -> [N, C, H, W]. Errors are those of `cellops.squeeze_excite`."""
+        """[N, C, H, W] or [C, H, W], as it is returned. Errors are those of `cellops.squeeze_excite`."""
+        return batched(self._excite, input)
+
+    def _excite(self, input: Tensor) -> Tensor:
         body = self._modules[self.body]
         assert isinstance(body, nn.Module)
         there = list(body.children())
-        if tuple(map(type, there)) != self.kinds or watched(body, *there):  # an adapter, a hook: it wants to be called
+        # An adapter, a hook: it wants to be called.
+        called = tuple(map(type, there)) != self.kinds or watched(body, *there)
+        if called or promotes(input):
             linear = nn.Linear in self.kinds
             scale = body(input.mean((2, 3), keepdim=not linear))
             return input * (scale[:, :, None, None] if linear else scale)
         fc1, fc2 = (part for part in there if type(part) in (nn.Linear, nn.Conv2d))
-        return excite(input, fc1, fc2, self.act, self.gate)
+        return squeeze_excite.excite(input, fc1, fc2, self.act, self.gate)
 
     def extra_repr(self) -> str:
         return f"act={self.act!r}, gate={self.gate!r}"
 
 
+class NamedChannelAttention(EfficientChannelAttention):
+    """Efficient channel attention with a child `conv`, as other libraries have it."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[N, C, H, W] or [C, H, W], as it is returned. Errors are those of `cellops.eca`."""
+        if promotes(input):
+            return batched(lambda images: eca.compose(images, self.conv), input)
+        return batched(super().forward, input)
+
+
 class NamedFReLU(FReLU):
-    """Funnel activation with children of other names.
+    """Funnel activation with children of any names.
 
     Attributes:
         conv_name, bn_name: their names; None for no normalisation.
@@ -91,6 +146,14 @@ class NamedFReLU(FReLU):
     def bn_frelu(self) -> nn.Module | None:  # type: ignore[override]
         """The normalisation, or None."""
         return None if self.bn_name is None else self._modules[self.bn_name]
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[N, C, H, W] -> [N, C, H, W]. Errors are those of `cellops.FReLU`."""
+        if not promotes(input):
+            return super().forward(input)
+        assert self.conv_frelu is not None
+        convolved = self.conv_frelu(input)
+        return input.maximum(convolved if self.bn_frelu is None else self.bn_frelu(convolved))
 
 
 class PooledAttention(nn.Module):
@@ -121,7 +184,7 @@ class PooledAttention(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         """[N, C, H, W] -> [N, C, H, W]. Errors are those of `cellops.spatial_attention`."""
         # A tracer wants modules, and whichever mode they are in later.
-        parts = None if isinstance(input, Proxy) else self.parts()
+        parts = None if isinstance(input, Proxy) or promotes(input) else self.parts()
         if parts is None or (parts[1] is not None and _batch_norm.uses_batch_statistics(parts[1])):
             pooled = [input.mean(1, keepdim=True), input.amax(1, keepdim=True)]
             return input * self.conv(torch.cat(pooled if self.mean_first else pooled[::-1], dim=1)).sigmoid()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from cellops.ops._registration import is_traced
+
 
 def uses_batch_statistics(bn: nn.BatchNorm2d) -> bool:
     """Whether the normalisation is by the batch at hand, not by the running statistics."""
@@ -73,8 +75,12 @@ def update_running_statistics(bn: nn.BatchNorm2d, mean: Tensor, var: Tensor, bia
             factor = 1.0 / float(bn.num_batches_tracked)
     if bn.running_mean is None or bn.running_var is None or count == 0:
         return
+    running_mean, running_var = bn.running_mean, bn.running_var
+    if not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or is_traced()):
+        # Without a new version, as nn.BatchNorm2d: where it is called too, its backward has saved them.
+        running_mean, running_var = running_mean.data, running_var.data
     # Not under no_grad: torch 2.15 cannot load an exported program in which grad mode changes around buffers alone.
     mean = mean if bias is None else mean + bias.detach()
-    bn.running_mean.lerp_(mean.to(bn.running_mean.dtype), factor)
+    running_mean.lerp_(mean.to(running_mean.dtype), factor)
     unbiased = var * count / (count - 1)  # no quotient of counts: a symbolic one cannot be saved by torch.export
-    bn.running_var.lerp_(unbiased.to(bn.running_var.dtype), factor)
+    running_var.lerp_(unbiased.to(running_var.dtype), factor)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
+from cellops.ops._registration import integer
 from cellops.ops.deform_conv2d import deform_conv2d, pair
 
 
@@ -25,7 +26,8 @@ class DeformConv2d(nn.Module):
         bias: whether to add a learned bias.
 
     Raises:
-        ValueError: `groups` does not divide both channel counts, a size is neither an integer nor a pair, or too small.
+        ValueError: `groups` does not divide both channel counts, a size is neither an integer nor a pair, or too small,
+            or a number of channels or groups is no integer.
     """
 
     bias: nn.Parameter | None
@@ -42,6 +44,8 @@ class DeformConv2d(nn.Module):
         bias: bool = True,
     ) -> None:
         super().__init__()
+        in_channels, out_channels = integer("in_channels", in_channels), integer("out_channels", out_channels)
+        groups = integer("groups", groups)
         for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
             if groups < 1 or channels < 1 or channels % groups:
                 raise ValueError(f"{name} must be a multiple of groups = {groups}, got {channels}")
@@ -123,6 +127,7 @@ class DeformConv2dPack(DeformConv2d):
         modulated: bool = True,
     ) -> None:
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
+        offset_groups = integer("offset_groups", offset_groups)
         if offset_groups < 1 or in_channels % offset_groups:
             raise ValueError(f"in_channels must be a multiple of offset_groups = {offset_groups}, got {in_channels}")
         self.offset_groups = offset_groups

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from cellops.nn import _batch_norm, _children, _compiled
+from cellops.ops._registration import integer
 from cellops.ops.depthwise_conv2d import depthwise_conv2d, depthwise_conv2d_batch_norm
 from cellops.ops.group_conv1x1 import ACTIVATION_CODES
 from cellops.reference._activation import ACTIVATIONS
@@ -29,7 +30,8 @@ class DepthwiseConv2d(nn.Module):
         bias: whether the convolution has a bias.
 
     Raises:
-        ValueError: `kernel_size` is even or less than 1, `stride` is less than 1, or `activation` is unknown.
+        ValueError: `kernel_size` is even or less than 1, `stride` is less than 1, one of them or `channels` is no
+            integer, or `activation` is unknown.
     """
 
     def __init__(
@@ -42,6 +44,8 @@ class DepthwiseConv2d(nn.Module):
         bias: bool = False,
     ) -> None:
         super().__init__()
+        channels, kernel_size = integer("channels", channels), integer("kernel_size", kernel_size)
+        stride = integer("stride", stride)
         if kernel_size < 1 or kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd and at least 1, got {kernel_size}")
         if stride < 1:

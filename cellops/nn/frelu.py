@@ -7,6 +7,7 @@ from torch.fx import Proxy
 
 from cellops.nn import _batch_norm, _children, _compiled
 from cellops.nn.depthwise_conv2d import fits
+from cellops.ops._registration import integer
 from cellops.ops.frelu import frelu, frelu_batch_norm
 
 
@@ -23,11 +24,12 @@ class FReLU(nn.Module):
         norm: whether `bn_frelu` normalises the convolution; without it only its bias is added.
 
     Raises:
-        ValueError: `kernel_size` is even or less than 1.
+        ValueError: `kernel_size` is even or less than 1, or no integer; `channels` is none.
     """
 
     def __init__(self, channels: int, kernel_size: int = 3, norm: bool = True) -> None:
         super().__init__()
+        channels, kernel_size = integer("channels", channels), integer("kernel_size", kernel_size)
         if kernel_size < 1 or kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd and at least 1, got {kernel_size}")
         self.conv_frelu = nn.Conv2d(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels)

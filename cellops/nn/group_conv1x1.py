@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from cellops.nn import _batch_norm, _children, _compiled
+from cellops.ops._registration import integer
 from cellops.ops.group_conv1x1 import ACTIVATION_CODES, group_conv1x1, group_conv1x1_batch_norm
 from cellops.reference._activation import ACTIVATIONS
 
@@ -30,7 +31,8 @@ class GroupConv1x1(nn.Module):
         bias: whether the convolution has a bias.
 
     Raises:
-        ValueError: `groups` does not divide both channel counts, or `activation` is unknown.
+        ValueError: `groups` does not divide both channel counts, one of the three is no integer, or `activation` is
+            unknown.
     """
 
     def __init__(
@@ -44,6 +46,8 @@ class GroupConv1x1(nn.Module):
         bias: bool = False,
     ) -> None:
         super().__init__()
+        in_channels, out_channels = integer("in_channels", in_channels), integer("out_channels", out_channels)
+        groups = integer("groups", groups)
         for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
             if groups < 1 or channels % groups:
                 raise ValueError(f"{name} must be a multiple of groups = {groups}, got {channels}")

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from cellops.ops._registration import integer
 from cellops.ops.offset_sample2d import check_layout, offset_sample2d
 
 
@@ -22,12 +23,13 @@ class ConvOffset2d(nn.Module):
         init_std: standard deviation of the initial weight.
 
     Raises:
-        ValueError: `layout` is unknown.
+        ValueError: `layout` is unknown, or `channels` is no integer.
     """
 
     def __init__(self, channels: int, layout: str = "planar", init_std: float = 0.01) -> None:
         super().__init__()
         check_layout(layout)
+        channels = integer("channels", channels)
         self.layout = layout
         self.init_std = init_std
         self.conv = nn.Conv2d(channels, 2 * channels, 3, padding=1, bias=False)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from cellops.nn import _children, _compiled
+from cellops.ops._registration import integer
 from cellops.ops.spatial_attention import spatial_attention
 from cellops.reference.spatial_attention import MODES
 
@@ -24,7 +25,8 @@ class SpatialAttention(nn.Module):
         mode: what the convolution sees: "conv", the channels; "pool", their maximum and their mean.
 
     Raises:
-        ValueError: `mode` is unknown, `kernel_size` is even or less than 1, or `channels` is missing for "conv".
+        ValueError: `mode` is unknown, `kernel_size` is even or less than 1, `channels` is missing for "conv", or one of
+            both is no integer.
     """
 
     def __init__(self, channels: int | None = None, kernel_size: int | None = None, mode: str = "conv") -> None:
@@ -33,12 +35,14 @@ class SpatialAttention(nn.Module):
             raise ValueError(f"mode must be one of {', '.join(map(repr, MODES))}, got {mode!r}")
         if kernel_size is None:
             kernel_size = 1 if mode == "conv" else 7
+        kernel_size = integer("kernel_size", kernel_size)
         if kernel_size < 1 or kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd and at least 1, got {kernel_size}")
         if mode == "pool":
             channels = 2
         elif channels is None:
             raise ValueError("channels must be given for mode='conv', got None")
+        channels = integer("channels", channels)
         self.mode = mode
         self.conv = nn.Conv2d(channels, 1, kernel_size, padding=kernel_size // 2)
 

@@ -7,6 +7,7 @@ from typing import TypeGuard
 from torch import Tensor, nn
 
 from cellops.nn import _children, _compiled
+from cellops.ops._registration import integer
 from cellops.ops.squeeze_excite import check_names, squeeze_excite
 from cellops.reference import squeeze_excite as reference
 
@@ -26,7 +27,8 @@ class SqueezeExcite(nn.Module):
         gate: "sigmoid" or "hard_sigmoid".
 
     Raises:
-        ValueError: `channels` or `rd_channels` is less than 1; `act` or `gate` is unknown, at the first call.
+        ValueError: `channels`, `rd_channels` or `rd_divisor` is less than 1 or no integer; `act` or `gate` is unknown,
+            at the first call.
     """
 
     def __init__(
@@ -39,10 +41,13 @@ class SqueezeExcite(nn.Module):
         gate: str = "sigmoid",
     ) -> None:
         super().__init__()
-        if channels < 1:
-            raise ValueError(f"channels must be at least 1, got {channels}")
+        channels, rd_divisor = integer("channels", channels), integer("rd_divisor", rd_divisor)
+        for name, number in (("channels", channels), ("rd_divisor", rd_divisor)):
+            if number < 1:
+                raise ValueError(f"{name} must be at least 1, got {number}")
         if rd_channels is None:
             rd_channels = max(rd_divisor, int(channels * rd_ratio + rd_divisor / 2) // rd_divisor * rd_divisor)
+        rd_channels = integer("rd_channels", rd_channels)
         if rd_channels < 1:
             raise ValueError(f"rd_channels must be at least 1, got {rd_channels}")
         self.act = act
@@ -62,15 +67,20 @@ def excite(input: Tensor, fc1: nn.Module, fc2: nn.Module, act: str, gate: str) -
     """The op with the weights of two convolutions or linear layers, or the composition: where that compiles to faster
     code, and where a layer wants to be called."""
     if not (is_linear(fc1) and is_linear(fc2)) or _children.watched(fc1, fc2):
-        check_names(act, gate)
-        pooled = input.mean((2, 3), keepdim=True)
-        return input * reference.GATES[gate](fc2(reference.ACTIVATIONS[act](fc1(pooled))))
+        return compose(input, fc1, fc2, act, gate)
     parameters = (_weight_1x1(fc1), fc1.bias, _weight_1x1(fc2), fc2.bias)
     if _compiled.stands_back("squeeze_excite", input, *parameters):
         known = act in reference.ACTIVATIONS and gate in reference.GATES
         if known and input.shape[1] == parameters[0].shape[1]:  # the op says what is wrong
             return reference.squeeze_excite(input, *parameters, act, gate)
     return squeeze_excite(input, *parameters, act=act, gate=gate)
+
+
+def compose(input: Tensor, fc1: nn.Module, fc2: nn.Module, act: str, gate: str) -> Tensor:
+    """What the op computes, by PyTorch's own ops and calls of the two layers, which take [N, C, 1, 1]."""
+    check_names(act, gate)
+    pooled = input.mean((2, 3), keepdim=True)
+    return input * reference.GATES[gate](fc2(reference.ACTIVATIONS[act](fc1(pooled))))
 
 
 def is_linear(layer: nn.Module) -> TypeGuard[nn.Conv2d | nn.Linear]:

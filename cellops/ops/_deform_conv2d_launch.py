@@ -5,6 +5,7 @@ Every kernel here takes the op's arguments as the dispatcher gives them: trailin
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -157,7 +158,7 @@ def _plan(
     config += DEFAULTS[len(config) :]
     check_dtypes(input_dtype, offset_dtype, weight_dtype, bias_dtype, mask_dtype)
     sizes = check_shapes(input, offset, weight, bias, mask, config)
-    refused = "an image has 2^31 pixels or more" if input[2] * input[3] >= 2**31 else None
+    refused = _refuses(device_type, input, weight, sizes.output, config)
     by_cuda = _backend.refused_by_cuda("deform_conv2d", device_type, (input, offset), input_dtype, layouts[0])
     backend = _backend.choose("deform_conv2d", device_type, input_dtype, config[6], refused, by_cuda).name
     memory_format = torch.channels_last if layouts[0] else torch.contiguous_format
@@ -191,6 +192,27 @@ def _plan(
         output_channels_last=layouts[0],
     )
     return _Plan(backend, params, sizes.output, strides, memory_format, config)
+
+
+def _refuses(device_type: str, input: Shape, weight: Shape, output: Shape, config: Config) -> str | None:
+    """Why no kernel that the call may take can index its images, a constant; None where one can.
+
+    The library numbers the pixels of an image in 32 bits, those of an output in 64; so does CUDA, which says itself
+    where it ends. Triton's kernels number both in 32 bits, up to a block beyond the last one, and weights too.
+    """
+    pixels, out_pixels = input[2] * input[3], output[2] * output[3]
+    if pixels >= 2**31:
+        return "an image has 2^31 pixels or more"
+    if max(input[2] + 2 * config[2], input[3] + 2 * config[3]) >= 2**31:
+        return "a padded image has 2^31 rows or columns or more"
+    if config[6] in ("cpu", "cuda") or (device_type == "cpu" and config[6] is None):
+        return None
+    if max(pixels, out_pixels) > 2**31 - _LARGEST_BLOCK:
+        return "an image or its output has about 2^31 pixels or more"
+    return "the weight has 2^31 elements or more" if math.prod(weight) >= 2**31 else None
+
+
+_LARGEST_BLOCK = 128  # of pixels, in Triton's kernels
 
 
 def _plan_of(
@@ -240,6 +262,8 @@ def forward_cpu(
         and weight.is_contiguous()
         and (mask is None or mask.is_contiguous())
     ):
+        if input.numel() >= 2**31:  # refused before gigabytes are copied
+            _plan_of("cpu", _NCHW, config, input, offset, weight, bias, mask)
         input, offset, weight, mask, layouts = _dense(input, offset, weight, mask)
     if bias is not None and not bias.is_contiguous():
         bias = bias.contiguous()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from operator import index
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -133,6 +135,23 @@ def with_strides_of(tensor: Tensor, gradient: Tensor) -> Tensor:
     ):
         return gradient
     return gradient.as_strided(tensor.shape, wanted)
+
+
+def integer(name: str, value: Any) -> int:
+    """A setting as an integer: what counts as one in Python, if 64 bits hold it; a bool as 0 or 1.
+
+    Raises:
+        ValueError: it is none, naming the argument.
+    """
+    try:
+        number = value if isinstance(value, (int, torch.SymInt)) else index(value)
+    except TypeError:
+        raise ValueError(f"{name} must be an integer, got {value!r}") from None
+    if isinstance(number, bool):
+        return int(number)
+    if not _is_compiling() and not -(2**63) <= number < 2**63:  # a compiler would guard a symbolic one
+        raise ValueError(f"{name} must be an integer of 64 bits, got {value!r}")
+    return number  # type: ignore[return-value]  # a SymInt stands for an int
 
 
 def expect(name: str, shape: Sequence[int] | None, expected: Sequence[int]) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cellops import _native
 from cellops.ops._operator import Call, Operator
-from cellops.ops._registration import expect, expect_eps
+from cellops.ops._registration import expect, expect_eps, integer
 from cellops.reference import group_conv1x1 as reference
 
 ACTIVATION_CODES = {"none": 0, "relu": 1, "relu6": 2, "gelu": 3, "silu": 4, "hardswish": 5}
@@ -52,6 +52,7 @@ def group_conv1x1(
         RuntimeError: tensors are on different devices, or the backend asked for cannot run.
         ImportError: the backend asked for is not installed.
     """
+    groups = integer("groups", groups)
     return _operator(input, weight, scale, shift, groups, activation, shuffle, backend)
 
 
@@ -81,6 +82,7 @@ def group_conv1x1_batch_norm(
     Raises:
         ValueError, TypeError, RuntimeError, ImportError: as `group_conv1x1`.
     """
+    groups = integer("groups", groups)
     return _batch_norm_operator(input, weight, gamma, beta, eps, groups, activation, shuffle, backend)
 
 

@@ -388,10 +388,12 @@ class Backward {
     for (int64_t i = 0; i < count; ++i) {
       const S *v = own.dots.get() + 4 * i, bottom = corners.bottom[i], right = corners.right[i];
       const S mask = io_.mask ? corners.mask[i] : S(1);
-      grad[0][i] = mask * derivative_y(right, v[0], v[1], v[2], v[3]);
-      grad[1][i] = mask * derivative_x(bottom, v[0], v[1], v[2], v[3]);
-      grad[2][i] = (1 - bottom) * ((1 - right) * v[0] + right * v[1]) + bottom * ((1 - right) * v[2] + right * v[3]) +
-                   corners.nan[i];
+      // Outside nothing was read: its zeros times an infinite gradient would be NaN.
+      const bool inside = (corners.index[0][i] & corners.index[1][i] & corners.index[2][i] & corners.index[3][i]) >= 0;
+      const S value = (1 - bottom) * ((1 - right) * v[0] + right * v[1]) + bottom * ((1 - right) * v[2] + right * v[3]);
+      grad[0][i] = inside ? mask * derivative_y(right, v[0], v[1], v[2], v[3]) : 0;
+      grad[1][i] = inside ? mask * derivative_x(bottom, v[0], v[1], v[2], v[3]) : 0;
+      grad[2][i] = inside ? value : corners.nan[i];
     }
     if (shared.grid.blocks > 1) {
       for (int64_t k = 0; k < 3; ++k) {
