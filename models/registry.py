@@ -7,6 +7,7 @@ A network is added by one file in `models/zoo/` with one function under `registe
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
 import sys
 from collections.abc import Callable
@@ -54,11 +55,17 @@ def _identity(build: Builder) -> tuple[Any, ...]:
     return getattr(build, "__module__", None), getattr(build, "__qualname__", None)
 
 
-def register_network(*, takes_pretrained: bool = False, **config: Any) -> Callable[[Builder], Builder]:
+def register_network(
+    *, takes_pretrained: bool = False, feature_cfg: Config | None = None, **config: Any
+) -> Callable[[Builder], Builder]:
     """A decorator: the function `name(num_classes, in_chans, **options)` builds the network `name`.
+
+    timm's `features_only`, `out_indices`, `feature_cls`, `pretrained_cfg` and `pretrained_cfg_overlay` are taken as
+    well, from any network that has a `feature_info` as timm's have.
 
     Args:
         takes_pretrained: the function takes `pretrained` as well, because weights for it can be had somewhere.
+        feature_cfg: what timm's feature extractors shall be given: `flatten_sequential`, `feature_cls`, ...
         config: what differs from timm's defaults in the network's `default_cfg`: `input_size`, `mean`, `std`,
             `first_conv`, `classifier`, ...
     """
@@ -68,45 +75,103 @@ def register_network(*, takes_pretrained: bool = False, **config: Any) -> Callab
         default_cfg = {**timm.models.PretrainedCfg(architecture=name).to_dict(), **config}
 
         def entry_point(
-            num_classes: int = 1000, in_chans: int = 3, pretrained: bool = False, **options: Any
+            pretrained: bool = False,
+            pretrained_cfg: Any = None,
+            pretrained_cfg_overlay: Config | None = None,
+            cache_dir: Any = None,
+            **options: Any,
         ) -> nn.Module:
-            if takes_pretrained:
-                options["pretrained"] = pretrained
-            elif pretrained:
+            check_counts(**{key: options[key] for key in ("num_classes", "in_chans") if key in options})
+            found = timm.models.resolve_pretrained_cfg(name, pretrained_cfg or default_cfg, pretrained_cfg_overlay)
+            from_file = bool(found.has_weights or found.state_dict)
+            if pretrained and not (from_file or takes_pretrained):
                 raise ValueError(f"pretrained must be False for {name!r}: no weights of it have been published")
-            model = build(num_classes, in_chans, **options)
-            model.default_cfg = model.pretrained_cfg = {**default_cfg, "num_classes": num_classes}
-            return model
+            with_own = functools.partial(build, pretrained=pretrained and not from_file) if takes_pretrained else build
+            return _build_by_timm(
+                with_own,
+                name,
+                pretrained=pretrained and from_file,
+                pretrained_cfg=found,
+                feature_cfg=feature_cfg or {},
+                cache_dir=cache_dir,
+                **options,
+            )
 
-        entry_point.__module__, entry_point.__qualname__ = build.__module__, build.__qualname__
+        for attribute in ("__module__", "__name__", "__qualname__"):
+            setattr(entry_point, attribute, getattr(build, attribute))
         add(name, "cellops", entry_point)
-        _register_with_timm(name, entry_point, default_cfg)
+        _register_with_timm(entry_point, default_cfg)
         return build
 
     return register
 
 
-def _register_with_timm(name: str, entry_point: Builder, default_cfg: Config) -> None:
+TIMMS = {"num_classes", "in_chans", "img_size", "features_only", "out_indices", "feature_cls", "pretrained_model_args"}
+"""Options that timm's builder looks at; others are the network's alone."""
+
+
+def _build_by_timm(
+    build: Builder,
+    name: str,
+    /,
+    *,
+    pretrained: bool,
+    pretrained_cfg: Any,
+    feature_cfg: Config,
+    cache_dir: Any,
+    **options: Any,
+) -> nn.Module:
+    """The network, or its feature extractor with `features_only`, with its configuration, and weights if it names any.
+
+    Raises:
+        ValueError: `features_only` is asked of a network without `feature_info`, or `out_indices` are not in it.
+    """
+    features_only, wanted = options.get("features_only", False), options.get("out_indices")
+    feature_cfg = {"out_indices": (), **feature_cfg}  # known when the network is there
+    of_network = {key: options.pop(key) for key in set(options) - TIMMS}
+    asked: list[int] = []
+
+    def construct(num_classes: int, in_chans: int, **arguments: Any) -> nn.Module:
+        asked.append(num_classes)
+        model = build(num_classes, in_chans, **{**arguments, **of_network})
+        if features_only:
+            levels = len(getattr(model, "feature_info", ()))
+            if not levels:
+                raise ValueError(f"features_only must be False for {name!r}: it has no feature_info")
+            indices = range(-wanted, 0) if isinstance(wanted, int) else range(levels) if wanted is None else wanted
+            if not all(-levels <= index < levels for index in indices):
+                raise ValueError(f"out_indices must be below {levels} for {name!r}, got {wanted}")
+            feature_cfg["out_indices"] = tuple(indices)
+        return model
+
+    configs = {"pretrained_cfg": pretrained_cfg, "feature_cfg": feature_cfg, "cache_dir": cache_dir}
+    model = timm.models.build_model_with_cfg(construct, name, pretrained, **configs, **options)
+    if not (features_only or pretrained):  # else it is the configuration of what was loaded
+        model.default_cfg["num_classes"] = asked[0]
+    return model
+
+
+def _register_with_timm(entry_point: Builder, default_cfg: Config) -> None:
     """`timm.create_model(name)` shall build it, and `timm.list_models` list it.
 
     timm reads the configuration from `default_cfgs` of the function's module, and keeps that module's `__all__`.
     """
-
-    def timm_entry_point(
-        pretrained: bool = False,
-        pretrained_cfg: Any = None,
-        pretrained_cfg_overlay: Any = None,
-        cache_dir: Any = None,
-        **options: Any,
-    ) -> nn.Module:
-        return entry_point(pretrained=pretrained, **options)
-
-    timm_entry_point.__name__ = timm_entry_point.__qualname__ = name
-    timm_entry_point.__module__ = entry_point.__module__
     module = sys.modules[entry_point.__module__]
-    vars(module).setdefault("default_cfgs", {})[name] = default_cfg
-    if not timm.is_model(name):
-        timm.models.register_model(timm_entry_point)
+    vars(module).setdefault("default_cfgs", {})[entry_point.__name__] = default_cfg
+    if not timm.is_model(entry_point.__name__):
+        timm.models.register_model(entry_point)
+
+
+def check_counts(num_classes: int = 1, in_chans: int = 1) -> None:
+    """Raise where one cannot be.
+
+    Raises:
+        ValueError: `num_classes` is negative, or `in_chans` is not positive.
+    """
+    if num_classes < 0:
+        raise ValueError(f"num_classes must be at least 0, got {num_classes}")
+    if in_chans < 1:
+        raise ValueError(f"in_chans must be at least 1, got {in_chans}")
 
 
 def entry(name: str) -> Entry:
@@ -164,10 +229,7 @@ def create_model(
         RuntimeError: the published weights could not be had.
     """
     known = entry(name)
-    if num_classes < 0:
-        raise ValueError(f"num_classes must be at least 0, got {num_classes}")
-    if in_chans < 1:
-        raise ValueError(f"in_chans must be at least 1, got {in_chans}")
+    check_counts(num_classes, in_chans)
     if known.source == "timm":
         options["name"] = name
     if not pretrained:

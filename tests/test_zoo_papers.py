@@ -233,7 +233,7 @@ def test_lung_resnet50_follows_the_paper() -> None:
 @pytest.mark.parametrize("stride", [1, 2])
 def test_lung_resnets_stem_pads_as_keras_does(stride: int, size: tuple[int, int]) -> None:
     """The pixel that is left over goes to the right and to the bottom."""
-    conv = lung_resnet.Conv2dSame(1, 1, 4, stride, bias=False)
+    conv = lung_resnet.Conv2dSame(1, 1, stride)
     input = torch.randn(1, 1, *size)
     totals = [max((-(-length // stride) - 1) * stride + 4 - length, 0) for length in size]
     (top, left), (bottom, right) = ([total // 2 for total in totals], [total - total // 2 for total in totals])

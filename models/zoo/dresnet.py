@@ -8,20 +8,26 @@ channels are shuffled, for which the paper gives its reasons. It leaves open, an
   10.7 in Table 4), within 3 % of either;
 - @.5 and @.25 halve and quarter every width. The sizes printed for them (7.4 and 1.7) follow from 11.2 by no single
   rule of scaling: `benchmarks/paper_tables.py` puts ours beside them;
+- w_c is of a block's output channels, also where the input has fewer; squeeze-excite has no groups;
 - normalisation behind every convolution; ReLU behind all but the last, which squeeze-excite follows, and the sum;
 - in a Match_Block the 3x3, the 1x1 beside it and the shortcut's 1x1 have the stride.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+from timm.layers import drop_path
 from torch import Tensor, nn
 
 from cellops import DepthwiseConv2d, GroupConv1x1, SqueezeExcite
-from cellops.models.blocks import Classifier, initialize
-from cellops.models.registry import register_network
+from cellops.models.blocks import Classifier, check_output_stride, drop_path_rates
+from cellops.models.registry import Config, register_network
+
+CONFIG: Config = {"first_conv": "conv1", "classifier": "fc", "pool_size": (8, 8)}
+CONFIG["feature_cfg"] = {"flatten_sequential": True}
 
 
 class SeparableConv2d(nn.Module):
@@ -48,6 +54,7 @@ class Block(nn.Module):
         split: w_s, the part of these that only a 1x1 convolution sees.
         two_branches: False sends all channels through the 3x3.
         squeeze_excite: whether channels are weighted at the end.
+        drop_path_rate: how often the branch is left out in training.
     """
 
     def __init__(
@@ -60,11 +67,12 @@ class Block(nn.Module):
         split: float,
         two_branches: bool,
         squeeze_excite: bool,
+        drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__()
         middle = _multiple(out_channels * compression, 2 * groups)
         self.narrow = _multiple(middle * split, groups) if two_branches else 0
-        self.stride = stride
+        self.stride, self.drop_path_rate = stride, drop_path_rate
         self.compress = GroupConv1x1(in_channels, middle, groups)
         self.branch1 = GroupConv1x1(self.narrow, self.narrow, groups) if two_branches else None
         self.branch3 = SeparableConv2d(middle - self.narrow, groups, stride)
@@ -81,7 +89,7 @@ class Block(nn.Module):
         if self.branch1 is not None:
             seen = torch.cat([self.branch1(self._strided(middle[:, : self.narrow])), seen], dim=1)
         shortcut = x if self.shortcut is None else self.shortcut(self._strided(x))
-        return torch.relu(shortcut + self.se(self.fuse(seen)))
+        return torch.relu(shortcut + drop_path(self.se(self.fuse(seen)), self.drop_path_rate, self.training))
 
     def _strided(self, x: Tensor) -> Tensor:
         """What a 1x1 convolution with the stride would see."""
@@ -94,7 +102,7 @@ def _multiple(channels: float, of: int) -> int:
 
 
 class DResNet(Classifier):
-    """DResNet.
+    """DResNet; the last map has about a 32nd of the image's height and width, 8 at 224.
 
     Args:
         num_classes: width of the logits.
@@ -105,6 +113,12 @@ class DResNet(Classifier):
         compression, split: the paper's w_c and w_s.
         two_branches, squeeze_excite: switches of its ablations.
         drop_rate: dropout before the classifier.
+        drop_path_rate: of leaving a block's branch out in training, in the last block; from 0 evenly up to it.
+        global_pool: what makes a vector of the last map, by timm's names.
+        output_stride: 32; no other is possible.
+
+    Raises:
+        ValueError: an argument is out of its range.
     """
 
     def __init__(
@@ -119,45 +133,48 @@ class DResNet(Classifier):
         two_branches: bool = True,
         squeeze_excite: bool = True,
         drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        global_pool: str = "avg",
+        output_stride: int = 32,
     ) -> None:
         super().__init__()
+        check_output_stride(output_stride, 32)
         channels = _multiple(64 * width, groups)
         self.conv1 = nn.Conv2d(in_chans, channels, 7, 2, 3, bias=False)
         self.bn1 = nn.BatchNorm2d(channels)
+        self.act1 = nn.ReLU()
         self.pool = nn.MaxPool2d(3, 2, 1, ceil_mode=True)
+        self.feature_info = [{"num_chs": channels, "reduction": 2, "module": "act1"}]
         options = (groups, compression, split, two_branches, squeeze_excite)
         stages = []
-        for i, depth in enumerate(depths):
+        for i, rates in enumerate(drop_path_rates([1 + depth for depth in depths], drop_path_rate)):
             out_channels = _multiple((96 << i) * width, 2 * groups)
-            blocks = [Block(channels, out_channels, 2 if i else 1, *options)]
-            blocks += [Block(out_channels, out_channels, 1, *options) for _ in range(depth)]
+            blocks = [Block(channels, out_channels, 2 if i else 1, *options, rates[0])]
+            blocks += [Block(out_channels, out_channels, 1, *options, rate) for rate in rates[1:]]
             stages.append(nn.Sequential(*blocks))
             channels = out_channels
+            self.feature_info.append({"num_chs": channels, "reduction": 4 << i, "module": f"stages.{i}"})
         self.stages = nn.Sequential(*stages)
-        self.make_head(channels, num_classes, drop_rate)
-        initialize(self)
-        for module in self.modules():
-            if isinstance(module, Block) and module.shortcut is None:  # the block starts as its identity
-                nn.init.zeros_(module.fuse.bn.weight)
+        self.make_head(in_chans, num_classes, global_pool, drop_rate)
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """[N, in_chans, H, W] -> [N, C, h, w] with h about H / 32, 8 at 224."""
-        return self.stages(self.pool(torch.relu(self.bn1(self.conv1(x)))))
+    def last_norms(self) -> Iterator[nn.BatchNorm2d]:
+        """Of the blocks beside an identity."""
+        return (block.fuse.bn for stage in self.stages for block in stage if block.shortcut is None)
 
 
-@register_network(first_conv="conv1", classifier="fc")
+@register_network(**CONFIG)
 def dresnet(num_classes: int, in_chans: int, **options: Any) -> DResNet:
     """DResNet@1."""
     return DResNet(num_classes, in_chans, **options)
 
 
-@register_network(first_conv="conv1", classifier="fc")
+@register_network(**CONFIG)
 def dresnet_050(num_classes: int, in_chans: int, **options: Any) -> DResNet:
     """DResNet@.5: half of every width."""
     return DResNet(num_classes, in_chans, **{"width": 0.5, **options})
 
 
-@register_network(first_conv="conv1", classifier="fc")
+@register_network(**CONFIG)
 def dresnet_025(num_classes: int, in_chans: int, **options: Any) -> DResNet:
     """DResNet@.25: a quarter of every width."""
     return DResNet(num_classes, in_chans, **{"width": 0.25, **options})

@@ -1,22 +1,26 @@
 """HQNet (Yang and Teoh 2022): a residual network whose every convolution samples its input at learned offsets.
 
 Stem and blocks are those of the paper's Fig. 5, and with 5 classes the parameters are its 469,831,237. What it leaves
-open: the dropout's probability (0.5 here, PyTorch's default), and how weights start (He et al. 2015; offsets from
-N(0, 0.01), so that each layer starts close to a plain convolution; the last normalisation of a branch at 0, so that
-each block starts as its shortcut).
+open: that stages 2 to 4 halve the map, here on the 3x3 and on the shortcut's 1x1; the dropout's probability (0.5 here,
+PyTorch's default), and how weights start (He et al. 2015; offsets from N(0, 0.01), so that each layer starts close to a
+plain convolution; the last normalisation of a branch at 0, so that each block starts as its shortcut).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+from timm.layers import drop_path
 from torch import Tensor, nn
 
 from cellops import ConvOffset2d, DeformConv2dPack
-from cellops.models.blocks import Classifier, initialize
-from cellops.models.registry import register_network
+from cellops.models.blocks import Classifier, check_output_stride, drop_path_rates
+from cellops.models.registry import Config, register_network
+
+CONFIG: Config = {"first_conv": "conv1", "classifier": "fc", "pool_size": (2, 2)}
+CONFIG["feature_cfg"] = {"flatten_sequential": True}
 
 Convolution = Callable[[int, int, int, int], nn.Module]
 """Builds a convolution without bias from channels, output channels, kernel size and stride."""
@@ -51,12 +55,16 @@ class Bottleneck(nn.Module):
         width: of the 3x3.
         stride: of the 3x3 and of the shortcut.
         convolution: builds each convolution, the shortcut's too.
+        drop_path_rate: how often the branch is left out in training.
     """
 
     expansion = 4
 
-    def __init__(self, in_channels: int, width: int, stride: int, convolution: Convolution) -> None:
+    def __init__(
+        self, in_channels: int, width: int, stride: int, convolution: Convolution, drop_path_rate: float = 0.0
+    ) -> None:
         super().__init__()
+        self.drop_path_rate = drop_path_rate
         out_channels = width * self.expansion
         self.conv1 = convolution(in_channels, width, 1, 1)
         self.bn1 = nn.BatchNorm2d(width)
@@ -74,12 +82,12 @@ class Bottleneck(nn.Module):
         """[N, C, H, W] -> [N, 4 * width, ceil(H / stride), ceil(W / stride)]."""
         branch = self.act(self.bn1(self.conv1(x)))
         branch = self.act(self.bn2(self.conv2(branch)))
-        branch = self.bn3(self.conv3(branch))
+        branch = drop_path(self.bn3(self.conv3(branch)), self.drop_path_rate, self.training)
         return self.act(branch + (x if self.downsample is None else self.downsample(x)))
 
 
 class HQNet(Classifier):
-    """HQNet.
+    """HQNet; the last map has the image's height and width over 128, rounded up.
 
     Args:
         num_classes: width of the logits.
@@ -89,6 +97,12 @@ class HQNet(Classifier):
         layout: of the offsets: "planar", or "interleaved" for weights of the port that views them so.
         convolution: builds a block's convolutions in place of `OffsetConv2d`.
         drop_rate: dropout before the classifier.
+        drop_path_rate: of leaving a block's branch out in training, in the last block; from 0 evenly up to it.
+        global_pool: what makes a vector of the last map, by timm's names.
+        output_stride: 128; no other is possible.
+
+    Raises:
+        ValueError: an argument is out of its range.
     """
 
     def __init__(
@@ -100,8 +114,12 @@ class HQNet(Classifier):
         layout: str = "planar",
         convolution: Convolution | None = None,
         drop_rate: float = 0.5,
+        drop_path_rate: float = 0.0,
+        global_pool: str = "avg",
+        output_stride: int = 128,
     ) -> None:
         super().__init__()
+        check_output_stride(output_stride, 128)
         convolution = convolution or partial(OffsetConv2d, layout=layout)
         self.conv1 = nn.Conv2d(in_chans, width, 3, 2, 1, bias=False)
         self.conv2 = nn.Conv2d(width, width, 3, 2, 1, bias=False)
@@ -109,39 +127,36 @@ class HQNet(Classifier):
         self.bn1 = nn.BatchNorm2d(width)
         self.act = nn.GELU()
         self.pool = nn.MaxPool2d(3, 2, 1)
+        self.feature_info = [{"num_chs": width, "reduction": 8, "module": "act"}]
         channels, stages = width, []
-        for i, depth in enumerate(depths):
+        for i, rates in enumerate(drop_path_rates(depths, drop_path_rate)):
             blocks = []
-            for j in range(depth):
-                blocks.append(Bottleneck(channels, width << i, 2 if i and j == 0 else 1, convolution))
+            for j, rate in enumerate(rates):
+                blocks.append(Bottleneck(channels, width << i, 2 if i and j == 0 else 1, convolution, rate))
                 channels = (width << i) * Bottleneck.expansion
             stages.append(nn.Sequential(*blocks))
+            self.feature_info.append({"num_chs": channels, "reduction": 16 << i, "module": f"stages.{i}"})
         self.stages = nn.Sequential(*stages)
-        self.make_head(channels, num_classes, drop_rate)
-        initialize(self)
-        for module in self.modules():
-            if isinstance(module, Bottleneck):
-                nn.init.zeros_(module.bn3.weight)
+        self.make_head(in_chans, num_classes, global_pool, drop_rate)
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """[N, in_chans, H, W] -> [N, C, h, w] with h = H / 128 rounded up."""
-        x = self.act(self.bn1(self.conv3(self.conv2(self.conv1(x)))))
-        return self.stages(self.pool(x))
+    def last_norms(self) -> Iterator[nn.BatchNorm2d]:
+        """Of every block."""
+        return (block.bn3 for stage in self.stages for block in stage)
 
 
-@register_network(first_conv="conv1", classifier="fc")
+@register_network(**CONFIG)
 def hqnet(num_classes: int, in_chans: int, **options: Any) -> HQNet:
     """The paper's network: 469,831,237 parameters with 5 classes."""
     return HQNet(num_classes, in_chans, **options)
 
 
-@register_network(first_conv="conv1", classifier="fc")
+@register_network(**CONFIG)
 def hqnet_tiny(num_classes: int, in_chans: int, **options: Any) -> HQNet:
     """A quarter of the width and 5 blocks, for tests and for trying things out; not of the paper."""
     return HQNet(num_classes, in_chans, **{"depths": (1, 1, 2, 1), "width": 16, **options})
 
 
-@register_network(first_conv="conv1", classifier="fc")
+@register_network(**CONFIG)
 def hqnet_dcn(num_classes: int, in_chans: int, **options: Any) -> HQNet:
     """HQNet with modulated deformable convolutions, whose offsets are shared by all channels; not of the paper."""
     return HQNet(num_classes, in_chans, **{"convolution": pack, **options})

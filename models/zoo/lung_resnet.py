@@ -17,6 +17,8 @@ What it leaves open, and was chosen:
 - no max-pool: the stem and four stages with stride 2 make the usual 32 without one;
 - BN and FReLU between the two convolutions of the stem; those behind the second are the first block's;
 - the depthwise convolutions are 3x3, and what precedes a 1x1 has no activation in between;
+- residual blocks have stride 1, though the text has 2 "in the Downsampling Block and Residual Block of all stages";
+- spatial attention is one map for all channels (eq. 2);
 - a shortcut with a convolution starts from the pre-activated input, as in He et al. 2016 (Identity mappings);
 - the 3x3 with stride 2 is padded by one pixel on each side; widths are 64, 128, 256, 512 and four times that;
 - FReLU with its authors' normalisation inside, 3x3; ECA's kernel size from the channels; no biases before a BN;
@@ -27,12 +29,27 @@ from __future__ import annotations
 
 from typing import Any
 
-from timm.layers import Conv2dSame
+from timm.layers import drop_path
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from cellops import DepthwiseConv2d, EfficientChannelAttention, FReLU, GroupConv1x1, SpatialAttention
-from cellops.models.blocks import Classifier, initialize, norms
+from cellops.models.blocks import Classifier, check_output_stride, drop_path_rates, norms
 from cellops.models.registry import register_network
+
+
+class Conv2dSame(nn.Conv2d):
+    """4x4 with stride 1 or 2, padded as Keras' "same" does: one pixel at the left and top, two at the right and bottom.
+
+    With stride 2 and an even size Keras pads one pixel less there, which no window would reach.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int = 1) -> None:
+        super().__init__(in_channels, out_channels, 4, stride, bias=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[N, C, H, W] -> [N, O, ceil(H / stride), ceil(W / stride)]."""
+        return super().forward(F.pad(input, (1, 2, 1, 2)))
 
 
 def depthwise(channels: int) -> DepthwiseConv2d:
@@ -47,12 +64,14 @@ class Block(nn.Module):
         in_channels: C.
         width: of the 3x3; the output has four times as many channels.
         downsample: whether the 3x3 has stride 2 and the shortcut an average and a 1x1; else C must be 4 * width.
+        drop_path_rate: how often the branch is left out in training.
     """
 
     expansion = 4
 
-    def __init__(self, in_channels: int, width: int, downsample: bool) -> None:
+    def __init__(self, in_channels: int, width: int, downsample: bool, drop_path_rate: float = 0.0) -> None:
         super().__init__()
+        self.drop_path_rate = drop_path_rate
         out_channels = width * self.expansion
         self.norm1 = nn.BatchNorm2d(in_channels)
         self.act1 = FReLU(in_channels)
@@ -78,11 +97,12 @@ class Block(nn.Module):
         branch = self.act3(self.norm3(self.conv2(branch)))
         branch = self.expand(self.depthwise3(branch))
         branch = self.spatial_attention(self.channel_attention(branch))
+        branch = drop_path(branch, self.drop_path_rate, self.training)
         return branch + (x if self.shortcut is None else self.shortcut(activated))
 
 
 class LungResNet(Classifier):
-    """ResNet-ours.
+    """ResNet-ours; the last map has the image's height and width over 32, rounded up.
 
     Args:
         num_classes: width of the logits; 1 for the paper's cancer or not.
@@ -91,6 +111,12 @@ class LungResNet(Classifier):
         width: of the first stage's 3x3; each further stage has twice as many channels.
         norm_eps, norm_momentum: of every batch normalisation, in PyTorch's counting.
         drop_rate: dropout before the classifier.
+        drop_path_rate: of leaving a block's branch out in training, in the last block; from 0 evenly up to it.
+        global_pool: what makes a vector of the last map, by timm's names.
+        output_stride: 32; no other is possible.
+
+    Raises:
+        ValueError: an argument is out of its range.
     """
 
     def __init__(
@@ -102,35 +128,43 @@ class LungResNet(Classifier):
         norm_eps: float = 1e-3,
         norm_momentum: float = 0.01,
         drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        global_pool: str = "avg",
+        output_stride: int = 32,
     ) -> None:
         super().__init__()
+        check_output_stride(output_stride, 32)
         self.stem = nn.Sequential(
-            Conv2dSame(in_chans, width // 2, 4, 2, bias=False),
+            Conv2dSame(in_chans, width // 2, 2),
             nn.BatchNorm2d(width // 2),
             FReLU(width // 2),
-            Conv2dSame(width // 2, width, 4, bias=False),
+            Conv2dSame(width // 2, width),
         )
+        self.feature_info = [{"num_chs": width, "reduction": 2, "module": "stem.3"}]
         channels, stages = width, []
-        for i, depth in enumerate(depths):
+        for i, rates in enumerate(drop_path_rates(depths, drop_path_rate)):
             blocks = []
-            for j in range(depth):
-                blocks.append(Block(channels, width << i, downsample=j == 0))
+            for j, rate in enumerate(rates):
+                blocks.append(Block(channels, width << i, downsample=j == 0, drop_path_rate=rate))
                 channels = (width << i) * Block.expansion
             stages.append(nn.Sequential(*blocks))
+            self.feature_info.append({"num_chs": channels, "reduction": 4 << i, "module": f"stages.{i}"})
         self.stages = nn.Sequential(*stages)
         self.norm = nn.BatchNorm2d(channels)
         self.act = FReLU(channels)
-        self.make_head(channels, num_classes, drop_rate)
-        initialize(self)
+        self.make_head(in_chans, num_classes, global_pool, drop_rate)
         for norm in norms(self):
             norm.eps, norm.momentum = norm_eps, norm_momentum
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """[N, in_chans, H, W] -> [N, C, h, w] with h = H / 32 rounded up."""
-        return self.act(self.norm(self.stages(self.stem(x))))
 
-
-@register_network(input_size=(3, 240, 320), first_conv="stem.0", classifier="fc")
+@register_network(
+    input_size=(3, 240, 320),
+    pool_size=(8, 10),
+    crop_pct=1.0,
+    first_conv="stem.0",
+    classifier="fc",
+    feature_cfg={"flatten_sequential": True},
+)
 def lung_resnet50(num_classes: int, in_chans: int, **options: Any) -> LungResNet:
     """The paper's network, for 320 x 240 images."""
     return LungResNet(num_classes, in_chans, **options)
