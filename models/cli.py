@@ -14,7 +14,7 @@ from pathlib import Path
 from cellops.models.commands import report_errors
 
 # Each is a module of cellops.models.commands with HELP, EXAMPLES, add_arguments(parser) and run(arguments).
-COMMANDS = ("train", "evaluate", "predict", "export", "report", "table", "recipes", "models")
+COMMANDS = ("train", "evaluate", "compare", "predict", "export", "report", "table", "recipes", "models")
 
 EXAMPLES = """\
 examples:

@@ -67,7 +67,7 @@ def run(capsys, *arguments):
     return code, found.out, found.err
 
 
-@pytest.mark.parametrize("name", ["train", "evaluate", "predict", "report", "table", "recipes", "models"])
+@pytest.mark.parametrize("name", ["train", "evaluate", "compare", "predict", "report", "table", "recipes", "models"])
 def test_help_has_examples(capsys, name):
     code, out, _ = run(capsys, name, "--help")
     assert code == 0 and "examples:" in out and f"cellops {name}" in out
@@ -101,7 +101,11 @@ def test_starts_without_the_heavy_packages(tmp_path):
         (["predict", "nowhere", "x.png"], "there is no image or folder x.png"),
         (["predict", "nowhere", "setup.py"], "nowhere is no run"),
         (["report", "nowhere"], "cannot read nowhere/run.json"),
+        (["compare", "nowhere", "other"], "nowhere holds no predictions: give the folder of a run"),
         (["recipes", "dmeo"], "did you mean 'demo'?"),
+        (["recipes", "--set", "seed=3"], "--set changes one recipe, which is then printed: cellops recipes NAME --set"),
+        (["recipes", "hybrid_g", "--set", "seed=3"], "in the name of hybrid_ghostnet, hybrid_ghostnet_scratch: take"),
+        (["recipes", "demo", "--set", "data.split_seed=-1"], "data.split_seed must not be negative"),
         (["table", "hybrid"], "did you mean 'hybrid_loss'?"),
         (["table", "hybrid_loss"], "no data given: --data DIR, for this table a folder of SIPaKMeD"),
         (["models", "resnet188"], "did you mean 'resnet18'"),

@@ -23,8 +23,10 @@ from cellops.models.data import (
     make_folds,
     near_duplicates,
     open_data,
+    pairs_alike,
 )
 from cellops.models.data.likeness import ALIKE, alike_pairs, groups_of_alike, signature
+from cellops.models.training.notes import look_alikes
 
 
 def data_of(groups: list[list[str]], grouped: bool = True, splits: list[str] | None = None) -> CellData:
@@ -366,3 +368,39 @@ def test_near_duplicates_across_folds(tmp_path: Path) -> None:
     other = open_data("synthetic", count=60, size=32)
     with pytest.raises(ValueError, match="store and folds are of different data sets"):
         near_duplicates(store, make_folds(other, 2))
+
+
+def test_near_duplicates_of_the_validation_part(tmp_path: Path) -> None:
+    """Copies in it of training images; those of test images are another list."""
+    root = trees.class_folders(tmp_path / "data", ("a", "b"), count=10)
+    original = trees.picture(1000 + 3)
+    trees.write(root / "a" / "copy.png", np.ascontiguousarray(np.rot90(original)))
+    data = open_data(root)
+    store = ImageStore.open(data, (48, 48), folder=tmp_path / "store")
+    copied = {"a/copy.png", "b/B_000003.png"}
+    place = {sample.id: number for number, sample in enumerate(data.samples)}
+    seen: set[tuple[str, ...]] = set()
+    for seed in range(12):
+        folds = make_folds(data, 1, validation=0.4, test_fraction=0.4, seed=seed)
+        sides = {
+            name: next(part for part in ("train", "validation", "test") if place[name] in getattr(folds[0], part))
+            for name in copied
+        }
+        kind = tuple(sorted(sides.values()))
+        seen.add(kind)
+        found = {part: near_duplicates(store, folds, part=part) for part in ("test", "validation")}
+        assert bool(found["validation"]) == (kind == ("train", "validation"))
+        assert bool(found["test"]) == ("test" in kind and len(set(kind)) == 2)
+        for part, pairs in found.items():
+            for learned, held in pairs:
+                assert {learned, held} == copied and sides[held] == part
+        assert near_duplicates(store, folds, part="validation", pairs=pairs_alike(store)) == found["validation"]
+        told = look_alikes(store, {"paper": folds})
+        assert [("in training and validation part look alike" in line) for line in told] == [
+            part == "validation" for part in ("test", "validation") if found[part]
+        ]
+        assert all(line.startswith("Protocol paper: 1 pairs ") and "a/copy.png" in line for line in told)
+        assert near_duplicates(store, folds, part="test", pairs=[]) == []
+    assert {("train", "validation"), ("test", "train")} <= seen
+    with pytest.raises(ValueError, match="part must be test or validation, got 'train'"):
+        near_duplicates(store, folds, part="train")

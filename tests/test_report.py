@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import re
 import shutil
@@ -15,14 +16,17 @@ import pytest
 import torch
 import trees
 from PIL import Image
+from rich.console import Console
 from torch.nn import functional
 from training_runs import TinyCells, finish, start, tiny_recipe
 
 from cellops.models.report import figures, write_report
 from cellops.models.report.mistakes import grad_cam, overlay, worst
 from cellops.models.report.page import Protocol, read_protocols
+from cellops.models.training.console import Output
 from cellops.models.training.evaluate import Predictions, calibrate, with_temperature
 from cellops.models.training.metrics import calibration, classification_metrics
+from cellops.models.training.results import result_lines
 
 
 @pytest.fixture(scope="module")
@@ -373,3 +377,24 @@ def test_both_splits_without_groups(tmp_path, monkeypatch):
     text = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert "This data set names no groups, so that both are image by image." in text
     assert "stay on one side" not in text and "on both sides" not in text
+
+
+def test_a_run_ends_with_its_figures(tmp_path, monkeypatch):
+    """Of all held-out images, as results.json and the report have them."""
+    monkeypatch.setenv("CELLOPS_CACHE", str(tmp_path / "cache"))
+    text = io.StringIO()
+    groups = [("a", f"g{number // 2}") for number in range(20)] + [("b", f"h{number // 2}") for number in range(20)]
+    recipe = of_files(table_of(tmp_path / "data", groups), folds=2, test_fraction=None, protocol="both")
+    run = start(tmp_path / "run", recipe)
+    run.output = Output()
+    run.output.console = Console(file=text, width=200, highlight=False)
+    finish(run)
+    lines = text.getvalue().splitlines()
+    for name, found in json.loads((tmp_path / "run" / "results.json").read_text()).items():
+        (line,) = [line for line in lines if line.startswith(f"{name}, 2 folds: ")]
+        low, high = found["interval"]["accuracy_micro"]
+        told = f"accuracy {100 * found['together']['accuracy_micro']:.1f} % (95 %: {100 * low:.1f} to {100 * high:.1f})"
+        assert told in line and f"balanced {100 * found['together']['accuracy_macro']:.1f} %" in line
+        assert f"40 images, trained {found['seconds']:,.0f} s" in line
+    assert result_lines({"paper": {**found, "folds": 1, "interval": {}}})[0].startswith("paper: accuracy ")
+    assert "(no interval)" in result_lines({"paper": {**found, "interval": {}}})[0]

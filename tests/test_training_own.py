@@ -17,6 +17,7 @@ from training_runs import NAME, TinyCells, finish, start, tiny_recipe
 from cellops.models import create_model, list_models, register_network, registry
 from cellops.models.training.checkpoint import CheckpointError, load_weights, read_weights, save_weights
 from cellops.models.training.network import classifier_tensors
+from cellops.models.training.notes import start_note
 from cellops.models.training.recipe import RecipeError, dump_recipe
 
 
@@ -43,13 +44,38 @@ def own_sequential(num_classes: int, in_chans: int) -> nn.Module:
     return nn.Sequential(nn.Conv2d(in_chans, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, num_classes))
 
 
+class DeepHead(nn.Module):
+    """A classifier of several layers, one of which is as wide as five classes."""
+
+    def __init__(self, num_classes: int, in_chans: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(in_chans, 8, 3)
+        layers = [nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 5), nn.Linear(5, num_classes)]
+        self.head = nn.Sequential(*layers, nn.BatchNorm1d(num_classes))
+
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    def forward(self, x):
+        return self.head(self.first(x).mean((2, 3)))
+
+
+def own_deep_head(num_classes: int, in_chans: int) -> nn.Module:
+    return DeepHead(num_classes, in_chans)
+
+
+def own_deep_head_unnamed(num_classes: int, in_chans: int) -> nn.Module:
+    return DeepHead(num_classes, in_chans)
+
+
 @pytest.fixture(autouse=True)
 def networks(monkeypatch):
     """Registered for these tests alone: others look at every network there is."""
     list_models()  # so that all others are there
     monkeypatch.setattr(registry, "_entries", dict(registry._entries))
-    for build in (own_network, own_of_six, own_two_outputs, own_sequential):
+    for build in (own_network, own_of_six, own_two_outputs, own_sequential, own_deep_head):
         register_network(classifier="head")(build)
+    register_network()(own_deep_head_unnamed)
 
 
 @pytest.mark.parametrize(
@@ -119,6 +145,36 @@ def test_the_classifier_is_known(name, tmp_path):
         assert torch.equal(value, drawn[key] if key in names else old.state_dict()[key])
     with pytest.raises(CheckpointError, match="another network"):
         load_weights(create_model(NAME, num_classes=5), path)
+
+
+@pytest.mark.parametrize("name", ["own_deep_head", "own_deep_head_unnamed", "alexnet"])
+@pytest.mark.parametrize("classes", [5, 7, 1])
+def test_layers_before_the_last_one_are_taken_over(name, classes, tmp_path):
+    """Of a classifier of several layers, only what has a value for each class is drawn anew."""
+    old, new = create_model(name, num_classes=9), create_model(name, num_classes=classes)
+    save_weights(tmp_path / "old.safetensors", old.state_dict(), {})
+    drawn = {key: value.clone() for key, value in new.state_dict().items()}
+    load_weights(new, tmp_path / "old.safetensors", classifier_tensors(new))
+    before = old.state_dict()
+    fitting = {key for key, value in drawn.items() if value.shape == before[key].shape and "head.5" not in key}
+    assert fitting >= {"classifier.1.weight"} if name == "alexnet" else fitting >= {"head.0.weight", "head.3.bias"}
+    for key, value in new.state_dict().items():
+        assert torch.equal(value, before[key] if key in fitting else drawn[key]), key
+
+
+def test_what_is_said_of_weights_reads_no_tensor(tmp_path, monkeypatch):
+    """Shapes lie in the header of the file."""
+    before = create_model("own_network", num_classes=7)
+    path = tmp_path / "before.safetensors"
+    save_weights(path, before.state_dict(), {})
+    model = create_model("own_network", num_classes=5)
+    names = classifier_tensors(model)
+    monkeypatch.setattr("cellops.models.training.checkpoint.read_weights", None)
+    assert "head.bias and head.weight were drawn anew" in start_note(model, path, names)
+    assert start_note(before, path, names).endswith(f"(SHA-256 {hashlib.sha256(path.read_bytes()).hexdigest()}).")
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(CheckpointError, match=r"cannot read the weights .*before\.safetensors"):
+        start_note(model, path, names)
 
 
 def test_the_same_weights_have_one_checksum(tmp_path):

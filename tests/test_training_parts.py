@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import io
+import json
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import trees
 from rich.console import Console
 from torch import nn
-from training_runs import tiny_recipe
+from training_runs import finish, start, tiny_recipe
 
 from cellops.models import create_model
 from cellops.models.data import Fold
 from cellops.models.training import optim
-from cellops.models.training.apply import RunImages
-from cellops.models.training.checkpoint import CheckpointError, read_checkpoint
+from cellops.models.training.apply import RunImages, _learned, load_trained
+from cellops.models.training.checkpoint import CheckpointError, read_checkpoint, read_weights
 from cellops.models.training.console import Output
 from cellops.models.training.mixing import mix
 from cellops.models.training.packing import pack, unpack
 from cellops.models.training.parts import Batches
-from cellops.models.training.recipe import RecipeError
+from cellops.models.training.recipe import RecipeError, dump_recipe
+from cellops.models.training.run import prepare
 from cellops.models.training.settings import MixingSettings, OptimizerSettings, ScheduleSettings
+from cellops.models.training.tables import Row, Table, train_table
 
 
 @pytest.mark.parametrize("size", [1, 2, 5])
@@ -191,3 +195,51 @@ def test_a_process_never_has_a_batch_of_one_image(images, size, synchronised, ba
     assert len(loader) == batches
     if images > 8 and not synchronised:
         assert min(len(draws) for draws in loader.plan()) >= 2
+
+
+def same_weights(one, other):
+    weights = [read_weights(folder / "weights.safetensors")[0] for folder in (one, other)]
+    return all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_one_split_for_several_seeds(tmp_path, monkeypatch):
+    """By data.split_seed; without it the run's seed decides on both. Resuming and evaluating honour it."""
+    monkeypatch.setenv("CELLOPS_CACHE", str(tmp_path / "cache"))
+    data = trees.class_folders(tmp_path / "data", ("a", "b"), count=30)
+
+    def trained(name, seed, split_seed, **limits):
+        settings = {"path": str(data), "options": {"count": None, "size": None}, "train_fraction": 0.5}
+        recipe = tiny_recipe(seed=seed, data={**settings, "split_seed": split_seed}, training={"epochs": 2})
+        finish(start(tmp_path / name, recipe), **limits)
+        return tmp_path / name
+
+    def split(folder):
+        return json.loads((folder / "folds_paper.json").read_text())["folds"]
+
+    def used(folder):
+        return [one["train"] for one in (_learned(load_trained(folder, torch.device("cpu")), folder),)]
+
+    plain, given = trained("plain", 3, None), trained("given", 3, 3)
+    assert split(plain) == split(given) and same_weights(plain, given)  # as before there was the setting
+    other, alone = trained("other", 4, 3, stop_after=1), trained("alone", 4, None)
+    finish(start(other, resume=True))
+    assert split(other) == split(plain) != split(alone) and not same_weights(other, plain)
+    assert used(other) == used(plain) != used(alone)
+    assert tiny_recipe(seed=4).split_seed == 4 and tiny_recipe(seed=4, data={"split_seed": 0}).split_seed == 0
+    with pytest.raises(ValueError, match=r"data\.split_seed was 3, is now 5"):
+        prepare(None, other, True, Output(quiet=True), ["data.split_seed=5"])
+
+
+def test_rows_of_a_table_are_trained_again_on_one_split(tmp_path, monkeypatch):
+    """With another seed, and the folds of the first."""
+    monkeypatch.setenv("CELLOPS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    recipe = tiny_recipe(data={"folds": 2, "test_fraction": None}, training={"epochs": 1}, evaluation={"worst": 0})
+    (tmp_path / "tiny.yaml").write_text(dump_recipe(recipe))
+    table = Table("mine", "Mine", "drawn cells", ["accuracy_micro"], [Row("tiny", "tiny.yaml")])
+    for seed in (0, 1):
+        changes = [f"seed={seed}", "data.split_seed=5"]
+        assert train_table(table, tmp_path / str(seed), changes, "", None, None, Output(quiet=True)) == 0
+    folds = [json.loads((tmp_path / seed / "tiny.yaml" / "folds_paper.json").read_text()) for seed in "01"]
+    assert folds[0]["folds"] == folds[1]["folds"] and {one["seed"] for one in folds} == {5}
+    assert not same_weights(*(tmp_path / seed / "tiny.yaml" / "fold_1" for seed in "01"))

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from training_runs import (
     NAME,
+    TinyCells,
     differences,
     finish,
     join_ranks,
@@ -24,13 +25,15 @@ from training_runs import (
 )
 
 from cellops import FReLU, GroupConv1x1
-from cellops.models import create_model
+from cellops.models import create_model, list_models, register_network, registry
 from cellops.models.prediction.job import Settings, predict_images
 from cellops.models.training.apply import evaluate_run
 from cellops.models.training.checkpoint import read_weights
 from cellops.models.training.console import Output
 from cellops.models.training.evaluate import Predictions
 from cellops.models.training.log import read_log
+from cellops.models.training.losses import build_loss
+from cellops.models.training.network import WithFeatures, unused_parameters
 from cellops.models.training.recipe import RecipeError
 from cellops.models.training.sharding import blocks
 from cellops.models.training.sync_norm import SharedBatchNorm, synchronise
@@ -321,3 +324,64 @@ def test_a_bad_batch_leaves_the_gradients_before_it(tmp_path):
     assert join_ranks(start_ranks(2, train_with_a_bad_batch, tmp_path / "two", recipe)) == [0, 0]
     assert [row["non_finite"] for row in read_log(tmp_path / "two")] == [1, 1]
     assert_same_results(tmp_path / "one", tmp_path / "two", atol=1e-4)
+
+
+class Spare(TinyCells):
+    """Has layers that no logit comes from."""
+
+    def __init__(self, num_classes, in_chans):
+        super().__init__(num_classes, in_chans, "batch", 0.0)
+        self.spare = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4, bias=False))
+
+
+def tests_spare(num_classes: int, in_chans: int) -> nn.Module:
+    return Spare(num_classes, in_chans)
+
+
+def train_with_spare_layers(folder, recipe, bad=False):
+    """Training of a network that is registered here, so that no other test sees it."""
+    register_network(classifier="head")(tests_spare)
+    if bad:
+        train_with_a_bad_batch(folder, recipe)
+    else:
+        train_in_ranks(folder, recipe)
+
+
+@pytest.fixture
+def own_networks(monkeypatch):
+    """Networks that one test alone knows."""
+    list_models()
+    monkeypatch.setattr(registry, "_entries", dict(registry._entries))
+
+
+SPARE = {"model": {"name": "tests_spare", "arguments": {}}, "training": {"sync_batch_norm": True}}
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+@pytest.mark.parametrize("bad", [False, True], ids=["", "with a bad batch"])
+def test_parameters_without_a_gradient(own_networks, tmp_path, mode, bad):
+    """They are found and told, and stay as drawn; DDP by itself waits for their gradients."""
+    recipe = tiny_recipe(**merged(COMPARABLE, SPARE, {"training": {"distributed": mode}}))
+    train_with_spare_layers(tmp_path / "one", recipe, bad)
+    assert join_ranks(start_ranks(2, train_with_spare_layers, tmp_path / "two", recipe, bad)) == [0, 0]
+    assert_same_results(tmp_path / "one", tmp_path / "two", atol=1e-4)
+    one, two = (read_weights(tmp_path / name / "weights.safetensors")[0] for name in ("one", "two"))
+    assert all(torch.equal(one[name], two[name]) for name in one if name.startswith("spare"))
+    told = [json.loads((tmp_path / name / "run.json").read_text())["notes"] for name in ("one", "two")]
+    note = "3 parameters get no gradient (spare.0.weight, spare.0.bias, spare.1.weight): DDP looks for them"
+    assert [any(note in line for line in notes) for notes in told] == [False, mode == "ddp"]
+
+
+def test_looking_for_gradients_changes_nothing(own_networks):
+    """Statistics, gradients and random numbers; dropout draws some."""
+    network = WithFeatures(create_model(NAME, num_classes=3, drop=0.5), False)
+    before, drawn = {name: value.clone() for name, value in network.state_dict().items()}, torch.get_rng_state()
+    assert unused_parameters(network, build_loss({}, 3), (16, 16), 3, torch.device("cpu")) == []
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), drawn) and all(value.grad is None for value in network.parameters())
+    network.model.head.weight.requires_grad_(False)  # asks for none
+    network.model.extra = nn.Parameter(torch.zeros(2))
+    assert unused_parameters(network, build_loss({}, 3), (16, 16), 3, torch.device("cpu")) == ["extra"]
+    network.model.head = nn.Linear(3, 3)
+    with pytest.raises(RecipeError, match=r"model\.name: the network does not train on 4 images of 16 x 16"):
+        unused_parameters(network, build_loss({}, 3), (16, 16), 3, torch.device("cpu"))

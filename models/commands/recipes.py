@@ -35,10 +35,17 @@ def run(arguments: argparse.Namespace) -> int:
 
     with bad_input():
         name, names = arguments.name, recipe_names()
+        if arguments.set and name is None:
+            raise RecipeError("--set changes one recipe, which is then printed: cellops recipes NAME --set KEY=VALUE")
+        several = [known for known in names if name is not None and name in known]
+        if arguments.set and several and name not in names:
+            raise RecipeError(
+                f"--set changes one recipe, and {name!r} is in the name of {', '.join(several)}: take one"
+            )
         if name is not None and (name in names or name.endswith((".yaml", ".yml")) or arguments.set):
             print(dump_recipe(load_recipe(name, arguments.set)), end="")
             return 0
-        if name is not None and not any(name in known for known in names):
+        if name is not None and not several:
             raise RecipeError(f"there is no recipe {name!r}: {nearest(name, names)}")
         families = sorted(recipe_families().values(), key=lambda recipes: next(iter(recipes.values()))["paper"])
         for recipes in families:

@@ -1,7 +1,7 @@
 """Cell images: reading, splitting, storing and loading them."""
 
 from cellops.models.data.augment import build_augmentation
-from cellops.models.data.folds import Fold, FoldError, Folds, make_folds, near_duplicates
+from cellops.models.data.folds import Fold, FoldError, Folds, make_folds, near_duplicates, pairs_alike
 from cellops.models.data.images import ImageError, Unreadable, read_image, scan
 from cellops.models.data.layouts import LayoutError, open_data
 from cellops.models.data.loader import Batch, BatchLoader
@@ -24,6 +24,7 @@ __all__ = [
     "make_folds",
     "near_duplicates",
     "open_data",
+    "pairs_alike",
     "read_image",
     "scan",
 ]

@@ -17,7 +17,7 @@ from cellops.models.data.samples import CellData, Sample
 from cellops.models.data.splitting import FoldError, cross_validation, hold_out, set_aside
 from cellops.models.data.store import ImageStore
 
-__all__ = ["PROTOCOLS", "Fold", "FoldError", "Folds", "make_folds", "near_duplicates"]
+__all__ = ["PROTOCOLS", "Fold", "FoldError", "Folds", "make_folds", "near_duplicates", "pairs_alike"]
 
 PROTOCOLS = ("grouped", "paper")
 FORMAT = 1
@@ -250,26 +250,46 @@ def _absences(data: CellData, folds: Sequence[Fold]) -> list[str]:
     return notes
 
 
-def near_duplicates(store: ImageStore, folds: Folds, distance: float = ALIKE) -> list[tuple[str, str]]:
+def pairs_alike(store: ImageStore, distance: float = ALIKE) -> list[tuple[int, int]]:
+    """Places (i < j) of images in a store that look alike, but for rotation and flips; see `likeness.signature`."""
+    return alike_pairs(np.stack([signature(np.asarray(store[index])) for index in range(len(store))]), distance)
+
+
+def near_duplicates(
+    store: ImageStore,
+    folds: Folds,
+    distance: float = ALIKE,
+    part: str = "test",
+    pairs: Sequence[tuple[int, int]] | None = None,
+) -> list[tuple[str, str]]:
     """Images that look alike, but for rotation and flips, on the two sides of a split.
 
     Args:
         store: the images of `folds.data`.
         folds: the splits.
         distance: between signatures, see `likeness.signature`.
+        part: the side that is held out: "test", of training and validation, or "validation", of training alone.
+        pairs: what `pairs_alike(store, distance)` found, to be spared the search.
 
     Returns:
-        Pairs (id in training or validation, id in the test part), each once.
+        Pairs (id on the other side, id in the part), each once.
+
+    Raises:
+        ValueError: `part` is another one, or the store is of other data.
     """
+    if part not in ("test", "validation"):
+        raise ValueError(f"part must be test or validation, got {part!r}")
     if store.ids != tuple(sample.id for sample in folds.data.samples):
         raise ValueError("store and folds are of different data sets")
-    described = np.stack([signature(np.asarray(store[index])) for index in range(len(store))])
+    sides = []
+    for fold in folds.folds:
+        learned = (fold.train, fold.validation) if part == "test" else (fold.train,)
+        sides.append((set().union(*learned), set(getattr(fold, part))))
     found = []
-    for i, j in alike_pairs(described, distance):
-        for fold in folds.folds:
-            test = set(fold.test)
-            if (i in test) != (j in test):
-                learned, tested = (j, i) if i in test else (i, j)
-                found.append((store.ids[learned], store.ids[tested]))
+    for pair in pairs_alike(store, distance) if pairs is None else pairs:
+        for learned, held in sides:
+            across = next(((one, other) for one, other in (pair, pair[::-1]) if one in learned and other in held), None)
+            if across is not None:
+                found.append((store.ids[across[0]], store.ids[across[1]]))
                 break
     return found

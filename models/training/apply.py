@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from inspect import signature
 from pathlib import Path
@@ -30,6 +30,7 @@ from cellops.models.training.run import METRICS, WEIGHTS, Run, activation, build
 from cellops.models.training.settings import DataSettings, Recipe
 
 PREDICTIONS = "predictions.csv"
+IMAGES = "images.json"
 FACTS = "run.json"
 
 
@@ -94,7 +95,7 @@ def run_folder(run: Path) -> Path | None:
     return next((place for place in (folder, *folder.parents[:2]) if (place / FACTS).is_file()), None)
 
 
-def _part_of(root: Path, folder: Path) -> dict[str, Any] | None:
+def part_of(root: Path, folder: Path) -> dict[str, Any] | None:
     """What run.json says about the part whose weights lie in a folder."""
     listed = json.loads((root / FACTS).read_text(encoding="utf-8"))["parts"]
     return next((part for part in listed if (root / part["folder"]).resolve() == folder.resolve()), None)
@@ -145,8 +146,11 @@ def _check_free(folder: Path, overwrite: bool) -> None:
         raise ValueError(f"{taken} is there already: take another --output, or --overwrite it")
 
 
-def _write(folder: Path, predictions: Predictions, found: dict[str, Any], output: Output, title: str) -> None:
+def _write(
+    folder: Path, predictions: Predictions, found: dict[str, Any], images: dict[str, Any], output: Output, title: str
+) -> None:
     predictions.save(folder / PREDICTIONS)
+    write_text(folder / IMAGES, json.dumps(images, indent=1, ensure_ascii=False))
     write_text(folder / METRICS, json.dumps(found, indent=1, ensure_ascii=False))
     output.line(f"{title}, {len(predictions.ids)} images -> {folder}", style="bold")
     for name, value in found["metrics"].items():
@@ -157,6 +161,15 @@ def _write(folder: Path, predictions: Predictions, found: dict[str, Any], output
     output.line(f"  {'ece':<24} {found['calibration']['ece_before']:.4f}")
     for note in found.get("notes", ()):
         output.line(f"warning: {note}", style="yellow")
+
+
+def _recorded(data: CellData, indices: Iterable[int]) -> dict[str, Any]:
+    """What is known of judged images, as in a file of folds: by this `cellops compare` finds the same ones again."""
+    samples = {
+        sample.id: {"sha256": file_hash(data, sample), "group": sample.group}
+        for sample in (data.samples[index] for index in indices)
+    }
+    return {"data": data.name, "grouped": data.grouped, "samples": samples}
 
 
 def evaluate_run(
@@ -216,7 +229,7 @@ def evaluate_run(
         validation = predict(session, model, fold.validation, part.title) if fold.test and fold.validation else None
         groups = [found_data.samples[index].group for index in held_out] if found_data.grouped else None
         results[part.title] = measure(predictions, validation, recipe.evaluation.bootstrap, recipe.seed, groups)
-        _write(place, predictions, results[part.title], output, part.title)
+        _write(place, predictions, results[part.title], _recorded(found_data, held_out), output, part.title)
     return results
 
 
@@ -239,8 +252,10 @@ def _evaluate_other(
     predictions = Predictions([sample.id for sample in data.samples], data.labels, mean, trained.classes)
     groups = [sample.group for sample in data.samples] if data.grouped else None
     found = measure(predictions, None, recipe.evaluation.bootstrap, recipe.seed, groups)
-    found["notes"] = [*notes, *_seen_before(trained, run, data)]
-    _write(folder, predictions, found, output, f"{data.name}{' (SYNTHETIC)' if data.synthetic else ''}")
+    images = _recorded(data, range(len(data)))
+    hashes = [one["sha256"] for one in images["samples"].values()]
+    found["notes"] = [*notes, *_seen_before(trained, run, hashes)]
+    _write(folder, predictions, found, images, output, f"{data.name}{' (SYNTHETIC)' if data.synthetic else ''}")
     return found
 
 
@@ -336,12 +351,11 @@ def with_classes_of(trained: Trained, data: CellData) -> tuple[CellData, list[st
     return replace(data, classes=trained.classes, samples=kept), notes
 
 
-def _seen_before(trained: Trained, run: Path, data: CellData) -> list[str]:
-    """How many of the images the networks were trained on, by the hashes of the run's folds: those prove nothing."""
+def _seen_before(trained: Trained, run: Path, hashes: Sequence[str]) -> list[str]:
+    """How many of the images the networks were trained on, by their hashes in the run's folds: those prove nothing."""
     learned = _learned(trained, run)
     if learned is None:
         return [f"whether the network was trained on some of these images cannot be told: {run} lies in no whole run"]
-    hashes = [file_hash(data, sample) for sample in data.samples]
     training = sum(value in learned["train"] for value in hashes)
     validation = sum(value in learned["validation"] and value not in learned["train"] for value in hashes)
     if not training + validation:
@@ -359,7 +373,7 @@ def _learned(trained: Trained, run: Path) -> dict[str, set[str]] | None:
         return None
     found: dict[str, set[str]] = {"train": set(), "validation": set()}
     for folder in trained.folders:
-        part = _part_of(root, folder)
+        part = part_of(root, folder)
         if part is None or not (root / f"folds_{part['protocol']}.json").is_file():
             return None
         document = json.loads((root / f"folds_{part['protocol']}.json").read_text(encoding="utf-8"))
@@ -367,7 +381,7 @@ def _learned(trained: Trained, run: Path) -> dict[str, set[str]] | None:
         ids = list(recorded)
         place = {name: index for index, name in enumerate(ids)}
         labels = np.array([recorded[name]["label"] for name in ids])
-        fraction, seed = trained.recipe.data.train_fraction, trained.recipe.seed
+        fraction, seed = trained.recipe.data.train_fraction, trained.recipe.split_seed
         used = learning_part([place[name] for name in fold["train"]], labels, fraction, seed)
         found["train"] |= {recorded[ids[index]]["sha256"] for index in used}
         found["validation"] |= {recorded[name]["sha256"] for name in fold["validation"]}
@@ -412,7 +426,7 @@ def run_images(run: Path, output: Output) -> RunImages:
     if root is None:
         raise ValueError(f"{run} lies in no run, whose images it could be judged on")
     trained = load_trained(run, torch.device("cpu"))
-    part = _part_of(root, trained.folders[0])
+    part = part_of(root, trained.folders[0])
     if part is None:
         raise ValueError(f"{run} is no part of the run {root}")
     data = _own_data(trained.recipe.data, root, output)

@@ -30,7 +30,15 @@ from cellops.models.training.console import Bar, Output
 from cellops.models.training.log import RunLog
 from cellops.models.training.metrics import LOWER_IS_BETTER
 from cellops.models.training.mixing import mix
-from cellops.models.training.network import Logits, WithFeatures, autocast, place, predict_batches
+from cellops.models.training.network import (
+    Logits,
+    WithFeatures,
+    autocast,
+    place,
+    predict_batches,
+    try_out,
+    unused_parameters,
+)
 from cellops.models.training.optim import MovingAverage, build_optimizer, build_schedule
 from cellops.models.training.randomness import random_state, seed_everything, set_random_state
 from cellops.models.training.ranks import Ranks
@@ -141,7 +149,14 @@ class Trainer:
         if not ranks.sharded:
             model.to(ranks.device)
         self.ema = None if settings.ema is None else MovingAverage(model, decay=settings.ema, use_warmup=True)
-        self.network = ranks.wrap(WithFeatures(model, features))
+        network = WithFeatures(model, features)
+        self.unused: list[str] = []
+        if ranks.size > 1 and not ranks.sharded:
+            size = self.recipe.data.input_size
+            images = place(torch.zeros(1, 3, *size), ranks.device, settings.channels_last)
+            try_out(model.eval(), self.recipe.model.name, images, self.recipe.model.outputs or self.classes)
+            self.unused = unused_parameters(network, self.criterion, size, self.classes, ranks.device)
+        self.network = ranks.wrap(network, bool(self.unused))
         self.judged = self.evaluated
         if ranks.sharded:  # only what was wrapped puts the parts together
             average = None if self.ema is None else ranks.wrap(WithFeatures(self.ema.module, False))

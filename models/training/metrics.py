@@ -7,7 +7,7 @@ for many matrices at once, so that bootstrap intervals cost one matrix product.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -262,6 +262,23 @@ def temperature(probabilities: Any, targets: Any) -> float:
     return float(np.exp(minimize_scalar(loss, bounds=(np.log(0.05), np.log(20)), method="bounded").x))
 
 
+def resampled(count: int, samples: int, seed: int, groups: Sequence[Any] | None = None) -> Iterator[np.ndarray]:
+    """How often each of `count` images is drawn in resamples of them, or of whole groups: [R, count], R at a time.
+
+    Args:
+        count: N.
+        samples: resamples in all.
+        seed: of the draws.
+        groups: [N] or None.
+    """
+    _, member = np.unique(np.arange(count) if groups is None else np.asarray(groups), return_inverse=True)
+    units = int(member.max()) + 1
+    random = np.random.default_rng(seed)
+    for start in range(0, samples, RESAMPLES_AT_ONCE):
+        size = min(RESAMPLES_AT_ONCE, samples - start)
+        yield random.multinomial(units, np.full(units, 1 / units), size=size)[:, member].astype(np.float64)
+
+
 def bootstrap_intervals(
     probabilities: Any,
     targets: Any,
@@ -293,16 +310,11 @@ def bootstrap_intervals(
     if groups is not None and len(groups) != len(t):
         raise ValueError(f"{len(groups)} groups for {len(t)} targets")
     classes = p.shape[1]
-    _, member = np.unique(np.arange(len(t)) if groups is None else np.asarray(groups), return_inverse=True)
-    units = int(member.max()) + 1
-    random = np.random.default_rng(seed)
     cell = np.zeros((len(t), classes * classes))
     cell[np.arange(len(t)), t * classes + p.argmax(1)] = 1
     found: dict[str, list[np.ndarray]] = {}
-    for start in range(0, samples, RESAMPLES_AT_ONCE):
-        count = min(RESAMPLES_AT_ONCE, samples - start)
-        weights = random.multinomial(units, np.full(units, 1 / units), size=count)[:, member].astype(np.float64)
-        values = averages((weights @ cell).reshape(count, classes, classes))
+    for weights in resampled(len(t), samples, seed, groups):
+        values = averages((weights @ cell).reshape(-1, classes, classes))
         values["auc_macro"] = mean_of_present(resampled_aucs(p, t, weights))
         for name, column in values.items():
             found.setdefault(name, []).append(column)

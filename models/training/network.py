@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cellops.models.training.randomness import random_state, set_random_state
 from cellops.models.training.recipe import RecipeError
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -63,10 +64,40 @@ class Logits(nn.Module):
 
 
 def classifier_tensors(model: Any) -> set[str]:
-    """Names of the tensors that depend on the number of classes, as the network's `default_cfg` says; else none."""
-    named = (getattr(model, "default_cfg", None) or {}).get("classifier") or ()
-    modules = (named,) if isinstance(named, str) else tuple(named)
-    return {name for name in model.state_dict() if name.rpartition(".")[0] in modules}
+    """Names of the tensors that depend on the number of classes; empty where no classifier is known.
+
+    The classifier is what the network's `default_cfg` names, one module or several, or what `get_classifier()` returns.
+    Of several layers only the last one with a row of weights for each class counts, and what follows it with as many
+    values, such as a normalisation of the logits.
+    """
+    config = getattr(model, "default_cfg", None) or {}
+    named = config.get("classifier") or ()
+    modules = dict(model.named_modules())
+    names = [name for name in ((named,) if isinstance(named, str) else named) if name in modules]
+    if not names and hasattr(model, "get_classifier"):
+        found = model.get_classifier()
+        own = found if isinstance(found, (tuple, list)) else (found,)
+        names = [name for name, module in modules.items() if any(module is one for one in own)]
+    classes = getattr(model, "num_classes", None) or config.get("num_classes")
+    return {tensor for name in names for tensor in _class_layer(modules[name], name, classes)}
+
+
+def _class_layer(module: nn.Module, name: str, classes: int | None) -> set[str]:
+    """Names of a classifier's tensors that have a value for each class."""
+
+    def tensors(of: nn.Module, prefix: str) -> dict[str, Tensor]:
+        return {f"{prefix}.{key}": value for key, value in of.state_dict().items()}
+
+    if next(module.parameters(recurse=False), None) is not None:
+        return set(tensors(module, name))
+    after: set[str] = set()
+    for key, child in reversed(list(module.named_children())):
+        own = tensors(child, f"{name}.{key}")
+        if any(value.dim() > 1 and len(value) == classes for value in own.values()):
+            return _class_layer(child, f"{name}.{key}", classes) | after
+        if any(value.dim() == 1 and len(value) == classes for value in own.values()):
+            after |= set(own)
+    return set()
 
 
 def try_out(model: nn.Module, name: str, images: Tensor, outputs: int) -> None:
@@ -91,6 +122,45 @@ def try_out(model: nn.Module, name: str, images: Tensor, outputs: int) -> None:
     if not isinstance(found, Tensor) or list(found.shape) != wanted:
         told = f"a tensor {list(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
         raise RecipeError(f"model.name: {name} must return one tensor, logits {wanted} for one image; it gave {told}")
+
+
+def unused_parameters(
+    network: WithFeatures, criterion: nn.Module, size: Sequence[int], classes: int, device: torch.device
+) -> list[str]:
+    """Names of the parameters that want a gradient and get none from a trial batch of four images of noise.
+
+    A gradient is missing where no operation leads from the parameter to the loss, whatever the images. Gradients are
+    None afterwards; buffers and random numbers are as before.
+
+    Args:
+        network: on the device.
+        criterion: `forward(logits, targets, features)`, a scalar.
+        size: height and width of the images.
+        classes: K.
+        device: of the network.
+
+    Raises:
+        RecipeError: forward or backward pass fail.
+    """
+    images = torch.rand(4, 3, *size, generator=torch.Generator().manual_seed(0)).to(device)
+    targets = torch.arange(4, device=device) // 2 % classes
+    buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
+    random, training = random_state(), network.training
+    try:
+        logits, features = network.train()(images)
+        criterion(logits.float(), targets, None if features is None else features.float()).backward()
+    except (RuntimeError, AssertionError) as error:
+        raise RecipeError(
+            f"model.name: the network does not train on 4 images of {size[0]} x {size[1]}: {error}"
+        ) from None
+    named = list(network.model.named_parameters())
+    missing = [name for name, parameter in named if parameter.requires_grad and parameter.grad is None]
+    network.zero_grad(set_to_none=True)
+    network.train(training)
+    for buffer, value in buffers:
+        buffer.copy_(value)
+    set_random_state(random)
+    return missing
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[None]:

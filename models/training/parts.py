@@ -111,7 +111,7 @@ def cut(data: CellData, recipe: Recipe, protocol: str) -> Folds:
         folds=settings.folds,
         protocol=protocol,
         validation=settings.validation,
-        seed=recipe.seed,
+        seed=recipe.split_seed,
         test_fraction=settings.test_fraction,
         prescribed=settings.prescribed,
     )
@@ -172,7 +172,7 @@ class Batches:
     def training(self, fold: Fold, seed: int) -> BatchLoader:
         """The loader of the training part."""
         settings = self.recipe.training
-        indices = learning_part(fold.train, self.data.labels, self.recipe.data.train_fraction, self.recipe.seed)
+        indices = learning_part(fold.train, self.data.labels, self.recipe.data.train_fraction, self.recipe.split_seed)
         # Batch normalisation has no variance over a single image, so a last batch that has one for a process is left
         # out; synchronised it is over the images of all.
         alone = 1 if settings.sync_batch_norm else self.size

@@ -40,8 +40,8 @@ class Ranks:
             from accelerate.utils import DistributedDataParallelKwargs
 
             # DDP's own way with buffers leaves those of the first process in its network alone; see `average`.
-            options = DistributedDataParallelKwargs(broadcast_buffers=False)
-            self.accelerator = Accelerator(cpu=self.device.type == "cpu", kwargs_handlers=[options])
+            self.options = DistributedDataParallelKwargs(broadcast_buffers=False)
+            self.accelerator = Accelerator(cpu=self.device.type == "cpu", kwargs_handlers=[self.options])
             self.device = self.accelerator.device
 
     @property
@@ -49,14 +49,23 @@ class Ranks:
         """Whether this process writes the files."""
         return self.rank == 0
 
-    def wrap(self, network: nn.Module) -> nn.Module:
-        """The network on its device, its gradients averaged over the processes."""
+    def wrap(self, network: nn.Module, unused: bool = False) -> nn.Module:
+        """The network on its device, its gradients averaged over the processes.
+
+        Args:
+            network: the same in every process.
+            unused: whether parameters get no gradient. DDP waits for one of each, unless it looks in every update for
+                those that get none; FSDP needs no telling.
+        """
         if self.sharded:
             from cellops.models.training.sharding import shard
 
             return shard(network, self.device, self.size)
         network = network.to(self.device)
-        return network if self.accelerator is None else self.accelerator.prepare_model(network)
+        if self.accelerator is None:
+            return network
+        self.options.find_unused_parameters = unused
+        return self.accelerator.prepare_model(network)
 
     def whole(self, values: Any) -> Any:
         """Nested values with whole tensors, in the first process; every process has to call it."""

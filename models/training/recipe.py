@@ -325,6 +325,7 @@ def build_recipe(values: Mapping[str, Any]) -> Recipe:
         ("optimizer.weight_decay", recipe.optimizer.weight_decay >= 0, "must not be negative"),
         ("data.folds", data.folds >= 1, "must be at least 1"),
         ("data.validation", 0 <= data.validation < 1, "must lie in [0, 1)"),
+        ("data.split_seed", data.split_seed is None or data.split_seed >= 0, "must not be negative"),
         ("data.train_fraction", 0 < data.train_fraction <= 1, "must lie in (0, 1]"),
         ("data.test_fraction", data.test_fraction is None or 0 < data.test_fraction < 1, "must lie in (0, 1)"),
         (

@@ -184,3 +184,19 @@ def summarize(run: Run) -> dict[str, Any]:
         }
     write_text(run.folder / "results.json", json.dumps(plain(summary), indent=1))
     return summary
+
+
+def result_lines(summary: dict[str, Any]) -> list[str]:
+    """What `summarize` found of all held-out images, a line for each protocol."""
+    lines = []
+    for protocol, found in summary.items():
+        told = []
+        for name, label in (("accuracy_micro", "accuracy"), ("accuracy_macro", "balanced")):
+            low, high = found["interval"].get(name, (None, None))
+            interval = "no interval" if low is None else f"95 %: {100 * low:.1f} to {100 * high:.1f}"
+            told.append(f"{label} {100 * found['together'][name]:.1f} % ({interval})")
+        folds = f", {found['folds']} folds" if found["folds"] > 1 else ""
+        lines.append(
+            f"{protocol}{folds}: {', '.join(told)}, {found['images']:,} images, trained {found['seconds']:,.0f} s"
+        )
+    return lines

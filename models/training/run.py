@@ -23,15 +23,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from cellops.models.data import CellData, Fold, Folds, near_duplicates
+from cellops.models.data import CellData, Fold, Folds
 from cellops.models.training import parts as parts_module
-from cellops.models.training.checkpoint import BEST, load_weights, read_weights, save_weights, start_note, write_text
+from cellops.models.training.checkpoint import BEST, load_weights, read_weights, save_weights, write_text
 from cellops.models.training.console import Output
 from cellops.models.training.environment import environment
 from cellops.models.training.evaluate import plain, quick_metrics
 from cellops.models.training.folder import free_folder, is_taken, lock
 from cellops.models.training.loop import Trainer
 from cellops.models.training.network import classifier_tensors, try_out
+from cellops.models.training.notes import look_alikes, start_note, unused_note
 from cellops.models.training.optim import warmup_epochs
 from cellops.models.training.parts import Batches, Part, class_weights, cut, parts, read_data
 from cellops.models.training.randomness import seed_everything
@@ -45,7 +46,7 @@ from cellops.models.training.recipe import (
     recipe_names,
     recipe_values,
 )
-from cellops.models.training.results import judge, summarize
+from cellops.models.training.results import judge, result_lines, summarize
 from cellops.models.training.settings import Recipe
 
 WEIGHTS = "weights.safetensors"
@@ -224,6 +225,8 @@ class Run:
         if self.recipe.model.weights is not None:
             path = Path(self.recipe.model.weights)
             self.notes.append(start_note(self._first.model, path, classifier_tensors(self._first.model)))
+        if self._first.unused:
+            self.notes.append(unused_note(self._first.unused))
 
     def train(self, stop_after: int | None = None, deadline: float | None = None, parts: int | None = None) -> bool:
         """Train and evaluate what is left, then write the report.
@@ -255,8 +258,10 @@ class Run:
                 self.output.line(f"{part.title}: {len(self.fold(part).train)} images", style="bold")
             complete = self._train_part(part, stop_after, deadline) and complete
         if self.ranks.main:
-            summarize(self)
+            summary = summarize(self)
             if complete:
+                for line in result_lines(summary):
+                    self.output.line(line, style="bold green")
                 self.report()
         return complete
 
@@ -351,19 +356,6 @@ def _write_facts(run: Run) -> None:
     write_text(folder / "run.json", json.dumps(plain(facts), indent=1, ensure_ascii=False))
 
 
-def look_alikes(run: Run) -> list[str]:
-    """A sentence for each protocol whose test images have near copies among the training images."""
-    notes = []
-    for protocol, folds in run.folds.items():
-        pairs = near_duplicates(run.batches.store, folds)
-        if pairs:
-            examples = "; ".join(f"{one} and {other}" for one, other in pairs[:3])
-            notes.append(
-                f"Protocol {protocol}: {len(pairs)} pairs on the two sides of a split look alike ({examples})."
-            )
-    return notes
-
-
 def _whole_paths(recipe: Recipe) -> Recipe:
     """The recipe with paths that hold in every working directory."""
 
@@ -455,7 +447,7 @@ def prepare(
     run = Run(recipe, folder, data, folds, batches, output, ranks)
     run.check()
     if ranks.main and not resume and not data.synthetic:
-        run.notes += look_alikes(run)
+        run.notes += look_alikes(run.batches.store, run.folds)
     if ranks.main:
         run.lock = lock(folder)
         for protocol, cut_folds in folds.items():

@@ -22,6 +22,7 @@ class DataSettings:
     test_fraction: float | None = None  # of a single split (folds: 1); a fifth if not given
     validation: float = 0.0  # the part of the training images that chooses the epoch
     train_fraction: float = 1.0  # of the training images that is used, for learning curves
+    split_seed: int | None = None  # of folds, validation part and train_fraction; the run's seed if not given
     unreadable: Literal["error", "skip"] = "error"
 
 
@@ -132,3 +133,8 @@ class Recipe:
     schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
     training: TrainingSettings = field(default_factory=TrainingSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+
+    @property
+    def split_seed(self) -> int:
+        """The seed that the images are split by."""
+        return self.seed if self.data.split_seed is None else self.data.split_seed
