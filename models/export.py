@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import io
 import os
+import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -154,6 +155,10 @@ def export_program(
     example = _example(model, input_size, 2 if dynamic_batch or train else 1)
     network = _evaluated(model).train(train)
     program = _program(network, example, dynamic_batch)
+    for module in program.graph_module.modules():  # the exporter's traces: paths of this machine
+        if isinstance(module, torch.fx.GraphModule):
+            for node in module.graph.nodes:
+                node.meta.pop("stack_trace", None)
     with _written(path) as temporary:
         buffer = io.BytesIO()  # given a file, torch ends the process where the disk is full
         torch.export.save(program, buffer)
@@ -167,14 +172,57 @@ def export_program(
     return Exported(Path(path), Path(path).stat().st_size, {}, difference)
 
 
-def onnx_session(path: Path, threads: int | None = None) -> Any:
-    """onnxruntime's session of a file on the CPU, with torch's number of threads or another."""
+def export_weights(run: str | Path, path: str | Path) -> Path:
+    """Write the weights of a run as a file to hand over, which `Predictor.load` and `cellops predict` read.
+
+    The header of a run's own weights has its whole recipe. Here it is without data.path, the name of the data set,
+    model.weights, and the texts that people wrote (title, setting, notes, paper). Classes stay, data.options too.
+
+    Args:
+        run: folder of a run with one part, or a file of weights of it.
+        path: of the file, ending in .safetensors.
+
+    Raises:
+        ValueError: there is no such run, it has several networks, or `path` does not end so or is that of the run.
+        CheckpointError: the weights are damaged, not from `cellops train`, or cannot be written.
+    """
+    from cellops.models.training.apply import weight_files
+    from cellops.models.training.checkpoint import CheckpointError, read_weights, save_weights
+
+    files, path = weight_files(Path(run)), Path(path)
+    if len(files) > 1:
+        raise ValueError(f"{run} has {len(files)} networks, one a fold: give the weights of one, as {files[0]}")
+    if path.suffix != ".safetensors":
+        raise ValueError(f"path must end in .safetensors, got {path}")
+    if path.exists() and path.samefile(files[0]):
+        raise ValueError(f"path must be another file than the run's, {path}")
+    weights, facts = read_weights(files[0])
+    if not {"recipe", "classes", "synthetic"} <= facts.keys():
+        raise CheckpointError(f"{files[0]} was not written by `cellops train`: its header names no recipe and classes")
+    recipe = dict(facts["recipe"])
+    recipe |= {"title": "", "setting": "", "notes": "", "paper": ""}
+    recipe["data"] = {**recipe["data"], "path": None}
+    recipe["model"] = {**recipe["model"], "pretrained": False, "weights": None}
+    kept = {name: facts[name] for name in ("classes", "synthetic", "epoch") if name in facts}
+    save_weights(path, weights, {"recipe": recipe, **kept})
+    return path
+
+
+def onnx_session(file: Path | bytes, threads: int | None = None) -> Any:
+    """onnxruntime's session of a file on the CPU, with torch's number of threads or another.
+
+    Of a file's content (bytes) that names other files for its weights, as none of `export_onnx` does, it is an error.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or torch.get_num_threads()
     options.log_severity_level = 3  # its warnings are about its own optimizations
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    if isinstance(file, Path):
+        return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    with tempfile.TemporaryDirectory() as nothing:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", nothing)
+        return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
 
 
 def _need(*packages: str) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import struct
+import threading
+import time
 import warnings
 import zlib
 from pathlib import Path
@@ -117,12 +119,13 @@ def test_exif_orientation_is_followed(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_image(path), np.rot90(pixels, -1))
 
 
+def chunk(kind: bytes, data: bytes) -> bytes:
+    """A part of a PNG."""
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
 def png_of(width: int, height: int) -> bytes:
     """A PNG that claims a size and holds no pixels."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
@@ -156,6 +159,59 @@ def test_truncated_files_and_other_files_are_named(tmp_path: Path) -> None:
     for name in ("pipe.png", "."):
         with pytest.raises(ImageError, match="not a regular file"):
             read_image(tmp_path / name)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "1", "I;16"])
+@pytest.mark.parametrize("interlaced", [False, True])
+def test_a_png_of_fewer_rows_than_it_says(tmp_path: Path, mode: str, interlaced: bool) -> None:
+    """Its data are whole, so that Pillow leaves the rest black without a word."""
+    bits, kind, pixel = {"L": (8, 0, 1), "RGB": (8, 2, 3), "P": (8, 3, 1), "RGBA": (8, 6, 4)}.get(mode, (16, 0, 2))
+    if mode == "1":
+        bits, pixel = 1, 0.125
+    side = 16
+    passes = decoding.ADAM7 if interlaced else ((0, 0, 1, 1),)
+    sizes = [(side // across, side // down) for _, _, across, down in passes]
+    rows = [b"\0" + b"\x7f" * max(1, int(columns * pixel)) for columns, height in sizes for _ in range(height)]
+    palette = chunk(b"PLTE", bytes(768)) if mode == "P" else b""
+
+    def written(rows: list[bytes]) -> Path:
+        head = struct.pack(">IIBBBBB", side, side, bits, kind, 0, 0, interlaced)
+        data = zlib.compress(b"".join(rows))
+        parts = chunk(b"IHDR", head), palette, chunk(b"IDAT", data[:9]), chunk(b"IDAT", data[9:]), chunk(b"IEND", b"")
+        (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+        return tmp_path / "a.png"
+
+    assert read_image(written(rows)).shape == (side, side, 3)
+    assert not read_image(written([b"\0" * len(row) for row in rows])).any() or mode == "RGBA"  # black, and whole
+    with pytest.raises(ImageError, match=r"a\.png: cannot be decoded: its data end before its last row"):
+        read_image(written(rows[:-1]))
+
+
+def test_links_in_a_circle_are_an_image_that_cannot_be_read(tmp_path: Path) -> None:
+    os.symlink("b.png", tmp_path / "a.png")
+    os.symlink("a.png", tmp_path / "b.png")
+    with pytest.raises(ImageError, match=r"a\.png: "):
+        read_image(tmp_path / "a.png", root=tmp_path)
+
+
+def test_large_images_are_decoded_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, convert, now, most = trees.write(tmp_path / "a.png", trees.picture(1)), decoding._rgb, [], []
+
+    def slow(image: Image.Image, path: Path) -> Image.Image:
+        now.append(1)
+        most.append(len(now))
+        time.sleep(0.01)
+        now.pop()
+        return convert(image, path)
+
+    monkeypatch.setattr(decoding, "_rgb", slow)
+    monkeypatch.setattr(decoding, "LARGE_PIXELS", 100)
+    threads = [threading.Thread(target=read_image, args=(path,)) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert max(most) == 1 and len(most) == 6
 
 
 @pytest.mark.filterwarnings("ignore")  # Pillow warns of damaged tags

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import stat
 import struct
+import threading
 import warnings
 import zlib
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -22,6 +26,14 @@ SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".gif", 
 
 # A field of a slide has 3 megapixels, a crop far less; what claims more is refused before it is decoded.
 MAX_PIXELS = 64_000_000
+
+# A decoder takes 10 to 14 bytes a pixel, so that larger images are decoded one at a time, however many cores there are.
+LARGE_PIXELS = 16_000_000
+_LARGE = threading.Lock()
+
+# (first column, first row, columns between, rows between) of the passes of an interlaced PNG.
+ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
+SAMPLES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # a pixel, by a PNG's colour type
 
 # Images of which the brightness is looked at; one camera or program made all of a data set's, as a rule.
 LOOKED_AT = 20
@@ -58,6 +70,7 @@ def read_image(path: Path | str, root: Path | str | None = None, mask: Path | st
 
     The first frame of an animation or page of a TIFF; turned as its EXIF orientation says; alpha laid over white, as
     slides are; 16-bit grey divided by 257, so that the whole range stays (`dark_note` tells where little is used).
+    Colour profiles (ICC) are not applied: two scanners' RGB stays as they wrote it.
 
     Args:
         path: the file.
@@ -65,8 +78,8 @@ def read_image(path: Path | str, root: Path | str | None = None, mask: Path | st
         mask: an image of the same size; where it is darker than half its maximum, the result is black.
 
     Raises:
-        ImageError: no file, outside the root, not an image, truncated, too large, or of pixels without a known range;
-            a mask that is empty or of another size.
+        ImageError: no file, outside the root, not an image, truncated, a PNG of fewer rows than it says, too large, or
+            of pixels without a known range; a mask that is empty or of another size.
     """
     pixels = _decode(Path(path), root, _rgb)
     if mask is not None:
@@ -93,10 +106,13 @@ def _decode(path: Path, root: Path | str | None, convert: Callable[[Image.Image,
                     raise ImageError(
                         f"{path}: {image.width} x {image.height} pixels, more than {MAX_PIXELS:,} are refused"
                     )
-                image.seek(0)
-                image.load()
-                ImageOps.exif_transpose(image, in_place=True)
-                return np.asarray(convert(image, path))
+                with _LARGE if image.width * image.height > LARGE_PIXELS else nullcontext():
+                    image.seek(0)
+                    image.load()
+                    if image.format == "PNG" and _ends_black(image) and _is_short(file):
+                        raise ImageError(f"{path}: cannot be decoded: its data end before its last row")
+                    ImageOps.exif_transpose(image, in_place=True)
+                    return np.asarray(convert(image, path))
     except ImageError:
         raise
     except FileNotFoundError:
@@ -109,14 +125,43 @@ def _decode(path: Path, root: Path | str | None, convert: Callable[[Image.Image,
         raise ImageError(f"{path}: cannot be decoded: {error}") from error
 
 
+def _ends_black(image: Image.Image) -> bool:
+    """Whether the last two rows are 0, as Pillow leaves what a PNG's data do not reach (one of two if interlaced)."""
+    rows = np.asarray(image.crop((0, max(0, image.height - 2), image.width, image.height)))
+    return not (rows[-1].any() and rows[0].any())
+
+
+def _is_short(file: BinaryIO) -> bool:
+    """Whether a PNG's data are whole and yet fewer bytes than its size asks for, at which no decoder stumbles."""
+    file.seek(12)
+    if file.read(4) != b"IHDR":
+        return False
+    width, height, depth, kind, _, _, interlaced = struct.unpack(">IIBBBBB", file.read(13))
+    wanted = 0
+    for left, top, across, down in ADAM7 if interlaced else ((0, 0, 1, 1),):
+        columns, rows = -((left - width) // across), -((top - height) // down)
+        if columns > 0 and rows > 0:
+            wanted += rows * (1 + (columns * depth * SAMPLES[kind] + 7) // 8)
+    unpacker, found = zlib.decompressobj(), 0
+    file.seek(4, os.SEEK_CUR)
+    while found < wanted and len(head := file.read(8)) == 8:
+        length, name = struct.unpack(">I4s", head)
+        data = file.read(length) if name == b"IDAT" else b""
+        file.seek(4 if name == b"IDAT" else length + 4, os.SEEK_CUR)
+        while data and found < wanted:
+            found += len(unpacker.decompress(data, 2**20))
+            data = unpacker.unconsumed_tail
+    return found < wanted
+
+
 def check_inside(path: Path, root: Path) -> None:
     """Raise if a file lies outside a folder once symbolic links are followed.
 
     Raises:
         ImageError: it does.
     """
-    target = path.resolve()
-    if not target.is_relative_to(root.resolve()):
+    target = Path(os.path.realpath(path))  # of links in a circle, at which Path.resolve may fail, itself
+    if not target.is_relative_to(os.path.realpath(root)):
         raise ImageError(f"{path}: leads to {target}, outside the data folder {root}")
 
 

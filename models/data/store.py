@@ -61,9 +61,12 @@ def resized(image: np.ndarray, size: tuple[int, int], resize: str) -> np.ndarray
 
 
 def _state(sample: Sample) -> list[object]:
-    """What a sample's pixels depend on."""
+    """What a sample's pixels depend on.
+
+    The time of the last change counts too: files of one size, unpacked in one second, may have changed their names.
+    """
     files = [path.stat() for path in (sample.path, sample.mask) if path is not None]
-    return [sample.id, *((file.st_size, file.st_mtime_ns) for file in files)]
+    return [sample.id, *((file.st_size, file.st_mtime_ns, file.st_ctime_ns) for file in files)]
 
 
 def state_key(data: CellData, *more: object) -> str:
@@ -101,10 +104,11 @@ class ImageStore:
         progress: Progress | None = None,
         workers: int | None = None,
     ) -> ImageStore:
-        """The store of a data set, made where there is none for these files in this state.
+        """The store of a data set, made where there is none for these files in this state, or a damaged one.
 
         It is written under another name and renamed when complete: whoever is killed on the way leaves nothing that
-        a later run could take for a store, and two processes do not disturb each other.
+        a later run could take for a store, and two processes do not disturb each other. Where its folder has to be
+        made, that is the user's alone (0700), since the images are a patient's; one that is there stays as it is.
 
         Args:
             data: the samples.
@@ -126,16 +130,27 @@ class ImageStore:
         if not len(data):
             raise ValueError(f"{data.name} has no samples")
         folder = cache_folder() / "images" if folder is None else Path(folder)
-        path = folder / f"{data.name}-{size[0]}x{size[1]}-{state_key(data, VERSION, *size, resize)}.npy"
-        if not path.exists():
+        path = folder / f"{data.name[:40]}-{size[0]}x{size[1]}-{state_key(data, VERSION, *size, resize)}.npy"
+        if not _is_whole(path, (len(data), *size, 3)):
             _write(path, data, size, resize, available_cores() if workers is None else workers, progress)
         return cls(path, [sample.id for sample in data.samples])
+
+
+def _is_whole(path: Path, shape: tuple[int, ...]) -> bool:
+    """Whether a file is there and holds uint8 of a shape."""
+    if not path.exists():
+        return False
+    try:
+        images = np.load(path, mmap_mode="r")
+    except (ValueError, EOFError):
+        return False
+    return images.shape == shape and images.dtype == np.uint8
 
 
 def _write(
     path: Path, data: CellData, size: tuple[int, int], resize: str, workers: int, progress: Progress | None
 ) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(0o700, parents=True, exist_ok=True)
     _remove_stale(path.parent)
     temporary = path.with_name(f"{path.stem}.{os.getpid()}.{time.monotonic_ns()}.tmp")
     images = ordered_map(lambda index: resized(data.read(index), size, resize), range(len(data)), workers)

@@ -88,12 +88,7 @@ def predict_images(run: Path, images: Sequence[Path], folder: Path, settings: Se
         from cellops.models.prediction.sheets import check_gradcam
 
         check_gradcam(predictor)
-    with (
-        _engine(settings),
-        _begun(
-            PredictionTable(folder, predictor.classes, predictor.settings, settings.resume, settings.overwrite)
-        ) as table,
-    ):
+    with _engine(settings), _begun(folder, predictor, settings) as table:
         before = table.rows
         if before:
             output.line(f"{before} images are in {folder / TABLE} already")
@@ -109,10 +104,12 @@ def predict_images(run: Path, images: Sequence[Path], folder: Path, settings: Se
 
 
 @contextmanager
-def _begun(table: PredictionTable) -> Iterator[PredictionTable]:
+def _begun(folder: Path, predictor: Predictor, settings: Settings) -> Iterator[PredictionTable]:
     """The table, closed at the end; what its input cannot be blamed for is told from bad input."""
     try:
-        with table:
+        with PredictionTable(
+            folder, predictor.classes, predictor.settings, settings.resume, settings.overwrite
+        ) as table:
             yield table
     except (OSError, CheckpointError) as error:
         raise Unfinished(str(error) or type(error).__name__) from error

@@ -7,6 +7,7 @@ for row in Predictor.load("runs/demo")("new_slides/"):
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,10 +24,11 @@ from cellops.models.data.images import ImageError
 from cellops.models.data.parallel import available_cores, ordered_map
 from cellops.models.prediction.files import image_files
 from cellops.models.prediction.preparation import Preparation
-from cellops.models.training.checkpoint import file_hash
+from cellops.models.training.checkpoint import file_hash, read_facts
 from cellops.models.training.network import TURNS, predict_batches
 
 BATCH_SIZE = 64
+ACTIVATIONS = ("softmax", "sigmoid")
 
 Name = Path | int
 """Of an image: its file, or its number where arrays were given."""
@@ -66,7 +68,7 @@ class Predictor:
         weights: SHA-256 of each file of weights; part of `settings`.
 
     Raises:
-        ValueError: `tta` is unknown.
+        ValueError: `tta` or `activation` is unknown, or `classes` are not two texts or more that differ.
     """
 
     def __init__(
@@ -82,6 +84,12 @@ class Predictor:
     ) -> None:
         if tta not in TURNS:
             raise ValueError(f"tta must be one of {', '.join(TURNS)}, got {tta!r}")
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+        if isinstance(classes, str) or not all(isinstance(name, str) and name for name in classes):
+            raise ValueError(f"classes must be names, got {classes!r}")
+        if len(set(classes)) != len(classes) or len(classes) < 2:
+            raise ValueError(f"classes must be two or more that differ, got {list(classes)}")
         self.device = torch.device(device)
         self.networks = [network.to(self.device).eval() for network in networks]
         self.classes, self.preparation = tuple(classes), preparation
@@ -106,8 +114,9 @@ class Predictor:
             device: "auto", "cpu", "cuda", ...
 
         Raises:
-            ValueError: there is nothing trained, or the device is not there.
-            CheckpointError: the weights are damaged, or not from `cellops train`.
+            ValueError: there is nothing trained, the device is not there, the networks of the folds have other classes
+                or preparations, or a file changes while it is read.
+            CheckpointError: the weights are damaged, hold NaN, or are not from `cellops train`.
             ModuleNotFoundError: an .onnx file is given and onnxruntime is not installed.
         """
         run = Path(run)
@@ -118,7 +127,13 @@ class Predictor:
         from cellops.models.training.run import activation
 
         found = Ranks(device).device
+        files = weight_files(run)
+        before = _states(files)
         trained = load_trained(run, found, tta)
+        _check_alike(files)
+        hashes = [file_hash(path) for path in files]
+        if weight_files(run) != files or _states(files) != before:
+            raise ValueError(f"{run} was written anew while it was read: try again")
         return cls(
             trained.models,
             trained.classes,
@@ -127,7 +142,7 @@ class Predictor:
             trained.recipe.evaluation.tta,
             found,
             trained.synthetic,
-            [file_hash(path) for path in weight_files(run)],
+            hashes,
         )
 
     def __call__(
@@ -146,7 +161,7 @@ class Predictor:
 
         Raises:
             ValueError: `batch_size` is less than 1, a path does not exist, or a folder holds no image.
-            ImageError: an image cannot be read, and there is no `unreadable`.
+            ImageError: an image cannot be read, or the networks give no number for it, and there is no `unreadable`.
         """
         return (row for batch in self.batches(sources(images), batch_size, unreadable) for row in batch)
 
@@ -165,7 +180,7 @@ class Predictor:
         """
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        return self._batches(self._inputs(found, unreadable), batch_size)
+        return self._batches(self._inputs(found, unreadable), batch_size, unreadable)
 
     def prediction(self, name: Name, probabilities: np.ndarray) -> Prediction:
         """Probabilities [K] of an image as a row."""
@@ -188,10 +203,18 @@ class Predictor:
             mean = mean + rows / len(self.networks)
         return mean
 
-    def _batches(self, inputs: Iterator[tuple[Name, Tensor]], batch_size: int) -> Iterator[list[Prediction]]:
+    def _batches(
+        self, inputs: Iterator[tuple[Name, Tensor]], batch_size: int, unreadable: Note | None
+    ) -> Iterator[list[Prediction]]:
         while waiting := list(islice(inputs, batch_size)):
             rows = self.probabilities(torch.stack([image for _, image in waiting]))
-            yield [self.prediction(name, row) for (name, _), row in zip(waiting, rows, strict=True)]
+            known = np.isfinite(rows).all(1)  # of NaN, `argmax` would make the first class
+            for (name, _), good in zip(waiting, known, strict=True):
+                if not good:
+                    _leave_out(name, ImageError(f"{name}: the network's answer is not a number"), unreadable)
+            yield [
+                self.prediction(name, row) for (name, _), row, good in zip(waiting, rows, known, strict=True) if good
+            ]
 
     def _inputs(
         self, found: Iterable[tuple[Name, np.ndarray | str | None]], unreadable: Note | None
@@ -208,12 +231,40 @@ class Predictor:
                 return name, error
 
         for name, image in ordered_map(prepared, found, available_cores()):
-            if not isinstance(image, ImageError):
-                yield name, image
-            elif unreadable is None:
-                raise image
+            if isinstance(image, ImageError):
+                _leave_out(name, image, unreadable)
             else:
-                unreadable(Path(str(name)), str(image))
+                yield name, image
+
+
+def _leave_out(name: Name, error: ImageError, unreadable: Note | None) -> None:
+    if unreadable is None:
+        raise error
+    unreadable(Path(str(name)), str(error))
+
+
+def _states(files: Sequence[Path]) -> list[tuple[int, int, int]]:
+    """By which a file that is written or put in the place of another is noticed."""
+    return [(state.st_ino, state.st_size, state.st_mtime_ns) for state in (path.stat() for path in files)]
+
+
+def _check_alike(files: Sequence[Path]) -> None:
+    """Raise ValueError where networks, whose probabilities are averaged, have other classes or see images otherwise."""
+    from cellops.models.training.recipe import build_recipe
+    from cellops.models.training.run import activation
+
+    def used(path: Path) -> dict[str, Any]:
+        facts = read_facts(path)
+        recipe = build_recipe(facts["recipe"])
+        kept = {"classes": facts["classes"], "activation": activation(recipe)}
+        return kept | Preparation.of(recipe).values()
+
+    first, *others = files
+    wanted = used(first)
+    for path in others:
+        differing = [name for name, value in used(path).items() if value != wanted[name]]
+        if differing:
+            raise ValueError(f"{path} has other {', '.join(differing)} than {first}: give one of the two files alone")
 
 
 def pixels_of(name: Name, source: np.ndarray | None) -> np.ndarray:
@@ -248,20 +299,37 @@ class OnnxNetwork(nn.Module):
     """An ONNX file as a network on the CPU; without gradients.
 
     Args:
-        path: of the file.
+        path: of the file; weights in other files beside it are not read, since its hash would not be theirs.
     """
 
     def __init__(self, path: Path) -> None:
         from cellops.models.export import onnx_session
 
         super().__init__()
-        self.session = onnx_session(path)
+        content = path.read_bytes()
+        self.hash = hashlib.sha256(content).hexdigest()
+        self.session = onnx_session(content)
         self.name = self.session.get_inputs()[0].name
         self.fixed = isinstance(self.session.get_inputs()[0].shape[0], int)
 
     def forward(self, images: Tensor) -> Tensor:
         parts = images.split(1) if self.fixed else [images]
         return torch.cat([torch.from_numpy(self.session.run(None, {self.name: part.numpy()})[0]) for part in parts])
+
+    def check(self, classes: Sequence[str], input_size: tuple[int, int]) -> None:
+        """Raise ValueError where the file's input or output is not that of its metadata."""
+        takes, gives = self.session.get_inputs()[0], self.session.get_outputs()[0]
+        if takes.type != "tensor(float)" or not _fits(takes.shape, (None, 3, *input_size)):
+            raise ValueError(f"its input is {takes.type} {takes.shape}, not float32 [N, 3, {input_size}]")
+        if not (_fits(gives.shape, (None, len(classes))) or (len(classes) == 2 and _fits(gives.shape, (None, 1)))):
+            raise ValueError(f"its output is {gives.shape}, not the logits of {len(classes)} classes")
+
+
+def _fits(shape: Sequence[int | str | None], wanted: Sequence[int | None]) -> bool:
+    """Whether the sizes that a shape names are those that are wanted."""
+    return len(shape) == len(wanted) and all(
+        known == side for known, side in zip(shape, wanted, strict=True) if isinstance(known, int) and side is not None
+    )
 
 
 def _from_onnx(path: Path, tta: str) -> Predictor:
@@ -278,12 +346,18 @@ def _from_onnx(path: Path, tta: str) -> Predictor:
         raise ValueError(f"{path} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
     if not {"classes", "activation", "preparation"} <= said.keys():
         raise ValueError(f"{path} does not say how images are prepared: export it from a run with `cellops export`")
-    preparation = Preparation.from_values(json.loads(said["preparation"]))
+    try:
+        preparation, classes = Preparation.from_values(json.loads(said["preparation"])), json.loads(said["classes"])
+        synthetic = said.get("trained_on_synthetic_images") == "True"
+        predictor = Predictor(
+            [network], classes, preparation, said["activation"], tta, "cpu", synthetic, [network.hash]
+        )
+        network.check(predictor.classes, preparation.input_size)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path}: {error}") from error
     height, width = preparation.input_size
     if tta == "dihedral" and height != width:
         raise ValueError(
             f"tta must be none or flips for an .onnx file of {height} x {width}: turned views do not fit it"
         )
-    synthetic = said.get("trained_on_synthetic_images") == "True"
-    classes = json.loads(said["classes"])
-    return Predictor([network], classes, preparation, said["activation"], tta, "cpu", synthetic, [file_hash(path)])
+    return predictor

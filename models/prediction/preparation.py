@@ -17,6 +17,7 @@ from cellops.models.data.store import RESIZES, resized
 from cellops.models.training.settings import Recipe
 
 UNCHANGED = {"mean": 0.0, "std": 1.0}
+MOST = 8192  # pixels a side; a network's file that asks for more asks for all memory
 
 
 @dataclass(frozen=True)
@@ -28,12 +29,20 @@ class Preparation:
         store_size: (height, width) that an image is resized to first.
         resize: how; see `resized`.
         augmentation: of the recipe, of which only what counts in evaluation is used; see `build_augmentation`.
+
+    Raises:
+        ValueError: a size is not from 1 to MOST pixels.
     """
 
     input_size: tuple[int, int]
     store_size: tuple[int, int]
     resize: str = "squash"
     augmentation: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, size in (("input_size", self.input_size), ("store_size", self.store_size)):
+            if not all(1 <= side <= MOST for side in size):
+                raise ValueError(f"{name} must be (height, width) of 1 to {MOST} pixels each, got {size}")
 
     @classmethod
     def of(cls, recipe: Recipe) -> Preparation:

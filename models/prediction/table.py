@@ -1,8 +1,8 @@
 """predictions.csv: it grows batch by batch, and after a crash goes on at the last batch that is whole.
 
 FOLDER/predictions.csv    image, predicted, confidence and the probability of every class
-FOLDER/predictions.json   what the table was made with, the working directory that its names are relative to, and how
-                          many of its bytes are good
+FOLDER/predictions.json   what the table was made with and by, the working directory that its names are relative to, and
+                          how many of its bytes are good
 FOLDER/unreadable.csv     the images that could not be read, with the reason; absent where there is none
 FOLDER/contact_sheet.png, gradcam_sheet.png
 """
@@ -14,9 +14,13 @@ import hashlib
 import io
 import json
 import os
+import platform
+import re
+import stat
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,6 +28,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 import cellops
+from cellops.models.data.layouts.listing import check_class
 from cellops.models.prediction.predictor import Name, Prediction
 from cellops.models.training.checkpoint import write_text
 from cellops.models.training.folder import try_lock
@@ -33,6 +38,20 @@ CONTACT_SHEET, GRADCAM_SHEET = "contact_sheet.png", "gradcam_sheet.png"
 WRITTEN = (TABLE, STATE, UNREADABLE, CONTACT_SHEET, GRADCAM_SHEET)
 FORMAT = 1
 COMMIT_SECONDS = 1.0
+PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "onnxruntime")
+# A spreadsheet computes what begins so; ./NAME is the same file.
+COMPUTED = re.compile(r"[\s=+\-@\uff1d\uff0b\uff0d\uff20]")
+
+
+def made_by() -> dict[str, str]:
+    """The versions of what computes probabilities."""
+    found = {"cellops": cellops.__version__, "python": platform.python_version(), "machine": platform.machine()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
 
 
 class PredictionTable:
@@ -50,8 +69,9 @@ class PredictionTable:
 
     Raises:
         ValueError: there are results and neither flag is given, or they are of other weights or settings, damaged, or
-            being written by another process; or without a table there is a file of a name that is written. Nothing
-            has been changed then.
+            being written by another process; or without a table there is a file of a name that is written, or the
+            table is no regular file; or a class would be a formula in a spreadsheet. Nothing has been changed then.
+        OSError: the table cannot be written, as on a full disk; names the file.
     """
 
     def __init__(
@@ -64,6 +84,8 @@ class PredictionTable:
     ) -> None:
         if resume and overwrite:
             raise ValueError("--resume goes on with the results in the folder, --overwrite begins anew: give one")
+        for name in classes:
+            check_class(name)
         self.folder, self.classes = folder, tuple(classes)
         self.settings = json.loads(json.dumps(settings))
         self.rows = self.unreadable = 0
@@ -71,6 +93,8 @@ class PredictionTable:
         self.committed = 0
         self.directory = os.getcwd()
         """What relative names in the table are relative to."""
+        self.made_by = [made_by()]
+        """One for each time that other versions went on with it."""
         self._whole = 0  # bytes of the table, up to the last batch that was written to its end
         self._digests = np.empty(0, dtype="S16")
         self._time = 0.0
@@ -86,7 +110,9 @@ class PredictionTable:
                 raise ValueError(f"{strange} is there without {TABLE}: take another --output, or --overwrite it")
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self.file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+            if path.is_symlink() or (path.exists() and not stat.S_ISREG(path.stat().st_mode)):
+                raise ValueError(f"{path} is a link or no regular file: take another --output")
+            self.file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+b")
         except OSError as error:
             raise ValueError(f"--output {folder} is no folder to write in: {error.strerror or error}") from None
         try:
@@ -94,7 +120,10 @@ class PredictionTable:
                 raise ValueError(f"{path} is being written by another process")
             if resume:
                 self._read_state()
-            self._begin()
+            try:
+                self._begin()
+            except OSError as error:
+                raise OSError(error.errno, f"cannot write {path}: {error.strerror or error}") from error
         except BaseException:
             self.file.close()
             raise
@@ -124,7 +153,7 @@ class PredictionTable:
         if self._listed is None:
             self._listed = (self.folder / UNREADABLE).open("wb")
             self._listed.write(_encoded([("image", "reason")]))
-        self._listed.write(_encoded([(self._name(path), reason)]))
+        self._listed.write(_encoded([(self._name(path), reason.removeprefix(f"{path}: "))]))
         self._listed.flush()
         self.unreadable += 1
 
@@ -159,8 +188,10 @@ class PredictionTable:
 
     def _name(self, image: Name) -> str:
         """An image as the table names it: as it was given, unless that was relative to another directory."""
-        moved = isinstance(image, Path) and os.getcwd() != self.directory
-        return os.path.abspath(image) if moved else str(image)
+        if not isinstance(image, Path):
+            return str(image)
+        name = os.path.abspath(image) if os.getcwd() != self.directory else str(image)
+        return f"./{name}" if COMPUTED.match(name) else name
 
     def _line(self, row: Prediction) -> list[str]:
         probabilities = (f"{value:.9g}" for value in row.probabilities.values())
@@ -183,7 +214,7 @@ class PredictionTable:
     def _write_state(self) -> None:
         state = {
             "format": FORMAT,
-            "cellops": cellops.__version__,
+            "made_by": self.made_by,
             "settings": self.settings,
             "directory": self.directory,
             "rows": self.rows,
@@ -204,6 +235,7 @@ class PredictionTable:
             kept, committed = dict(state["settings"]), int(state["committed"])
             directory = str(state.get("directory", self.directory))
             known = state["format"] == FORMAT
+            earlier = [dict(one) for one in state.get("made_by", [{"cellops": state.get("cellops", "")}])]
         except FileNotFoundError:
             if size:
                 raise ValueError(
@@ -221,6 +253,7 @@ class PredictionTable:
         self.committed = committed
         if committed:
             self.directory = directory
+            self.made_by = earlier if earlier[-1:] == self.made_by else earlier + self.made_by
         self._digests = np.sort(np.fromiter(self._kept_rows(committed), dtype="S16"))
 
     def _kept_rows(self, committed: int) -> Iterator[bytes]:
@@ -266,7 +299,12 @@ def _digest(path: str) -> bytes:
 
 
 def _encoded(lines: Sequence[Sequence[str]]) -> bytes:
-    """Lines of CSV; names that are no UTF-8 keep their bytes."""
+    """Lines of CSV; names that are no UTF-8 keep their bytes.
+
+    A line with what other countries' spreadsheets take for the separator has its cells in quotes.
+    """
     text = io.StringIO(newline="")
-    csv.writer(text).writerows(lines)
+    for line in lines:
+        foreign = any(";" in cell or "\t" in cell for cell in line)
+        csv.writer(text, quoting=csv.QUOTE_ALL if foreign else csv.QUOTE_MINIMAL).writerow(line)
     return text.getvalue().encode("utf-8", "surrogateescape")

@@ -5,11 +5,12 @@ from __future__ import annotations
 import base64
 import html
 import json
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,6 +19,9 @@ from cellops.models.training.checkpoint import write_text
 from cellops.models.training.evaluate import Predictions, calibrate
 from cellops.models.training.log import read_log
 from cellops.models.training.metrics import calibration, classification_metrics, confusion_matrix, per_class_table
+
+if TYPE_CHECKING:
+    from cellops.models.training.settings import Recipe
 
 STYLE = Path(__file__).with_name("style.css")
 HEADLINES = {
@@ -40,6 +44,7 @@ PROTOCOLS = {
     "paper": "paper: split image by image, as the paper does; related images are on both sides",
 }
 PRESCRIBED = "as the data set prescribes"
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # no script runs, whatever a name or file holds
 
 
 @dataclass
@@ -143,6 +148,28 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"cannot read {path}: {error}") from None
 
 
+def inside(folder: Path, name: str) -> Path:
+    """A file that another one names.
+
+    Raises:
+        ValueError: it lies outside the folder: a page would show files of whoever makes it.
+    """
+    path = folder / name
+    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
+        raise ValueError(f"{folder} names a file outside it: {name}")
+    return path
+
+
+def without_folders(arguments: Sequence[str]) -> list[str]:
+    """Arguments of a command with the last part alone of a path from / or ~ or .., which names people and projects."""
+    told = []
+    for argument in arguments:
+        head, equals, value = argument.rpartition("=")
+        outside = value.strip("'\"").startswith(("/", "~", ".."))
+        told.append(f"{head}{equals}{Path(value).name}" if outside else argument)
+    return told
+
+
 def read_protocols(run: Path, facts: dict[str, Any]) -> list[Protocol]:
     """The parts of a run that are in, by protocol, the honest split first."""
     results = read_json(run / "results.json") if (run / "results.json").is_file() else {}
@@ -151,7 +178,7 @@ def read_protocols(run: Path, facts: dict[str, Any]) -> list[Protocol]:
         planned = [part for part in facts["parts"] if part["protocol"] == name]
         folds = []
         for part in planned:
-            folder = run / part["folder"]
+            folder = inside(run, part["folder"])
             if not (folder / "metrics.json").is_file():
                 continue
             validation = folder / "predictions_validation.csv"
@@ -174,22 +201,35 @@ def read_protocols(run: Path, facts: dict[str, Any]) -> list[Protocol]:
 def write_report(run: Path) -> Path:
     """Write RUN/report.html from what is in the folder, and return its path.
 
+    Of paths to data and weights it shows the last part alone: a report is sent to others.
+
     Raises:
-        ValueError: the folder holds no run.
+        ValueError: the folder holds no run, or one whose files name others outside it.
     """
+    from cellops.models.training.recipe import build_recipe, dump_recipe, parse_yaml
+
     facts = read_json(run / "run.json")
-    recipe_text = (run / "recipe.yaml").read_text(encoding="utf-8")
+    recipe = build_recipe(parse_yaml((run / "recipe.yaml").read_text(encoding="utf-8"), "recipe.yaml"))
+    places = [path for path in (recipe.data.path, recipe.model.weights) if path and Path(path).name]
+    recipe = replace(
+        recipe,
+        data=replace(recipe.data, path=recipe.data.path and Path(recipe.data.path).name),
+        model=replace(recipe.model, weights=recipe.model.weights and Path(recipe.model.weights).name),
+    )
+    for place in places:
+        facts["notes"] = [note.replace(place, Path(place).name) for note in facts["notes"]]
     starts = read_json(run / "environment.json")
     protocols = read_protocols(run, facts)
-    title, body = _header(facts, recipe_text, protocols)
+    title, body = _header(facts, recipe, protocols)
     if len(protocols) > 1:
         body += _comparison(protocols, facts)
     body += _curves(run, facts)
     for protocol in protocols:
         body += _results(protocol, facts, alone=len(protocols) == 1)
-    body += _costs(protocols) + _data(facts, protocols) + _settings(recipe_text, starts)
+    body += _costs(protocols) + _data(facts, protocols) + _settings(dump_recipe(recipe), starts)
     page = (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(title)}</title><style>{STYLE.read_text(encoding='utf-8')}</style></head>"
         f"<body><main>{body}</main></body></html>\n"
@@ -199,10 +239,7 @@ def write_report(run: Path) -> Path:
     return path
 
 
-def _header(facts: dict[str, Any], recipe_text: str, protocols: Sequence[Protocol]) -> tuple[str, str]:
-    from cellops.models.training.recipe import build_recipe, parse_yaml
-
-    recipe = build_recipe(parse_yaml(recipe_text, "recipe.yaml"))
+def _header(facts: dict[str, Any], recipe: Recipe, protocols: Sequence[Protocol]) -> tuple[str, str]:
     title = f"{recipe.title or recipe.name}"
     if facts["synthetic"]:
         title = f"SYNTHETIC images – {title}"
@@ -295,7 +332,7 @@ def _curves(run: Path, facts: dict[str, Any]) -> str:
     logs = [
         (f"{part['protocol']} {part['fold']}", log)
         for part in facts["parts"]
-        if (log := read_log(run / part["folder"]))
+        if (log := read_log(inside(run, part["folder"])))
     ]
     if not logs:
         return ""
@@ -320,7 +357,7 @@ def _results(protocol: Protocol, facts: dict[str, Any], alone: bool) -> str:
     note = (
         f"Calibration error (ECE): {before['ece']:.3f} as trained, {after['ece']:.3f} "
         f"after dividing the logits by the temperature {temperatures}, found on "
-        f"{protocol.folds[0].found['calibration']['source']}."
+        f"{escape(protocol.folds[0].found['calibration']['source'])}."
     )
     if len(protocol.folds) > 1:
         # Bins of a fold hold few images, so that its own error is mostly larger; the card above has that mean.
@@ -390,7 +427,7 @@ def _mistakes(protocol: Protocol, suffix: str) -> str:
     listed = sorted(listed, key=lambda item: item[1]["truth_probability"] - item[1]["confidence"])[:24]
     cards = ""
     for folder, one in listed:
-        image = base64.b64encode((folder / one["file"]).read_bytes()).decode()
+        image = base64.b64encode(inside(folder, one["file"]).read_bytes()).decode()
         cards += (
             f'<figure><img src="data:image/png;base64,{image}" alt="{escape(one["image"])}"><figcaption>'
             f'<span class="wrong">{escape(one["predicted"])}</span> {one["confidence"]:.0%}, '
@@ -434,7 +471,7 @@ def _data(facts: dict[str, Any], protocols: Sequence[Protocol]) -> str:
             images = training["images"]
             lines.append(
                 [
-                    f"{protocol.name}, fold {fold.number}",
+                    escape(f"{protocol.name}, fold {fold.number}"),
                     *(f"{images[part]:,}" for part in ("train", "validation", "test")),
                     str(training["epochs"]),
                     f"{training['kept_epoch']} ({escape(training['kept'])})",
@@ -453,7 +490,7 @@ def _settings(recipe_text: str, starts: Sequence[dict[str, Any]]) -> str:
     git = last.get("git") or {}
     changed = len(git.get("changed_files", ()))
     rows = [
-        ["command", f"<code>{escape(' '.join(last['command']))}</code>"],
+        ["command", f"<code>{escape(' '.join(without_folders(last['command'])))}</code>"],
         ["started", escape(f"{starts[0]['time']}" + (f", resumed {len(starts) - 1} times" if len(starts) > 1 else ""))],
         ["machine", escape(f"{last['cpu']}, {last['cores']} cores, {last['threads']} threads")],
         ["versions", escape(f"cellops {last['cellops']}, Python {last['python']}, {packages}")],

@@ -6,7 +6,10 @@ import errno
 import hashlib
 import json
 import os
+import pickle
+import secrets
 import shutil
+import zipfile
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -45,9 +48,10 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         CheckpointError: writing failed, for example because the disk is full; `path` is as it was before.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Containers that share a folder have processes of one number; "x" takes no file or link that is there already.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "xb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
@@ -106,24 +110,37 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: the file is missing, truncated, of another kind or of another version's format; names it.
     """
+    if not path.is_file():  # a pipe would be read for ever
+        raise CheckpointError(f"there is no checkpoint {path}")
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
+                    raise ValueError("its parts are compressed, which torch does not do")
         packed = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise CheckpointError(f"there is no checkpoint {path}") from None
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        values = packed.get("values", packed) if isinstance(packed, dict) else {}  # the first ones were not packed
+    except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"the checkpoint {path} ({path.stat().st_size} bytes) is damaged or truncated: {reason}"
+            f"{path} holds more than tensors and plain values, which could run a program, or is damaged; it is not read"
         ) from error
-    values = packed.get("values", packed) if isinstance(packed, dict) else {}  # the first ones were not packed
+    except Exception as error:
+        raise _damaged(path, error) from error
     if not isinstance(values, dict) or not {"format", "progress"} <= values.keys():
         raise CheckpointError(f"{path} is no checkpoint of a training run")
     if (version := values["format"]) != FORMAT:
-        when = "an earlier" if version < FORMAT else "a later"
+        when = "an earlier" if isinstance(version, int) and version < FORMAT else "a later"
         raise CheckpointError(
             f"the checkpoint {path} was written by {when} version (format {version}); train anew or with that version"
         )
-    return unpack(packed)
+    try:
+        return unpack(packed)
+    except Exception as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> CheckpointError:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return CheckpointError(f"the checkpoint {path} ({path.stat().st_size} bytes) is damaged or truncated: {reason}")
 
 
 def latest_checkpoint(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
@@ -184,13 +201,26 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         CheckpointError: the file is missing, truncated or of another kind; names it.
     """
+    return _read(path, True)
+
+
+def read_facts(path: Path) -> dict[str, Any]:
+    """The facts in the header of a safetensors file, without its tensors.
+
+    Raises:
+        CheckpointError: see `read_weights`.
+    """
+    return _read(path, False)[1]
+
+
+def _read(path: Path, tensors: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
     from safetensors import safe_open
 
     if not path.is_file():
         raise CheckpointError(f"there is no file of weights {path}")
     try:
         with safe_open(path, "pt") as file:
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+            weights = {name: file.get_tensor(name) for name in (file.keys() if tensors else ())}
             header = file.metadata() or {}
     except Exception as error:
         raise CheckpointError(
@@ -200,7 +230,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     for name, text in header.items():
         try:
             facts[name] = json.loads(text)
-        except ValueError:  # weights of another program
+        except (ValueError, RecursionError):  # weights of another program
             facts[name] = text
     return weights, facts
 
@@ -215,21 +245,22 @@ def load_weights(model: torch.nn.Module, path: Path, classifier: Collection[str]
             classes.
 
     Raises:
-        CheckpointError: the file cannot be read, or holds the weights of another network.
+        CheckpointError: the file cannot be read, holds the weights of another network, or values that are no numbers.
     """
     weights, facts = read_weights(path)
     own = model.state_dict()
     if _unfit(own, weights, classifier):
         weights |= {name: own[name] for name in classifier}
     missing, unknown = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
-    shapes = [name for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape]
-    if missing or unknown or shapes:
-        told = [
-            f"{count} {what}, the first {names[0]}"
-            for names, what in ((missing, "missing"), (unknown, "unknown"), (sorted(shapes), "of another shape"))
-            if (count := len(names))
-        ]
+    both = sorted(own.keys() & weights.keys())
+    shapes = [name for name in both if own[name].shape != weights[name].shape]
+    kinds = [name for name in both if own[name].is_floating_point() != weights[name].is_floating_point()]
+    if missing or unknown or shapes or kinds:
+        faults = {"missing": missing, "unknown": unknown, "of another shape": shapes, "of another type": kinds}
+        told = [f"{len(names)} {what}, the first {names[0]}" for what, names in faults.items() if names]
         raise CheckpointError(f"{path} holds the weights of another network: {'; '.join(told)}")
+    if nans := [name for name in both if weights[name].is_floating_point() and weights[name].isnan().any()]:
+        raise CheckpointError(f"{path}: {len(nans)} of {len(own)} tensors hold NaN, the first {nans[0]}")
     model.load_state_dict(weights)
     return facts
 
@@ -237,10 +268,3 @@ def load_weights(model: torch.nn.Module, path: Path, classifier: Collection[str]
 def _unfit(own: Mapping[str, Tensor], weights: Mapping[str, Tensor], classifier: Collection[str]) -> bool:
     """Whether a file's classifier cannot be taken over."""
     return any(name not in weights or own[name].shape != weights[name].shape for name in classifier)
-
-
-def start_note(model: torch.nn.Module, path: Path, classifier: Collection[str] = ()) -> str:
-    """A sentence about the file that `load_weights` started a model from."""
-    drawn = f"; its classifier does not fit, so that {' and '.join(sorted(classifier))} were drawn anew"
-    anew = _unfit(model.state_dict(), read_weights(path)[0], classifier)
-    return f"Training started from {path} (SHA-256 {file_hash(path)}){drawn if anew else ''}."

@@ -11,7 +11,7 @@ from typing import Any
 from cellops.models.data import synthetic
 from cellops.models.data.images import dark_note
 from cellops.models.data.layouts import folders, hep2, herlev, multi_cancer, sipakmed, table
-from cellops.models.data.layouts.listing import LayoutError, Listing
+from cellops.models.data.layouts.listing import LayoutError, Listing, check_classes
 from cellops.models.data.samples import CellData
 
 __all__ = ["LAYOUTS", "Layout", "LayoutError", "open_data"]
@@ -55,7 +55,7 @@ def open_data(path: str | Path, layout: str = "auto", **options: Any) -> CellDat
 
     Raises:
         LayoutError: the path is missing or empty, holds another layout, has folders or tables that are links out of it,
-            or one class.
+            one class, or classes whose names cannot be told apart or start a formula.
         ValueError: an option is unknown or not of this layout.
     """
     classes = options.pop("classes", None)
@@ -67,6 +67,10 @@ def open_data(path: str | Path, layout: str = "auto", **options: Any) -> CellDat
         data = replace(data, notes=(*data.notes, dark)) if dark else data
     if classes is not None:
         data = data.select(classes)
+    try:
+        check_classes(data.classes)
+    except ValueError as error:
+        raise LayoutError(f"{path}: {error}") from None
     present = [name for name, count in data.class_counts.items() if count]
     if len(present) < 2:
         raise LayoutError(f"{path}: only one class has images ({', '.join(present)}); a classifier needs two")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import io
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -27,8 +29,9 @@ def rows_of(path: Path) -> list[dict[str, str]]:
     """The rows of a CSV, its column names in lower case; separated by comma, semicolon or tab.
 
     Raises:
-        LayoutError: the file is empty or no text.
+        LayoutError: the file is empty, no text or damaged, has a column twice, or a row has values beyond the columns.
     """
+    _check_regular(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -37,15 +40,44 @@ def rows_of(path: Path) -> list[dict[str, str]]:
     if not header.strip():
         raise LayoutError(f"{path} is empty")
     delimiter = max(",;\t", key=header.count)
-    reader = csv.DictReader(text.splitlines(), delimiter=delimiter)
-    reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or ()]
-    return [{name: (value or "").strip() for name, value in row.items() if name is not None} for row in reader]
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+    try:
+        names = [name.strip().lower() for name in next(reader)]
+        twice = [name for name, count in Counter(names).items() if name and count > 1]
+        if twice:
+            raise LayoutError(f"{path} has the column {twice[0]} {names.count(twice[0])} times")
+        rows = []
+        for values in reader:
+            if any("\0" in value for value in values):
+                raise LayoutError(f"{path}, line {reader.line_num}: there is a NUL character")
+            if any(value.strip() for value in values[len(names) :]):
+                raise LayoutError(
+                    f"{path}, line {reader.line_num}: {len(values)} values for {len(names)} columns; a value with "
+                    f"a {delimiter!r} in it goes in double quotes"
+                )
+            if values:
+                values += [""] * (len(names) - len(values))
+                rows.append({name: value.strip() for name, value in zip(names, values, strict=False)})
+    except csv.Error as error:
+        raise LayoutError(f"{path}, line {reader.line_num}: {error}") from None
+    return rows
+
+
+def _check_regular(path: Path) -> None:
+    """Raise LayoutError for a pipe or device, which could be read for ever."""
+    if not path.is_file():
+        raise LayoutError(f"{path} is not a regular file")
 
 
 def columns_of(path: Path) -> set[str]:
-    """The column names of a CSV, in lower case."""
+    """The column names of a CSV, in lower case.
+
+    Raises:
+        LayoutError: it is no regular file.
+    """
+    _check_regular(path)
     with path.open(encoding="utf-8-sig", errors="replace") as file:
-        header = file.readline()
+        header = file.readline(2**20)
     return {name.strip().strip('"').lower() for name in header.replace(";", ",").replace("\t", ",").split(",")}
 
 
@@ -125,10 +157,10 @@ def _read(listing: Listing, table: Path, name: str, path: str, label: str, group
     for number, row in enumerate(rows, start=2):
         if not row[path] or not row[label]:
             raise LayoutError(f"{table}, line {number}: empty {path if not row[path] else label}")
-        target = (folder / row[path]).resolve()
+        target = Path(os.path.realpath(folder / row[path]))
         if not target.is_relative_to(listing.root):
             raise LayoutError(f"{table}, line {number}: {row[path]} leads to {target}, outside {listing.root}")
-        if not target.is_file():
+        if not os.path.isfile(target):  # Path.is_file fails at a name that is too long
             absent.append(row[path])
             continue
         relative = target.relative_to(listing.root).as_posix()
