@@ -95,8 +95,12 @@ def page(tables: list[Table]) -> str:
             parts.append(f"## {title}")
         for table in of_data:
             protocols = dict.fromkeys(row["protocol"] for row in table["rows"])
-            origins = dict.fromkeys(origin for row in table["rows"] for origin in row["origin"])
-            parts += [f"Trained on: {origin}." for origin in origins]
+            commits: dict[str, dict[str, None]] = {}
+            for row in table["rows"]:
+                for origin in row["origin"]:
+                    machine, _, commit = origin.rpartition("; commit ")
+                    commits.setdefault(machine, {})[commit] = None
+            parts += [f"Trained on: {machine}; commit {', '.join(known)}." for machine, known in commits.items()]
             for protocol in protocols:
                 parts += [SPLITS[data, protocol], _rows([row for row in table["rows"] if row["protocol"] == protocol])]
     return "\n\n".join(parts) + "\n"

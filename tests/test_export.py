@@ -185,7 +185,7 @@ def test_bad_input_is_told(tmp_path: Path, capsys: pytest.CaptureFixture) -> Non
     with pytest.raises(ValueError, match="is a folder"):
         export_program(model, tmp_path, (3, 8, 8))
     wrong = {
-        "does not end in .onnx or .pt2": ["dresnet_025", "--output", str(tmp_path / "x.bin")],
+        "does not end in .onnx, .pt2 or .safetensors": ["dresnet_025", "--output", str(tmp_path / "x.bin")],
         "did you mean 'dresnet_025'": ["dresnet_25", "--output", str(tmp_path / "x.onnx")],
         "--train is of --format pt2": ["dresnet_025", "--train", "--output", str(tmp_path / "x.onnx")],
         "need a run": ["dresnet_025", "--images", str(tmp_path), "--output", str(tmp_path / "x.onnx")],

@@ -292,6 +292,30 @@ def test_folds_must_agree(run: Path, tmp_path: Path) -> None:
         Predictor.load(tmp_path)
 
 
+def test_weights_that_name_files(run: Path, tmp_path: Path) -> None:
+    """Of whoever loads them; timm would read those."""
+    weights, facts = read_weights(run / "fold_1" / "weights.safetensors")
+    model = {**facts["recipe"]["model"], "arguments": {"checkpoint_path": str(tmp_path / "other.pt")}}
+    file = tmp_path / "weights.safetensors"
+    save_weights(file, weights, {**facts, "recipe": {**facts["recipe"], "model": model}})
+    assert Predictor.load(file).classes == tuple(facts["classes"])
+
+
+@pytest.mark.parametrize(
+    ("facts", "told"),
+    [
+        ("{", "run.json is damaged"),
+        ('{"parts": 3}', "run.json is damaged"),
+        ('{"parts": [{"folder": "../other"}]}', "names a folder outside the run"),
+        ('{"parts": [{"folder": "/etc"}]}', "names a folder outside the run"),
+    ],
+)
+def test_a_run_that_is_none(facts: str, told: str, tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(facts)
+    with pytest.raises(ValueError, match=told):
+        Predictor.load(tmp_path)
+
+
 def test_weights_that_are_written_while_they_are_read(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The hash that is kept must be of those that were used."""
     from cellops.models.training import apply
@@ -422,7 +446,8 @@ def test_a_model_to_hand_over_tells_nothing_of_where_it_was_made(run: Path, tmp_
     weights, facts = read_weights(run / "fold_1" / "weights.safetensors")
     facts["recipe"]["data"]["path"] = facts["recipe"]["model"]["weights"] = "/home/nurse/patients.safetensors"
     save_weights(tmp_path / "own.safetensors", weights, {**facts, "data": "patients"})
-    path = export_weights(tmp_path / "own.safetensors", tmp_path / "given.safetensors")
+    path = tmp_path / "given.safetensors"
+    assert cli.main(["export", str(tmp_path / "own.safetensors"), "--output", str(path)]) == 0
     assert b"patients" in (tmp_path / "own.safetensors").read_bytes()
     assert not any(word in path.read_bytes() for word in (b"patients", b"nurse", b"N. N."))
     one, other = (list(Predictor.load(file)([GREY])) for file in (path, tmp_path / "own.safetensors"))

@@ -59,6 +59,12 @@ def write(folder, text, name="mine.yaml"):
         ("data: {folds: 3, test_fraction: 0.2}", "is of a single split"),
         ("training: {epochs: 3, epochs: 4}", "the key 'epochs' stands twice"),
         ("training: {epochs: [}", "is not valid YAML"),
+        ("loss: " + 2000 * "[", "is nested too deeply"),
+        (
+            "".join(f"x{i}: &a{i} [{', '.join(9 * [f'*a{i - 1}' if i else 'a'])}]\n" for i in range(9)),
+            "has more than 50,000 values",
+        ),
+        ("name: ../../elsewhere", "name must be a plain name"),
         ("- a\n- b", "is no recipe"),
         ("variants: 3", "variants must be a mapping"),
         ("extends: dmeo", "there is no recipe 'dmeo': did you mean 'demo'?"),

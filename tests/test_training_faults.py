@@ -25,6 +25,16 @@ def one_thread():
     torch.set_num_threads(1)
 
 
+def test_checkpoint_of_another_run(tmp_path):
+    for name, changes in (("one", {}), ("other", {"data": {"split_seed": 7}})):
+        finish(start(tmp_path / name, tiny_recipe(**changes)), stop_after=1)
+    shutil.copy(tmp_path / "other" / "checkpoints" / "last.pt", tmp_path / "one" / "checkpoints")
+    before = (tmp_path / "one" / "log.csv").read_bytes()
+    with pytest.raises(checkpoint.CheckpointError, match=r"last\.pt is of another run"):
+        finish(start(tmp_path / "one", resume=True))
+    assert (tmp_path / "one" / "log.csv").read_bytes() == before
+
+
 @pytest.mark.parametrize("monitor", ["loss", "brier_micro", "log_loss_micro"])
 def test_the_least_error_is_the_best_epoch(tmp_path, monitor):
     session = start(tmp_path / "run", tiny_recipe(training={"epochs": 3, "ema": None, "monitor": monitor}))

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from cellops.models.prediction.preparation import Preparation
 
-HELP = "write a network as ONNX, in float32 or 8 bits, or as a program of torch.export"
+HELP = "write a network as ONNX, in float32 or 8 bits, as a program of torch.export, or as weights to hand over"
 EXAMPLES = """\
 examples:
   cellops export runs/demo --output cells.onnx            standard operators, any batch size, checked with onnxruntime
@@ -26,11 +26,12 @@ examples:
   cellops export dresnet --classes 8 --size 224 --output dresnet.onnx   a new network of the zoo
   cellops export runs/demo --output cells.pt2             for torch.export.load("cells.pt2").module(), without its code
   cellops export runs/demo --output cells.pt2 --train     the same, to be trained further
+  cellops export runs/demo --output cells.safetensors     its weights for `cellops predict`, without paths and notes
 
 Images must be scaled and normalised before as in training; an ONNX file of a run says how in its metadata, which
 `cellops predict cells.onnx` reads.
 """
-FORMATS = ("onnx", "pt2")
+FORMATS = ("onnx", "pt2", "safetensors")
 LOST = 0.02
 """Accuracy whose loss is worth a warning."""
 
@@ -64,11 +65,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Write the file, and return the exit code."""
     need_models_extra()
-    from cellops.models.export import ExportError, export_onnx, export_program
+    from cellops.models.export import ExportError, export_onnx, export_program, export_weights
 
     with bad_input():
         kind = arguments.format or arguments.output.suffix.removeprefix(".")
         _check(arguments, kind)
+        if kind == "safetensors":
+            print(f"{export_weights(arguments.model, arguments.output)}: {arguments.output.stat().st_size:,} bytes")
+            return 0
         model, size, metadata, images = _load(arguments)
         common: dict[str, Any] = {"dynamic_batch": not arguments.fixed_batch, "check": not arguments.no_check}
         try:
@@ -85,7 +89,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _check(arguments: argparse.Namespace, kind: str) -> None:
     if kind not in FORMATS:
-        raise ValueError(f"--format is not given and {arguments.output} does not end in .onnx or .pt2")
+        raise ValueError(f"--format is not given and {arguments.output} does not end in .onnx, .pt2 or .safetensors")
+    if kind == "safetensors" and (arguments.size or arguments.classes or arguments.no_check or arguments.fixed_batch):
+        raise ValueError("--size, --classes, --no-check and --fixed-batch are not of --format safetensors")
     if arguments.train and kind != "pt2":
         raise ValueError("--train is of --format pt2: ONNX is written for evaluation")
     if arguments.images and (kind != "onnx" or arguments.no_check):

@@ -24,7 +24,7 @@ from cellops.models.data.images import ImageError
 from cellops.models.data.parallel import available_cores, ordered_map
 from cellops.models.prediction.files import image_files
 from cellops.models.prediction.preparation import Preparation
-from cellops.models.training.checkpoint import file_hash, read_facts
+from cellops.models.training.checkpoint import file_hash
 from cellops.models.training.network import TURNS, predict_batches
 
 BATCH_SIZE = 64
@@ -130,7 +130,6 @@ class Predictor:
         files = weight_files(run)
         before = _states(files)
         trained = load_trained(run, found, tta)
-        _check_alike(files)
         hashes = [file_hash(path) for path in files]
         if weight_files(run) != files or _states(files) != before:
             raise ValueError(f"{run} was written anew while it was read: try again")
@@ -246,25 +245,6 @@ def _leave_out(name: Name, error: ImageError, unreadable: Note | None) -> None:
 def _states(files: Sequence[Path]) -> list[tuple[int, int, int]]:
     """By which a file that is written or put in the place of another is noticed."""
     return [(state.st_ino, state.st_size, state.st_mtime_ns) for state in (path.stat() for path in files)]
-
-
-def _check_alike(files: Sequence[Path]) -> None:
-    """Raise ValueError where networks, whose probabilities are averaged, have other classes or see images otherwise."""
-    from cellops.models.training.recipe import build_recipe
-    from cellops.models.training.run import activation
-
-    def used(path: Path) -> dict[str, Any]:
-        facts = read_facts(path)
-        recipe = build_recipe(facts["recipe"])
-        kept = {"classes": facts["classes"], "activation": activation(recipe)}
-        return kept | Preparation.of(recipe).values()
-
-    first, *others = files
-    wanted = used(first)
-    for path in others:
-        differing = [name for name, value in used(path).items() if value != wanted[name]]
-        if differing:
-            raise ValueError(f"{path} has other {', '.join(differing)} than {first}: give one of the two files alone")
 
 
 def pixels_of(name: Name, source: np.ndarray | None) -> np.ndarray:

@@ -18,7 +18,7 @@ from cellops.models.data.folds import file_hash
 from cellops.models.data.layouts import LAYOUTS
 from cellops.models.data.layouts.folders import without_masks
 from cellops.models.data.layouts.listing import Found, Listing, assemble
-from cellops.models.training.checkpoint import CheckpointError, load_weights, read_weights, write_text
+from cellops.models.training.checkpoint import CheckpointError, load_weights, read_facts, write_text
 from cellops.models.training.console import Output
 from cellops.models.training.evaluate import Predictions
 from cellops.models.training.network import predict_batches
@@ -32,6 +32,8 @@ from cellops.models.training.settings import DataSettings, Recipe
 PREDICTIONS = "predictions.csv"
 IMAGES = "images.json"
 FACTS = "run.json"
+READ_FILES = ("checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
+"""Arguments of a network that make timm read files; a trained one has its weights."""
 
 
 @dataclass
@@ -49,7 +51,7 @@ def weight_files(run: Path) -> list[Path]:
     """The weights of a run's parts that are trained, or the file itself.
 
     Raises:
-        ValueError: there is no such run, or nothing of it is trained yet.
+        ValueError: there is no such run, nothing of it is trained yet, or its run.json is damaged.
     """
     if run.is_file():
         if run.suffix == ".onnx":
@@ -59,26 +61,56 @@ def weight_files(run: Path) -> list[Path]:
     if not facts.is_file():
         what = "a folder without run.json" if run.is_dir() else "nothing"
         raise ValueError(f"{run} is no run but {what}: give the folder that `cellops train` named, as in runs/demo")
-    folders = [run / part["folder"] for part in json.loads(facts.read_text(encoding="utf-8"))["parts"]]
+    try:
+        folders = [run / part["folder"] for part in json.loads(facts.read_text(encoding="utf-8"))["parts"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{facts} is damaged: {type(error).__name__}: {error}") from None
+    strange = next((folder for folder in folders if ".." in folder.parts or not folder.is_relative_to(run)), None)
+    if strange is not None:
+        raise ValueError(f"{facts} names a folder outside the run: {strange}")
     found = [folder / WEIGHTS for folder in folders if (folder / WEIGHTS).is_file()]
     if not found:
         raise ValueError(f"{run} is not trained to the end: cellops train --resume --output {run}")
     return found
 
 
+def _facts(file: Path) -> tuple[dict[str, Any], Recipe]:
+    """The header of weights, and its recipe without what would read other files."""
+    facts = read_facts(file)
+    if not {"recipe", "classes", "synthetic"} <= facts.keys():
+        raise CheckpointError(f"{file} was not written by `cellops train`: its header names no recipe and classes")
+    recipe = build_recipe(facts["recipe"])
+    arguments = {name: value for name, value in recipe.model.arguments.items() if name not in READ_FILES}
+    return facts, replace(recipe, model=replace(recipe.model, pretrained=False, weights=None, arguments=arguments))
+
+
+def _check_alike(files: Sequence[Path]) -> None:
+    """Raise ValueError where networks, whose probabilities are averaged, have other classes or see images otherwise."""
+    from cellops.models.prediction.preparation import Preparation
+
+    def used(path: Path) -> dict[str, Any]:
+        facts, recipe = _facts(path)
+        kept = {"classes": facts["classes"], "activation": activation(recipe)}
+        return kept | Preparation.of(recipe).values()
+
+    first, *others = files
+    wanted = used(first)
+    for path in others:
+        differing = [name for name, value in used(path).items() if value != wanted[name]]
+        if differing:
+            raise ValueError(f"{path} has other {', '.join(differing)} than {first}: give one of the two files alone")
+
+
 def load_trained(run: Path, device: torch.device, tta: str | None = None) -> Trained:
     """The networks of a run or of one file of weights.
 
     Raises:
-        ValueError: there is nothing trained.
+        ValueError: there is nothing trained, or networks of several folds have other classes or preparations.
         CheckpointError: the weights are damaged, or not from `cellops train`.
     """
     files = weight_files(run)
-    _, facts = read_weights(files[0])
-    if not {"recipe", "classes"} <= facts.keys():
-        raise CheckpointError(f"{files[0]} was not written by `cellops train`: its header names no recipe and classes")
-    recipe = build_recipe(facts["recipe"])
-    recipe = replace(recipe, model=replace(recipe.model, pretrained=False, weights=None))
+    _check_alike(files)
+    facts, recipe = _facts(files[0])
     if tta is not None:
         recipe = replace(recipe, evaluation=replace(recipe.evaluation, tta=tta))
     models = []

@@ -10,7 +10,7 @@ import pickle
 import secrets
 import shutil
 import zipfile
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -143,19 +143,32 @@ def _damaged(path: Path, error: Exception) -> CheckpointError:
     return CheckpointError(f"the checkpoint {path} ({path.stat().st_size} bytes) is damaged or truncated: {reason}")
 
 
-def latest_checkpoint(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
+def made_of(seed: int, classes: Any, images: Iterable[tuple[str, int]]) -> str:
+    """SHA-256 of what makes a training the one that it is: its seed, its classes and its images with their labels."""
+    return hashlib.sha256(json.dumps([seed, classes, sorted(images)]).encode()).hexdigest()
+
+
+def latest_checkpoint(folder: Path, made: str = "") -> tuple[dict[str, Any] | None, list[str]]:
     """The newest checkpoint that can be read (None if there is no file at all), and what was wrong with newer ones.
 
+    Args:
+        folder: of the checkpoints.
+        made: what `made_of` says of the training; those of versions that did not keep it are taken too.
+
     Raises:
-        CheckpointError: there are files, and none can be read.
+        CheckpointError: there are files, and none can be read, or the newest is of another training.
     """
     problems: list[str] = []
     for path in (folder / LAST, folder / PREVIOUS):
         if path.exists():
             try:
-                return read_checkpoint(path), problems
+                state = read_checkpoint(path)
             except CheckpointError as error:
                 problems.append(str(error))
+                continue
+            if made and state.get("made_of", made) != made:
+                raise CheckpointError(f"the checkpoint {path} is of another run: of another seed, classes or images")
+            return state, problems
     if problems:
         raise CheckpointError("; ".join(problems))
     return None, []

@@ -23,6 +23,7 @@ from cellops.models.training.checkpoint import (
     FORMAT,
     CheckpointError,
     latest_checkpoint,
+    made_of,
     save_checkpoint,
     save_weights,
 )
@@ -114,6 +115,8 @@ class Trainer:
         self.batches, self.validation, self.labels, self.ids = batches, validation, labels, ids
         self.facts, self.folder, self.output, self.ranks = dict(facts), folder, output, ranks
         self.activation = activation
+        learned = [(ids[index], int(labels[index])) for index in batches.indices]
+        self.made_of = made_of(recipe.seed, facts.get("classes", classes), learned)
         self.criterion = criterion.to(ranks.device)
         self._place_networks(bool(getattr(criterion, "needs_features", False)))
         self.mixing = recipe.mixing if recipe.mixing.mixup > 0 or recipe.mixing.cutmix > 0 else None
@@ -191,6 +194,7 @@ class Trainer:
         own = {"random": random_state(), "sums": {name: progress.pop(name) for name in SUMS}}
         return {
             "format": FORMAT,
+            "made_of": self.made_of,
             "progress": progress,
             "processes": self.ranks.collect(own),
             "history": self.history,
@@ -218,9 +222,9 @@ class Trainer:
         """Go on from the newest checkpoint that is whole; False if there is none yet.
 
         Raises:
-            CheckpointError: there are checkpoints and none can be read, or they are of another network.
+            CheckpointError: there are checkpoints and none can be read, or they are of another run or network.
         """
-        state, problems = latest_checkpoint(self.checkpoints)
+        state, problems = latest_checkpoint(self.checkpoints, self.made_of)
         for problem in problems:
             self.output.line(f"warning: {problem}; going on from the one before", style="yellow")
         self.log.restore([] if state is None else state["history"])

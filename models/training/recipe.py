@@ -31,6 +31,7 @@ from cellops.models.training.settings import Recipe
 FOLDER = Path(__file__).resolve().parents[1] / "recipes"
 STRUCTURE = ("extends", "variants", "twins")
 STARTS_ANEW = ("loss", "optimizer", "schedule")
+MOST_VALUES = 50_000  # of a file; an alias of an alias of an alias can ask for billions
 UNSHARDABLE_OPTIMIZERS = ("adamp",)  # torch cannot project parts of weights
 FREE = ("loss", "augmentation", "model.arguments", "optimizer.arguments", "data.options")
 
@@ -54,10 +55,14 @@ _Loader.add_implicit_resolver(
 
 
 def _mapping_without_duplicates(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    keys = [key.value for key, _ in node.value]
-    for key in keys:
-        if keys.count(key) > 1:
-            raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", node.start_mark)
+    keys = set()
+    for key, _ in node.value:
+        if isinstance(key, yaml.ScalarNode):  # others cannot be keys, as is said below
+            if key.value in keys:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} stands twice", node.start_mark
+                )
+            keys.add(key.value)
     loader.flatten_mapping(node)  # what << brings in comes first, so that the mapping's own keys win
     pairs = [(loader.construct_object(key, deep=True), value) for key, value in node.value]
     return {key: loader.construct_object(value, deep=True) for key, value in pairs}
@@ -70,12 +75,29 @@ def parse_yaml(text: str, source: str) -> Any:
     """The value of a YAML text.
 
     Raises:
-        RecipeError: it is not YAML; names the source, line and column.
+        RecipeError: it is not YAML, which names the source, line and column; or it has too many values, those that an
+            alias repeats among them, or is nested too deeply.
     """
+    loader = _Loader(text)
     try:
-        return yaml.load(text, Loader=_Loader)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        waiting, count = [node], 0
+        while waiting:
+            count += 1
+            if count > MOST_VALUES:
+                raise RecipeError(f"{source} has more than {MOST_VALUES:,} values")
+            value = waiting.pop().value
+            for part in value if isinstance(value, list) else ():
+                waiting += part if isinstance(part, tuple) else (part,)
+        return loader.construct_document(node)
     except yaml.YAMLError as error:
         raise RecipeError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise RecipeError(f"{source} is nested too deeply") from None
+    finally:
+        loader.dispose()
 
 
 # Finding one shipped recipe by name reads every family, and lists read each many times.
@@ -282,6 +304,11 @@ def build_recipe(values: Mapping[str, Any]) -> Recipe:
     training, data, mixing = recipe.training, recipe.data, recipe.mixing
     rules: Sequence[tuple[str, bool, str]] = [
         ("training.epochs", training.epochs >= 1, "must be at least 1"),
+        (
+            "name",
+            bool(recipe.name) and recipe.name not in (".", "..") and not set("/\\\0") & set(recipe.name),
+            "must be a plain name, of which a folder is made",
+        ),
         ("training.batch_size", training.batch_size >= 1, "must be at least 1"),
         ("training.accumulate", training.accumulate >= 1, "must be at least 1"),
         ("training.threads", training.threads is None or training.threads >= 1, "must be at least 1"),
