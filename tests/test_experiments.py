@@ -52,7 +52,7 @@ def test_what_is_kept_and_shown(experiments: Any, tmp_path: Path) -> None:
     text = experiments.page([json.loads(path.read_text())])
     assert "| ResNet-18 | 11.17 M | 1 of 5 |" + 4 * " 62.50 [50.0, 75.0] |" + " 2.0 min |" in text
     assert "No parent image on both sides" in text
-    assert "X, 2 thread(s); torch 2.15; commit 0123456789 and changes." in text and "commit no clone." in text
+    assert "X, 2 thread(s); torch 2.15; commit 0123456789 and changes, no clone." in text
 
 
 def test_other_rows_stay(experiments: Any, tmp_path: Path) -> None:

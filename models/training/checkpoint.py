@@ -85,11 +85,15 @@ def write_text(path: Path, text: str) -> None:
 def save_checkpoint(folder: Path, state: Mapping[str, Any], keep_previous: bool = True) -> None:
     """Write `last.pt`; the one before becomes `previous.pt`. At every moment one of them is whole.
 
+    What a killed process left half written is removed: a folder has one that writes.
+
     Raises:
         CheckpointError: see `write_atomically`.
     """
     last, previous = folder / LAST, folder / PREVIOUS
     link = folder / f".{PREVIOUS}.tmp"
+    for left in folder.glob(f".{LAST}.*.tmp"):
+        left.unlink(missing_ok=True)
 
     def write(file: BinaryIO) -> None:
         torch.save(pack(state), file)
