@@ -334,13 +334,13 @@ class Spare(TinyCells):
         self.spare = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4, bias=False))
 
 
-def tests_spare(num_classes: int, in_chans: int) -> nn.Module:
+def spare_layers(num_classes: int, in_chans: int) -> nn.Module:
     return Spare(num_classes, in_chans)
 
 
 def train_with_spare_layers(folder, recipe, bad=False):
     """Training of a network that is registered here, so that no other test sees it."""
-    register_network(classifier="head")(tests_spare)
+    register_network(classifier="head")(spare_layers)
     if bad:
         train_with_a_bad_batch(folder, recipe)
     else:
@@ -354,7 +354,7 @@ def own_networks(monkeypatch):
     monkeypatch.setattr(registry, "_entries", dict(registry._entries))
 
 
-SPARE = {"model": {"name": "tests_spare", "arguments": {}}, "training": {"sync_batch_norm": True}}
+SPARE = {"model": {"name": "spare_layers", "arguments": {}}, "training": {"sync_batch_norm": True}}
 
 
 @pytest.mark.parametrize("mode", ["ddp", "fsdp"])
