@@ -186,8 +186,8 @@ def export_weights(run: str | Path, path: str | Path) -> Path:
         ValueError: there is no such run, it has several networks, or `path` does not end so or is that of the run.
         CheckpointError: the weights are damaged, not from `cellops train`, or cannot be written.
     """
-    from cellops.models.training.apply import weight_files
-    from cellops.models.training.checkpoint import CheckpointError, read_weights, save_weights
+    from cellops.models.training.apply import check_facts, weight_files
+    from cellops.models.training.checkpoint import read_weights, save_weights
 
     files, path = weight_files(Path(run)), Path(path)
     if len(files) > 1:
@@ -197,8 +197,7 @@ def export_weights(run: str | Path, path: str | Path) -> Path:
     if path.exists() and path.samefile(files[0]):
         raise ValueError(f"path must be another file than the run's, {path}")
     weights, facts = read_weights(files[0])
-    if not {"recipe", "classes", "synthetic"} <= facts.keys():
-        raise CheckpointError(f"{files[0]} was not written by `cellops train`: its header names no recipe and classes")
+    check_facts(files[0], facts)
     recipe = dict(facts["recipe"])
     recipe |= {"title": "", "setting": "", "notes": "", "paper": ""}
     recipe["data"] = {**recipe["data"], "path": None}

@@ -59,3 +59,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def fuzz_examples(request: pytest.FixtureRequest) -> int:
     """How many examples of each op to draw."""
     return request.config.getoption("fuzz")
+
+
+@pytest.fixture
+def spare_registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Networks that a test registers are gone after it, from timm's registry too."""
+    from timm.models import _registry as of_timm
+
+    from cellops.models import list_models, registry
+
+    list_models()
+    monkeypatch.setattr(registry, "_entries", dict(registry._entries))
+    tables = (of_timm._model_entrypoints, of_timm._model_to_module)
+    before = [set(table) for table in tables]
+    yield
+    for table, known in zip(tables, before, strict=True):
+        for name in set(table) - known:
+            del table[name]

@@ -355,12 +355,16 @@ def test_groups_join_chains() -> None:
     assert groups_of_alike(line[:1]) == [0]
 
 
-def test_near_duplicates_across_folds(tmp_path: Path) -> None:
-    root = trees.class_folders(tmp_path / "data", ("a", "b"), count=10)
-    original = trees.picture(1000 + 3)
-    trees.write(root / "a" / "copy.png", np.ascontiguousarray(np.rot90(original)))
+def with_a_copy(folder: Path) -> tuple[CellData, ImageStore]:
+    """Twenty images of two classes, and one of b turned by a quarter among those of a."""
+    root = trees.class_folders(folder / "data", ("a", "b"), count=10)
+    trees.write(root / "a" / "copy.png", np.ascontiguousarray(np.rot90(trees.picture(1000 + 3))))
     data = open_data(root)
-    store = ImageStore.open(data, (48, 48), folder=tmp_path / "store")
+    return data, ImageStore.open(data, (48, 48), folder=folder / "store")
+
+
+def test_near_duplicates_across_folds(tmp_path: Path) -> None:
+    data, store = with_a_copy(tmp_path)
     found = [near_duplicates(store, make_folds(data, 1, test_fraction=0.5, seed=seed)) for seed in range(8)]
     pairs = {tuple(sorted(pair)) for one in found for pair in one}
     assert pairs == {("a/copy.png", "b/B_000003.png")}
@@ -372,11 +376,7 @@ def test_near_duplicates_across_folds(tmp_path: Path) -> None:
 
 def test_near_duplicates_of_the_validation_part(tmp_path: Path) -> None:
     """Copies in it of training images; those of test images are another list."""
-    root = trees.class_folders(tmp_path / "data", ("a", "b"), count=10)
-    original = trees.picture(1000 + 3)
-    trees.write(root / "a" / "copy.png", np.ascontiguousarray(np.rot90(original)))
-    data = open_data(root)
-    store = ImageStore.open(data, (48, 48), folder=tmp_path / "store")
+    data, store = with_a_copy(tmp_path)
     copied = {"a/copy.png", "b/B_000003.png"}
     place = {sample.id: number for number, sample in enumerate(data.samples)}
     seen: set[tuple[str, ...]] = set()

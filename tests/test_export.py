@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from networks import shipped
 from torch import Tensor, nn
 
 import cellops
 from cellops import testing
-from cellops.models import create_model, list_models, onnx_rules
+from cellops.models import create_model, onnx_rules
 from cellops.models.cli import main
 from cellops.models.data import read_image
 from cellops.models.export import ExportError, export_onnx, export_program, onnx_session
@@ -33,7 +34,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "shufflenet_v1_g3": {"depths": (1, 2, 1)},
 }
 """Networks of fewer layers, which hold all that the full ones do."""
-FULL = [name for name in list_models("cellops") if name != "hqnet"]  # 1.8 GiB; hqnet_tiny has its layers
+FULL = [name for name in shipped("cellops") if name != "hqnet"]  # 1.8 GiB; hqnet_tiny has its layers
 
 
 def drawn(name: str, **options: Any) -> nn.Module:

@@ -25,7 +25,7 @@ from training_runs import (
 )
 
 from cellops import FReLU, GroupConv1x1
-from cellops.models import create_model, list_models, register_network, registry
+from cellops.models import create_model, register_network
 from cellops.models.prediction.job import Settings, predict_images
 from cellops.models.training.apply import evaluate_run
 from cellops.models.training.checkpoint import read_weights
@@ -347,19 +347,12 @@ def train_with_spare_layers(folder, recipe, bad=False):
         train_in_ranks(folder, recipe)
 
 
-@pytest.fixture
-def own_networks(monkeypatch):
-    """Networks that one test alone knows."""
-    list_models()
-    monkeypatch.setattr(registry, "_entries", dict(registry._entries))
-
-
 SPARE = {"model": {"name": "spare_layers", "arguments": {}}, "training": {"sync_batch_norm": True}}
 
 
 @pytest.mark.parametrize("mode", ["ddp", "fsdp"])
 @pytest.mark.parametrize("bad", [False, True], ids=["", "with a bad batch"])
-def test_parameters_without_a_gradient(own_networks, tmp_path, mode, bad):
+def test_parameters_without_a_gradient(spare_registry, tmp_path, mode, bad):
     """They are found and told, and stay as drawn; DDP by itself waits for their gradients."""
     recipe = tiny_recipe(**merged(COMPARABLE, SPARE, {"training": {"distributed": mode}}))
     train_with_spare_layers(tmp_path / "one", recipe, bad)
@@ -372,7 +365,7 @@ def test_parameters_without_a_gradient(own_networks, tmp_path, mode, bad):
     assert [any(note in line for line in notes) for notes in told] == [False, mode == "ddp"]
 
 
-def test_looking_for_gradients_changes_nothing(own_networks):
+def test_looking_for_gradients_changes_nothing(spare_registry):
     """Statistics, gradients and random numbers; dropout draws some."""
     network = WithFeatures(create_model(NAME, num_classes=3, drop=0.5), False)
     before, drawn = {name: value.clone() for name, value in network.state_dict().items()}, torch.get_rng_state()

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from networks import shipped
 from torch import Tensor, nn
 
 pytest.importorskip("timm")
@@ -33,15 +33,11 @@ def marked(names: list[str]) -> list[Any]:
 
 
 def test_lists_the_networks_of_each_source() -> None:
-    """Those of the papers, no more and no fewer; tests register networks of their own."""
-
-    def listed(source: str | None = None) -> list[str]:
-        return sorted(name for name in list_models(source) if not name.startswith("tests_"))
-
+    """Those of the papers, no more and no fewer."""
     for source, names in {"cellops": HERE, "timm": TIMM, "torchvision": TORCHVISION}.items():
-        assert listed(source) == sorted(names.split())
+        assert sorted(shipped(source)) == sorted(names.split())
         assert {model_source(name) for name in list_models(source)} == {source}
-    assert listed() == sorted(f"{HERE} {TIMM} {TORCHVISION}".split())
+    assert sorted(shipped()) == sorted(f"{HERE} {TIMM} {TORCHVISION}".split())
 
 
 @pytest.mark.parametrize(
@@ -82,15 +78,6 @@ def test_a_tag_chooses_timms_configuration() -> None:
     with torch.device("meta"):
         model = create_model("convnext_base.fb_in22k", num_classes=6)
     assert model.pretrained_cfg["tag"] == "fb_in22k" and model.num_classes == 6
-
-
-@pytest.fixture
-def spare_registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    list_models()
-    monkeypatch.setattr(registry, "_entries", dict(registry._entries))
-    yield
-    for table in ("_model_entrypoints", "_model_to_module"):
-        getattr(timm.models._registry, table).pop("bare", None)
 
 
 def test_a_network_is_added_by_one_decorator(spare_registry: None) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 import math
 import pickle
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from networks import shipped
 from torch import Tensor, nn
 
 pytest.importorskip("timm")
@@ -19,7 +19,7 @@ import timm
 from timm.models import create_feature_extractor, group_parameters
 from timm.optim import create_optimizer_v2
 
-from cellops.models import create_model, list_models, register_network, registry
+from cellops.models import create_model, register_network
 
 SMALL: dict[str, dict[str, Any]] = {
     "hqnet_tiny": {"depths": (1, 2, 1, 1), "width": 8, "drop_rate": 0.0},
@@ -44,7 +44,7 @@ def images(batch: int = 2, height: int = 64, width: int = 75, channels: int = 3)
     return torch.randn(batch, channels, height, width, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("name", list_models("cellops"))
+@pytest.mark.parametrize("name", shipped("cellops"))
 def test_levels_by_shapes(name: str) -> None:
     """Every network as it is: five maps of the channels and reductions that it states, the last one the pool's."""
     with torch.device("meta"):
@@ -102,15 +102,6 @@ def test_levels_that_a_network_has_not() -> None:
             model.forward_intermediates(images(), indices=indices)
     with pytest.raises(ValueError, match="output_fmt must be 'NCHW', got 'NHWC'"):
         model.forward_intermediates(images(), output_fmt="NHWC")
-
-
-@pytest.fixture
-def spare_registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    list_models()
-    monkeypatch.setattr(registry, "_entries", dict(registry._entries))
-    yield
-    for table in ("_model_entrypoints", "_model_to_module"):
-        getattr(timm.models._registry, table).pop("own_options", None)
 
 
 def test_a_network_of_ones_own_keeps_its_options(spare_registry: None) -> None:

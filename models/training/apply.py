@@ -74,31 +74,34 @@ def weight_files(run: Path) -> list[Path]:
     return found
 
 
+def check_facts(file: Path, facts: Mapping[str, Any]) -> None:
+    """Raise CheckpointError for a header of weights that no training wrote."""
+    if not {"recipe", "classes", "synthetic"} <= facts.keys():
+        raise CheckpointError(f"{file} was not written by `cellops train`: its header names no recipe and classes")
+
+
 def _facts(file: Path) -> tuple[dict[str, Any], Recipe]:
     """The header of weights, and its recipe without what would read other files."""
     facts = read_facts(file)
-    if not {"recipe", "classes", "synthetic"} <= facts.keys():
-        raise CheckpointError(f"{file} was not written by `cellops train`: its header names no recipe and classes")
+    check_facts(file, facts)
     recipe = build_recipe(facts["recipe"])
     arguments = {name: value for name, value in recipe.model.arguments.items() if name not in READ_FILES}
     return facts, replace(recipe, model=replace(recipe.model, pretrained=False, weights=None, arguments=arguments))
 
 
-def _check_alike(files: Sequence[Path]) -> None:
+def _check_alike(files: Sequence[Path], headers: Sequence[tuple[dict[str, Any], Recipe]]) -> None:
     """Raise ValueError where networks, whose probabilities are averaged, have other classes or see images otherwise."""
     from cellops.models.prediction.preparation import Preparation
 
-    def used(path: Path) -> dict[str, Any]:
-        facts, recipe = _facts(path)
-        kept = {"classes": facts["classes"], "activation": activation(recipe)}
-        return kept | Preparation.of(recipe).values()
-
-    first, *others = files
-    wanted = used(first)
-    for path in others:
-        differing = [name for name, value in used(path).items() if value != wanted[name]]
+    used = [
+        {"classes": facts["classes"], "activation": activation(recipe)} | Preparation.of(recipe).values()
+        for facts, recipe in headers
+    ]
+    for path, found in zip(files, used, strict=True):
+        differing = [name for name, value in found.items() if value != used[0][name]]
         if differing:
-            raise ValueError(f"{path} has other {', '.join(differing)} than {first}: give one of the two files alone")
+            told = f"{path} has other {', '.join(differing)} than {files[0]}"
+            raise ValueError(f"{told}: give one of the two files alone")
 
 
 def load_trained(run: Path, device: torch.device, tta: str | None = None) -> Trained:
@@ -109,8 +112,9 @@ def load_trained(run: Path, device: torch.device, tta: str | None = None) -> Tra
         CheckpointError: the weights are damaged, or not from `cellops train`.
     """
     files = weight_files(run)
-    _check_alike(files)
-    facts, recipe = _facts(files[0])
+    headers = [_facts(file) for file in files]
+    _check_alike(files, headers)
+    facts, recipe = headers[0]
     if tta is not None:
         recipe = replace(recipe, evaluation=replace(recipe.evaluation, tta=tta))
     models = []
