@@ -120,10 +120,19 @@ struct DeformConv2dCorners {
   const void* offset;
   const void* mask;
   const void* grad_columns;
-  const void* exponents;  // as in FixedPoint; or null
-  void* grad_input;       // [N, H, W, C] float32, or with exponents int64, added to; or null
+  const void* exponents;  // as in FixedPoint; null without grad_input
+  void* grad_input;       // [N, H, W, C] int64, added to; or null
   void* grad_offset;      // as offset; or null
   void* grad_mask;        // as mask; or null
+  void* columns;          // written; grad_columns itself, or null
+};
+
+// Its tile is whole rows of output pixels.
+struct DeformConv2dScatter {
+  const void* offset;
+  const void* mask;
+  const void* grad_columns;
+  void* grad_input;  // [N, H, W, C] float32, added to
 };
 
 // Every plane sampled at its own offsets, bilinearly, coordinates clamped to the image.

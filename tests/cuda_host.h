@@ -99,6 +99,9 @@ struct HostBlock {
     const auto address = (reinterpret_cast<uintptr_t>(threads->shared_.data()) + 15) / 16 * 16;
     return reinterpret_cast<T*>(address);
   }
+  char* own(void* address) const { return static_cast<char*>(address); }
+  float get(const char* own, int32_t byte) const { return *reinterpret_cast<const float*>(own + byte); }
+  void set(char* own, int32_t byte, float value) const { *reinterpret_cast<float*>(own + byte) = value; }
   float sum(float value, int count) const {
     const int self = thread();
     threads->values_[self] = value;

@@ -285,6 +285,50 @@ def test_deform_conv2d_in_several_tiles(
 
 
 @needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize(
+    ("spread", "moved", "sizes"),
+    [
+        (1.0, (9.0, -7.0), {"in_channels": 72, "offset_groups": 2}),
+        (9.0, (0.0, 0.0), {"in_channels": 40}),
+        (1.0, (-4.0, 30.0), {"in_channels": 8, "stride": (2, 3), "dilation": (1, 2)}),
+        (3.0, (0.0, 5.0), {"in_channels": 8, "kernel_size": (5, 1), "dilation": (4, 1), "padding": (0, 2)}),
+    ],
+    ids=["moved", "scattered", "strided and outside", "dilated"],
+)
+def test_deform_conv2d_scatters_in_regions(
+    host: HostLibrary,
+    monkeypatch: pytest.MonkeyPatch,
+    spread: float,
+    moved: tuple[float, float],
+    sizes: dict[str, Any],
+    dtype: torch.dtype,
+) -> None:
+    """Maps of several regions in several tiles, which begin inside of a rectangle; corners beyond their region."""
+    monkeypatch.setattr(importlib.import_module("cellops.cuda.deform_conv2d"), "SCRATCH_BYTES", 16 << 10)
+    case = deform_conv2d_case("far", "", height=29, width=26, spread=spread, out_channels=8, **sizes)
+    arguments = case.make(dtype, memory_format=torch.channels_last)
+    shifts = arguments["offset"].unflatten(1, (-1, 2)) + torch.tensor(moved, dtype=dtype).view(1, 1, 2, 1, 1)
+    arguments["offset"] = shifts.flatten(1, 2).contiguous(memory_format=torch.channels_last)
+    agrees(case, arguments)
+    assert host.called.count("deform_conv2d_scatter") > 2
+
+
+@needs_compiler
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_deform_conv2d_gives_what_is_not_finite_to_four_corners(host: HostLibrary, value: float) -> None:
+    """And to no others of their region."""
+    case = deform_conv2d_case("infinite", "", batch=1, height=12, width=12, in_channels=8, out_channels=8)
+    arguments = case.make(memory_format=torch.channels_last)
+    grad_output = drawn_gradient(case, arguments, torch.float32)
+    grad_output[0, 3, 5, 6] = value
+    found = run(case, arguments, grad_output)["input"]
+    wanted = reference(case, {k: v.double() if isinstance(v, Tensor) else v for k, v in arguments.items()}, grad_output)
+    assert 0 < found.isfinite().logical_not().sum() <= 9 * 4 * 8
+    torch.testing.assert_close(found.double(), wanted["input"], rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+@needs_compiler
 @pytest.mark.parametrize("memory_format", FORMATS.values(), ids=FORMATS)
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_deform_conv2d_on_the_integer_grid_and_beyond(

@@ -1,8 +1,9 @@
 """Deformable convolution with its sampling in CUDA C++ (csrc/cuda/deform_conv2d.h) and its products by torch.
 
-Tiles of output pixels: forward samples columns into scratch and multiplies them with the weight; backward multiplies
-grad_output with the weight and lets the corners of every sample give and receive. Scratch is a tile of columns, at most
-4 MiB or a 32nd of the columns, beside the images that must be copied: NCHW ones, float32 gradients of half types, and
+Tiles of whole rows of output pixels: forward samples columns into scratch and multiplies them with the weight.
+Backward multiplies grad_output with the weight, which gives the columns' gradients, scatters them to the input's and
+replaces them by the columns, of which it makes the weight's. Scratch is a tile of columns: 4 MiB or a 32nd of all, or a
+row where that is more; beside it the images that must be copied: NCHW ones, float32 gradients of half types, and
 gradients in fixed point.
 
 Shapes: P pixels of a tile, G column groups, K taps; a column is [K, C / G]. Depthwise, all channels are one group.
@@ -109,8 +110,9 @@ def _calls(
         weights = weight.reshape(groups, out_channels // groups, group_in, taps).transpose(2, 3).flatten(2)
     column_bytes = taps * channels * input.element_size()
     count = batch * offset.shape[2] * offset.shape[3]
-    tile = max(max(SCRATCH_BYTES, count * column_bytes // 32) // column_bytes, 1)
-    tile = min(tile, MOST_SAMPLES // (offset.shape[1] // 2))
+    width = offset.shape[3]
+    tile = min(max(SCRATCH_BYTES // column_bytes, count // 32), MOST_SAMPLES // (offset.shape[1] // 2))
+    tile = max(tile // max(width, 1), 1) * max(width, 1)
     size = max(SCRATCH_BYTES // copied_bytes, batch // 16, 1) if copied_bytes else max(batch, 1)
     for start in range(0, batch, size):
         images = slice(start, min(start + size, batch))
@@ -138,8 +140,8 @@ def _rows(images: Tensor) -> Tensor:
 def refuses(shapes: Sequence[Any], dtype: torch.dtype, channels_last: bool) -> str | None:
     """Why the kernels cannot take these sizes: they number output pixels in 32 bits, and the samples of a tile."""
     _, channels, height, width = shapes[1]
-    too_many = height * width >= 2**32 or channels // 2 > MOST_SAMPLES
-    return "its CUDA kernels take images of fewer than 2^32 output pixels, of 2^27 samples each" if too_many else None
+    too_many = height * width >= 2**32 or width * channels // 2 > MOST_SAMPLES
+    return "its CUDA kernels take images of fewer than 2^32 output pixels, rows of 2^27 samples" if too_many else None
 
 
 def deform_conv2d_forward_cuda(
@@ -158,10 +160,11 @@ def deform_conv2d_forward_cuda(
     shape = (input.shape[0], weight.shape[0], *offset.shape[2:])
     output = torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=memory_format)
     copied = 0 if in_place else input[:1].numel() * input.element_size()
+    columns: Tensor | None = None  # of the first images, which are the most
     for images, call in _calls(input, offset, weight, mask, (*stride, *padding, *dilation), copied):
         direct = output[images].is_contiguous(memory_format=torch.channels_last)
         result = output[images] if direct else torch.empty_like(output[images], memory_format=torch.channels_last)
-        rows, columns = _rows(result), call.columns()
+        rows, columns = _rows(result), call.columns() if columns is None else columns
         for pixels in call.tiles():
             call.sample(columns, pixels)
             tile = call.of_tile(columns, pixels)
@@ -174,6 +177,7 @@ def deform_conv2d_forward_cuda(
             rows += bias
         if not direct:
             output[images].copy_(result)
+        call = result = rows = None  # before those of the next images are made
     return output
 
 
@@ -199,29 +203,22 @@ def deform_conv2d_backward_cuda(
     grad_offset = torch.empty_like(offset) if want_offset else None
     grad_mask = torch.empty_like(mask) if want_mask else None
     grad_weight: Tensor | None = None
+    columns: Tensor | None = None  # of the first images, which are the most
     in_place = input.is_contiguous(memory_format=torch.channels_last)
     adds_in_place = in_place and input.dtype == torch.float32 and not fixed
     copied = 0 if adds_in_place or (in_place and not want_input) else (8 if fixed else 4) * input[:1].numel()
-    wants_corners = want_input or want_offset or want_mask
     for images, call in _calls(input, offset, weight, mask, (*stride, *padding, *dilation), copied):
-        rows, columns = _rows(grad_output[images]), call.columns()
+        rows, columns = _rows(grad_output[images]), call.columns() if columns is None else columns
         exponents = _exponents(grad_output[images], weight, call) if fixed else None
         sums = None
         if want_input:
             dtype = torch.int64 if fixed else torch.float32
             sums = grad_input[images] if adds_in_place else torch.empty_like(call.input, dtype=dtype)
             sums.zero_()
-        targets = (exponents, sums, *(None if one is None else one[images] for one in (grad_offset, grad_mask)))
-        for pixels in call.tiles():
-            grad = rows[pixels]
-            if wants_corners:
-                _grad_columns(call, grad, call.of_tile(columns, pixels))
-                tensors = (call.input, call.offset, call.mask, columns, *targets)
-                launch("deform_conv2d_corners", call.params(pixels), *tensors)
-            if want_weight:
-                call.sample(columns, pixels)
-                found = _grad_weights(call, grad, call.of_tile(columns, pixels))
-                grad_weight = found if grad_weight is None else grad_weight + found
+        shifts, factors = (None if one is None else one[images] for one in (grad_offset, grad_mask))
+        found = _gradients(call, rows, columns, exponents, sums, shifts, factors, want_weight)
+        if found is not None:
+            grad_weight = found if grad_weight is None else grad_weight + found
         if fixed:
             result = grad_input[images] if in_place else torch.empty_like(call.input)
             round_sums(sums, exponents, result)
@@ -229,10 +226,45 @@ def deform_conv2d_backward_cuda(
                 grad_input[images].copy_(result)
         elif want_input and not adds_in_place:
             grad_input[images].copy_(sums)
+        call = sums = rows = None  # before those of the next images are made
     if want_weight:
         grad_weight = torch.zeros_like(weight) if grad_weight is None else _as_weight(grad_weight, weight)
     grad_bias = grad_output.sum((0, 2, 3), dtype=torch.float32) if want_bias else None
     return grad_input, grad_offset, grad_weight, grad_bias, grad_mask
+
+
+def _gradients(
+    call: _Call,
+    rows: Tensor,
+    columns: Tensor,
+    exponents: Tensor | None,
+    sums: Tensor | None,
+    grad_offset: Tensor | None,
+    grad_mask: Tensor | None,
+    want_weight: bool,
+) -> Tensor | None:
+    """Add to `sums`, the input's gradient, and write those of offset and mask; return the weight's of these images.
+
+    `exponents` are there for sums in fixed point, `columns` is scratch, and `rows` are those of grad_output.
+    """
+    grad_weight: Tensor | None = None
+    wants_corners = exponents is not None or grad_offset is not None or grad_mask is not None
+    for pixels in call.tiles():
+        params, grad, tile = call.params(pixels), rows[pixels], call.of_tile(columns, pixels)
+        if sums is not None or wants_corners:
+            _grad_columns(call, grad, tile)
+        if sums is not None and exponents is None:
+            launch("deform_conv2d_scatter", params, call.offset, call.mask, columns, sums)
+        if wants_corners:
+            targets = (exponents, None if exponents is None else sums, grad_offset, grad_mask)
+            tensors = (call.input, call.offset, call.mask, columns, *targets, columns if want_weight else None)
+            launch("deform_conv2d_corners", params, *tensors)
+        if want_weight:
+            if not wants_corners:
+                call.sample(columns, pixels)
+            found = _grad_weights(call, grad, tile)
+            grad_weight = found if grad_weight is None else grad_weight + found
+    return grad_weight
 
 
 def _exponents(grad_output: Tensor, weight: Tensor, call: _Call) -> Tensor:

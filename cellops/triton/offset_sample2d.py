@@ -58,14 +58,18 @@ def _tile(
     WIDE: tl.constexpr,
     AXIS: tl.constexpr,
 ):
-    """Channels [C / LANES, 1, LANES]; images, pixels, rows and columns [1, P, 1]; which exist [C / LANES, P, LANES].
+    """Channels, images, pixels, rows and columns [C * P] of points in the order of their lanes; which of them exist.
+
+    In one dimension neighbouring points are those of neighbouring lanes, whatever the compiler knows of addresses: of a
+    tile of more it asks them for the order of dimensions, and those of samples tell nothing. A thread's points, 128
+    apart, are one pixel's: the compiler sees that it finds the same row and column for them, and does so once.
 
     Beyond the last channel and pixel come these two again, so that loads and stores need no mask: what is stored there
     is what is there. The minimum also keeps Triton from giving a thread adjacent numbers for the sake of wide loads.
     """
-    channel = tl.program_id(1 - AXIS) * BLOCK_C + LANES * tl.arange(0, BLOCK_C // LANES)[:, None, None]
-    channel += tl.arange(0, LANES)[None, None, :]
-    index = (tl.program_id(AXIS).to(tl.int64 if WIDE else tl.int32) * BLOCK_P + tl.arange(0, BLOCK_P))[None, :, None]
+    point = tl.arange(0, BLOCK_C * BLOCK_P)
+    channel = tl.program_id(1 - AXIS) * BLOCK_C + point // (LANES * BLOCK_P) * LANES + point % LANES
+    index = tl.program_id(AXIS).to(tl.int64 if WIDE else tl.int32) * BLOCK_P + point // LANES % BLOCK_P
     exists = (channel < channels) & (index < count)
     channel, index = tl.minimum(channel, channels - 1), tl.minimum(index, count - 1)
     image = _quotient(index, image_pixels, pixels_multiplier, pixels_shift, WIDE)

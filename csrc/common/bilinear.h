@@ -15,6 +15,7 @@ struct Sample {
   I index[4];       // y * width + x of the corner, or -1 where it lies outside: its value is an exact zero
   R bottom, right;  // fractions of the point inside its cell; 0 where the point is outside or NaN
   R nan;            // NaN where a coordinate is NaN, else 0
+  I top, left;      // of the first corner, which may lie beside the image; 0 where the point is outside or NaN
 };
 
 // Where a point lies and how its four corners weigh.
@@ -37,6 +38,8 @@ CELLOPS_HD Sample<R, I> sample_point(R y, R x, R height, R width, I width_int, I
   left += (to_real(left) > x) ? none : none + 1;
   s.bottom = y - to_real(top);
   s.right = x - to_real(left);
+  s.top = top;
+  s.left = left;
   const auto has_top = inside & (top >= 0), has_bottom = inside & (top < last_row);
   const auto has_left = left >= 0, has_right = left < last_column;
   const I first = top * width_int + left;

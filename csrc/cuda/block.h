@@ -11,6 +11,8 @@
 //   block.thread()         number of this thread in the block, below the body's kThreads
 //   block.index()          number of the block
 //   block.shared<T>()      the block's shared memory
+//   block.own(address)     shared memory that this thread alone reads and writes until a barrier; its floats by their
+//                          bytes from there are block.get(own, byte) and block.set(own, byte, value)
 //   block.sync()           the barrier of all its threads
 //   block.sum(value, n)    sum of the values of n neighbouring threads, n a power of two up to 32; for all of a warp
 //   block.add(to, value)   an addition that other threads may do to the same number at the same time
@@ -27,9 +29,12 @@
 #ifdef __CUDACC__
 #define CELLOPS_BODY __device__ __forceinline__
 #define CELLOPS_UNROLL _Pragma("unroll")
+#define CELLOPS_PRAGMA(text) _Pragma(#text)
+#define CELLOPS_UNROLL_BY(count) CELLOPS_PRAGMA(unroll count)
 #else
 #define CELLOPS_BODY inline
 #define CELLOPS_UNROLL
+#define CELLOPS_UNROLL_BY(count)
 #endif
 
 namespace cellops::CELLOPS_ISA {
@@ -125,6 +130,25 @@ void with_storage_type(const char* name, Dtype dtype, const Work& work) {
   }
 }
 
+// Division of numbers below 2^31 by one that is the same for all threads: a multiplication and a shift, where a
+// division takes some twenty instructions.
+struct Divisor {
+  uint32_t value, multiplier, shift;
+  Divisor() = default;
+  explicit Divisor(uint32_t divisor) : value(divisor), multiplier(0), shift(0) {
+    if (divisor > uint32_t(1) << 31) return;  // every quotient is 0
+    while ((uint64_t(1) << shift) < divisor) ++shift;
+    multiplier = uint32_t(((uint64_t(1) << (31 + shift)) + divisor - 1) / divisor);
+  }
+  CELLOPS_BODY uint32_t quotient(uint32_t number) const {
+#ifdef __CUDA_ARCH__
+    return __umulhi(2 * number, multiplier) >> shift;
+#else
+    return uint32_t(uint64_t(2 * number) * multiplier >> 32) >> shift;
+#endif
+  }
+};
+
 struct ToInt {
   CELLOPS_HD int32_t operator()(float value) const { return int32_t(value); }
 };
@@ -142,6 +166,20 @@ struct DeviceBlock {
   __device__ T* shared() const {
     extern __shared__ uint4 memory[];
     return reinterpret_cast<T*>(memory);
+  }
+  // Addresses of 32 bits, which the compiler would find again for every access from the thread's number.
+  __device__ uint32_t own(void* address) const {
+    uint32_t start = uint32_t(__cvta_generic_to_shared(address));
+    asm volatile("" : "+r"(start));
+    return start;
+  }
+  __device__ float get(uint32_t own, int32_t byte) const {
+    float value;
+    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(own + byte));
+    return value;
+  }
+  __device__ void set(uint32_t own, int32_t byte, float value) const {
+    asm volatile("st.shared.f32 [%0], %1;" ::"r"(own + byte), "f"(value));
   }
   __device__ float sum(float value, int threads) const {
     for (int distance = threads / 2; distance > 0; distance /= 2) {

@@ -6,12 +6,12 @@
 // at a time, of the columns and of the four corners, which lie in channels_last images.
 //
 //   forward    reads four corners, 4 E bytes a column element (nearly all from caches), writes the column
-//   backward   reads the column's gradient and, for offset, mask and weight, the corners; adds four float32 vectors to
-//              the input's gradient, 16 bytes an addition from sm_90 on: 16 bytes of additions a column element, the
-//              bound
+//   backward   reads the column's gradient and the corners, writes the gradients of offset and mask and, in the place
+//   of
+//              the column's gradient, the column, of which the weight's gradient is made. The input's gradient is added
+//              up by deform_conv2d_scatter.h; here in fixed point alone, four integers for each column element
 #pragma once
 #include <stdexcept>
-#include <type_traits>
 
 #include "../common/bilinear.h"
 #include "block.h"
@@ -22,18 +22,22 @@ namespace cellops::CELLOPS_ISA {
 struct DeformConv2dView {
   uint32_t items;  // taps of offset groups at the tile's pixels
   uint32_t taps, offset_groups, channels, height, width, out_width, out_pixels;
+  Divisor by_taps, by_offset_groups, by_column_group, by_kernel_width, by_out_width, by_out_pixels;
   uint32_t kernel_width, stride_height, stride_width, pad_height, pad_width, dilation_height, dilation_width;
   uint32_t column_group;  // channels that lie beside each other in a column
-  uint64_t first;         // output pixel, over all images
+  uint64_t first_image;   // of the tile
+  uint32_t first_pixel;   // in that image
   uint64_t pixels;        // of the tile
   int lanes;
   bool offset_channels_last, mask_channels_last, wide, packed;
+  bool large;  // an image's pixels, or those up to the tile's end, are beyond what a Divisor divides
 };
 
 // One tap of one offset group at one output pixel: where its numbers lie, and the point.
 struct DeformConv2dPoint {
-  uint64_t pixel;  // of the tile
-  uint64_t image;  // the input image's first element
+  uint32_t pixel;          // of the tile
+  uint32_t row, column;    // of the output pixel
+  uint64_t number, image;  // of the image, and its first element
   uint32_t tap, channel;
   uint64_t dy, dx, mask;
   Sample<float, int32_t> sample;
@@ -46,17 +50,27 @@ CELLOPS_BODY uint64_t element_of(uint64_t image, uint32_t channels, uint32_t cha
   return image * channels * pixels + within;
 }
 
+// Where a tap looks without an offset.
+CELLOPS_BODY int64_t undisturbed_row(const DeformConv2dView& view, uint32_t row, uint32_t tap) {
+  return int64_t(row) * view.stride_height - view.pad_height +
+         view.by_kernel_width.quotient(tap) * view.dilation_height;
+}
+CELLOPS_BODY int64_t undisturbed_column(const DeformConv2dView& view, uint32_t column, uint32_t tap) {
+  const uint32_t within = tap - view.by_kernel_width.quotient(tap) * view.kernel_width;
+  return int64_t(column) * view.stride_width - view.pad_width + within * view.dilation_width;
+}
+
+// The point of a tap of an offset group at a pixel of an image.
 template <class T>
-CELLOPS_BODY DeformConv2dPoint point_of(const DeformConv2dView& view, uint32_t item, const void* offset,
+CELLOPS_BODY DeformConv2dPoint point_at(const DeformConv2dView& view, uint64_t image, uint32_t row, uint32_t column,
+                                        uint32_t tap, uint32_t group, uint32_t group_channels, const void* offset,
                                         const T* mask) {
   DeformConv2dPoint p;
-  const uint32_t group = item % view.offset_groups;
-  p.tap = item / view.offset_groups % view.taps;
-  p.pixel = item / view.offset_groups / view.taps;
-  p.channel = group * (view.channels / view.offset_groups);
-  const uint64_t image = (view.first + p.pixel) / view.out_pixels;
-  const uint32_t pixel = uint32_t((view.first + p.pixel) % view.out_pixels);
+  p.number = image, p.tap = tap, p.row = row, p.column = column;
+  p.channel = group * group_channels;
   p.image = image * view.channels * view.height * view.width;
+  const uint32_t pixel = row * view.out_width + column;
+  p.pixel = uint32_t((image - view.first_image) * view.out_pixels + pixel - view.first_pixel);
 
   const uint32_t points = view.offset_groups * view.taps, point = group * view.taps + p.tap;
   p.dy = element_of(image, 2 * points, 2 * point, pixel, view.out_pixels, view.offset_channels_last);
@@ -65,21 +79,32 @@ CELLOPS_BODY DeformConv2dPoint point_of(const DeformConv2dView& view, uint32_t i
   const auto shift = [&](uint64_t element) {
     return view.wide ? static_cast<const float*>(offset)[element] : to_compute(static_cast<const T*>(offset)[element]);
   };
-  const int64_t row = int64_t(pixel / view.out_width) * view.stride_height - view.pad_height +
-                      p.tap / view.kernel_width * view.dilation_height;
-  const int64_t column = int64_t(pixel % view.out_width) * view.stride_width - view.pad_width +
-                         p.tap % view.kernel_width * view.dilation_width;
-  p.sample = sample_point<float, int32_t>(float(row) + shift(p.dy), float(column) + shift(p.dx), float(view.height),
-                                          float(view.width), int32_t(view.width), int32_t(view.height - 1),
-                                          int32_t(view.width - 1), 0.f, not_a_number(), -1, ToInt(), ToReal());
+  p.sample = sample_point<float, int32_t>(
+      float(undisturbed_row(view, row, tap)) + shift(p.dy), float(undisturbed_column(view, column, tap)) + shift(p.dx),
+      float(view.height), float(view.width), int32_t(view.width), int32_t(view.height - 1), int32_t(view.width - 1),
+      0.f, not_a_number(), -1, ToInt(), ToReal());
   p.factor = mask ? to_compute(mask[p.mask]) : 1.f;
   return p;
 }
 
+// Items are numbered by pixel, tap and offset group.
+template <class T>
+CELLOPS_BODY DeformConv2dPoint point_of(const DeformConv2dView& view, uint32_t item, const void* offset,
+                                        const T* mask) {
+  const uint32_t sample = view.by_offset_groups.quotient(item), group = item - sample * view.offset_groups;
+  const uint32_t number = view.by_taps.quotient(sample), tap = sample - number * view.taps;
+  const uint64_t place = uint64_t(view.first_pixel) + number;
+  const uint32_t images = uint32_t(view.large ? place / view.out_pixels : view.by_out_pixels.quotient(uint32_t(place)));
+  const uint32_t pixel = uint32_t(place - uint64_t(images) * view.out_pixels);
+  const uint32_t row = view.large ? pixel / view.out_width : view.by_out_width.quotient(pixel);
+  return point_at(view, view.first_image + images, row, pixel - row * view.out_width, tap, group,
+                  view.channels / view.offset_groups, offset, mask);
+}
+
 // The element of a tile's columns, [groups][pixels][taps][channels of a group], for a channel of the input.
-CELLOPS_BODY uint64_t column_element(const DeformConv2dView& view, const DeformConv2dPoint& p, uint32_t channel) {
-  const uint32_t group = channel / view.column_group;
-  return ((group * view.pixels + p.pixel) * view.taps + p.tap) * view.column_group + channel % view.column_group;
+CELLOPS_BODY uint64_t column_element(const DeformConv2dView& view, uint32_t pixel, uint32_t tap, uint32_t channel) {
+  const uint32_t group = view.by_column_group.quotient(channel);
+  return ((group * view.pixels + pixel) * view.taps + tap) * view.column_group + (channel - group * view.column_group);
 }
 
 template <int Count, class T>
@@ -88,6 +113,15 @@ CELLOPS_BODY void load_channels(const T* from, float* to) {
     *to = to_compute(*from);
   } else {
     load_packs<Count>(from, to);
+  }
+}
+
+template <int Count, class T>
+CELLOPS_BODY void store_channels(T* to, const float* from) {
+  if constexpr (Count == 1) {
+    store_one(to, *from);
+  } else {
+    store_packs<Count>(to, from);
   }
 }
 
@@ -139,20 +173,14 @@ struct DeformConv2dColumnsBody {
         CELLOPS_UNROLL
         for (int i = 0; i < count; ++i) sum[i] += weight * value[i];
       }
-      T* to = columns + column_element(view, p, p.channel + c);
-      if constexpr (count == 1) {
-        store_one(to, sum[0]);
-      } else {
-        store_packs<count>(to, sum);
-      }
+      store_channels<count>(columns + column_element(view, p.pixel, p.tap, p.channel + c), sum);
     });
   }
 };
 
-// Sum is the type that the gradient of the input is added up in: float, or int64_t for fixed point.
-template <class T, class Sum>
+// The gradients of offset and mask and, with kFixed, of the input in fixed point; writes columns over their gradients.
+template <class T, bool kFixed>
 struct DeformConv2dCornersBody {
-  static constexpr bool kFixed = !std::is_same_v<Sum, float>;
   static constexpr int kThreads = 128, kBlocks = kFixed ? 5 : 0;
   static constexpr bool kBarriers = true;  // threads add up among neighbours
   DeformConv2dView view;
@@ -160,10 +188,11 @@ struct DeformConv2dCornersBody {
   const void* offset;
   const T* mask;
   const T* grad_columns;
-  const int32_t* exponents;  // of fixed point
-  Sum* grad_input;           // added to; or null
-  void* grad_offset;         // or null
-  T* grad_mask;              // or null
+  const int32_t* exponents;
+  int64_t* grad_input;  // added to
+  void* grad_offset;    // or null
+  T* grad_mask;         // or null
+  T* columns;           // or null
 
   template <class Block>
   CELLOPS_BODY void operator()(const Block& block) const {
@@ -171,44 +200,37 @@ struct DeformConv2dCornersBody {
     const bool exists = number < view.items;
     const int lane = block.thread() % view.lanes;
     const DeformConv2dPoint p = point_of(view, exists ? uint32_t(number) : 0, offset, mask);
-    const bool wants_dots = grad_offset || grad_mask;
     float dots[4] = {};
     if (exists) {
       DeformConv2dChannels<T>::each(view, lane, [&](auto constant, uint32_t c) {
         constexpr int count = decltype(constant)::count;
-        float grad[count];
-        load_channels<count>(grad_columns + column_element(view, p, p.channel + c), grad);
+        const uint64_t place = column_element(view, p.pixel, p.tap, p.channel + c);
+        float grad[count], sum[count] = {};
+        load_channels<count>(grad_columns + place, grad);
         CELLOPS_UNROLL
         for (int k = 0; k < 4; ++k) {
-          if (p.sample.index[k] < 0) continue;
+          const float weight = p.sample.weight[k] * p.factor;
           const uint64_t element = p.image + uint64_t(p.sample.index[k]) * view.channels + p.channel + c;
-          if (wants_dots) {
-            float value[count];
-            load_channels<count>(input + element, value);
-            CELLOPS_UNROLL
-            for (int i = 0; i < count; ++i) dots[k] += grad[i] * value[i];
+          float value[count] = {};
+          if (p.sample.index[k] >= 0) load_channels<count>(input + element, value);
+          CELLOPS_UNROLL
+          for (int i = 0; i < count; ++i) {
+            if (p.sample.index[k] >= 0) dots[k] += grad[i] * value[i];
+            sum[i] += weight * value[i];
           }
-          if (grad_input) {
-            const float weight = p.sample.weight[k] * p.factor;
-            float share[count];
+          if constexpr (kFixed) {
+            const uint64_t plane = p.number * view.channels + p.channel + c;
+            if (p.sample.index[k] < 0) continue;
             CELLOPS_UNROLL
-            for (int i = 0; i < count; ++i) share[i] = grad[i] * weight;
-            if constexpr (kFixed) {
-              const uint64_t plane = (view.first + p.pixel) / view.out_pixels * view.channels + p.channel + c;
-              CELLOPS_UNROLL
-              for (int i = 0; i < count; ++i) {
-                add_fixed(block, grad_input + element + i, share[i], exponents[plane + i]);
-              }
-            } else if constexpr (count == 1) {
-              block.add(grad_input + element, share[0]);
-            } else {
-              add_packs<count>(block, grad_input + element, share);
+            for (int i = 0; i < count; ++i) {
+              add_fixed(block, grad_input + element + i, grad[i] * weight, exponents[plane + i]);
             }
           }
         }
+        if (columns) store_channels<count>(columns + place, sum);
       });
     }
-    if (!wants_dots) return;
+    if (!grad_offset && !grad_mask) return;
     CELLOPS_UNROLL
     for (int k = 0; k < 4; ++k) dots[k] = block.sum(dots[k], view.lanes);
     if (!exists || lane != 0) return;
@@ -247,7 +269,12 @@ DeformConv2dView deform_conv2d_view(const DeformConv2dTileParams& p, bool addres
   view.pad_height = uint32_t(p.pad_height), view.pad_width = uint32_t(p.pad_width);
   view.dilation_height = uint32_t(p.dilation_height), view.dilation_width = uint32_t(p.dilation_width);
   view.column_group = uint32_t(p.in_channels / p.column_groups);
-  view.first = uint64_t(p.first), view.pixels = uint64_t(p.count);
+  view.by_taps = Divisor(view.taps), view.by_offset_groups = Divisor(view.offset_groups);
+  view.by_column_group = Divisor(view.column_group), view.by_kernel_width = Divisor(view.kernel_width);
+  view.by_out_width = Divisor(view.out_width), view.by_out_pixels = Divisor(view.out_pixels);
+  view.first_image = uint64_t(p.first) / view.out_pixels, view.first_pixel = uint32_t(p.first % view.out_pixels);
+  view.pixels = uint64_t(p.count);
+  view.large = uint64_t(view.first_pixel) + view.pixels > uint64_t(1) << 31 || view.out_pixels > 1u << 31;
   view.offset_channels_last = p.offset_channels_last, view.mask_channels_last = p.mask_channels_last;
   view.wide = p.offset_dtype == Dtype::float32 && p.dtype != Dtype::float32;
   const int64_t channels = p.in_channels / p.offset_groups;
@@ -278,11 +305,11 @@ void deform_conv2d_corners(const DeformConv2dTileParams& p, const DeformConv2dCo
       body.input = static_cast<const T*>(io.input), body.offset = io.offset;
       body.mask = static_cast<const T*>(io.mask), body.grad_columns = static_cast<const T*>(io.grad_columns);
       body.exponents = static_cast<const int32_t*>(io.exponents);
-      body.grad_input = static_cast<decltype(body.grad_input)>(io.grad_input);
+      body.grad_input = static_cast<int64_t*>(io.grad_input), body.columns = static_cast<T*>(io.columns);
       body.grad_offset = io.grad_offset, body.grad_mask = static_cast<T*>(io.grad_mask);
       launcher.run(blocks_of(int64_t(body.view.items) * body.view.lanes, 128), 0, body);
     };
-    io.exponents ? launch(DeformConv2dCornersBody<T, int64_t>{}) : launch(DeformConv2dCornersBody<T, float>{});
+    io.grad_input ? launch(DeformConv2dCornersBody<T, true>{}) : launch(DeformConv2dCornersBody<T, false>{});
   });
 }
 
