@@ -20,7 +20,7 @@ from cellops import _native
 
 OPS: dict[str, tuple[str, ...]] = {
     "deform_conv2d": ("cpu", "triton", "cuda"),
-    "offset_sample2d": ("cpu", "triton", "cuda"),
+    "offset_sample2d": ("cpu", "cuda", "triton"),
     "frelu": ("cpu", "triton", "cuda"),
     "frelu_batch_norm": ("cpu", "triton", "cuda"),
     "depthwise_conv2d": ("cpu", "triton"),
@@ -33,8 +33,12 @@ OPS: dict[str, tuple[str, ...]] = {
 }
 """The kernels each op has, the preferred of a device first. Every op has the reference beside them.
 
-"cuda" samples in CUDA C++ and leaves the products of `deform_conv2d` to torch (docs/cuda.md).
+"cuda" samples in CUDA C++ and leaves the products of `deform_conv2d` to torch (docs/cuda.md). Before or behind "triton"
+it stands as an H200 measured them (docs/gpu.md); where that depends on the call, `deform_conv2d` says so itself.
 """
+
+CUDA_ELSEWHERE = {"deform_conv2d": ", but for backward and for more than 256 output channels of a group"}
+"""Calls of which the CUDA kernels take less time than the preferred ones."""
 
 BACKENDS = ("cpu", "cuda", "triton", "reference")
 _GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -56,6 +60,7 @@ def choose(
     backend: str | None = None,
     refused: str | None = None,
     refused_by_cuda: str | None = None,
+    first: str | None = None,
 ) -> Choice:
     """Choose the backend of one call. The answer is cached: a repeated call costs about 0.1 µs.
 
@@ -67,6 +72,7 @@ def choose(
         refused: a reason why no kernel can take these very tensors (a size limit, say), or None. A constant string, or
             the cache grows.
         refused_by_cuda: the same of the CUDA kernels alone, as `refused_by_cuda` finds it.
+        first: the backend to prefer for this very call, before the order in `OPS`.
 
     Returns:
         The backend and why not the others.
@@ -79,7 +85,7 @@ def choose(
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))} or None, got {backend!r}")
     if backend is None:
-        choice = preferred(op, device_type, dtype, refused, refused_by_cuda)
+        choice = preferred(op, device_type, dtype, refused, refused_by_cuda, first)
         if choice.name == "reference" and device_type == "cpu" and "cpu" in OPS[op] and _native.error is not None:
             _warn_library_missing()
         return choice
@@ -91,15 +97,21 @@ def choose(
 
 
 def preferred(
-    op: str, device_type: str, dtype: torch.dtype, refused: str | None = None, refused_by_cuda: str | None = None
+    op: str,
+    device_type: str,
+    dtype: torch.dtype,
+    refused: str | None = None,
+    refused_by_cuda: str | None = None,
+    first: str | None = None,
 ) -> Choice:
     """What `backend=None` takes, without a warning. Arguments as for `choose`."""
     reasons = {name: why_not(name, op, device_type, dtype, refused, refused_by_cuda) for name in BACKENDS}
-    kernels = [name for name in OPS[op] if reasons[name] is None and not (name == "triton" and device_type == "cpu")]
+    order = sorted(OPS[op], key=lambda name: name != first)
+    kernels = [name for name in order if reasons[name] is None and not (name == "triton" and device_type == "cpu")]
     taken = (*kernels, "reference")[0]
     texts = {name: str(reason or f"{taken} is preferred here") for name, reason in reasons.items() if name != taken}
     if taken == "triton" and reasons["cuda"] is None:
-        texts["cuda"] += "; which of the two is faster is not measured yet"
+        texts["cuda"] += CUDA_ELSEWHERE.get(op, "")
     return Choice(taken, texts)
 
 

@@ -170,6 +170,7 @@ struct OffsetSample2dGradients {
   const void* exponents;  // as in FixedPoint; or null
   void* grad_input;       // float32, or with exponents int64, added to; or null
   void* grad_offset;      // or null
+  void* grad_whole;       // written instead of grad_input, as input: where a block holds a map; or null
 };
 
 // Sums in fixed point on a GPU, which do not depend on the order of additions: output = sum * 2^-exponent.

@@ -11,7 +11,7 @@
 #include "../csrc/cuda/deform_conv2d_scatter.h"
 #include "../csrc/cuda/fixed_point.h"
 #include "../csrc/cuda/frelu.h"
-#include "../csrc/cuda/offset_sample2d.h"
+#include "../csrc/cuda/offset_sample2d_region.h"
 
 namespace cellops {
 namespace {

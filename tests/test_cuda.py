@@ -242,19 +242,24 @@ def test_offset_in_its_own_layout_and_type(host: HostLibrary, name: str, layout:
 @pytest.mark.parametrize("layout", ["planar", "interleaved"])
 @pytest.mark.parametrize("memory_format", FORMATS.values(), ids=FORMATS)
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("size", [(8, 4, 6), (24, 7, 16), (72, 12, 21), (16, 19, 30)], ids=str)
 def test_offset_sample2d_moves_16_bytes_at_a_time(
-    host: HostLibrary, dtype: torch.dtype, memory_format: torch.memory_format, layout: str
+    host: HostLibrary, size: tuple[int, ...], dtype: torch.dtype, memory_format: torch.memory_format, layout: str
 ) -> None:
-    """Sizes that packs divide, with points at bounds, beyond them, at whole numbers, infinite and NaN."""
-    input = torch.randn(2, 8, 4, 6).to(dtype).contiguous(memory_format=memory_format)
-    drawn = (torch.randn(2, 16, 4, 6) * 2).round() / 2
+    """Sizes that packs divide, with points at bounds, beyond them, at whole numbers, infinite and NaN; regions too."""
+    channels, *sides = size
+    input = torch.randn(2, *size).to(dtype).contiguous(memory_format=memory_format)
+    drawn = (torch.randn(2, 2 * channels, *sides) * 2).round() / 2
+    drawn.view(-1)[torch.randperm(drawn.numel())[: drawn.numel() // 8]] *= 6  # beyond their region
     for value in (torch.nan, torch.inf, -torch.inf, 1e30):
         drawn.view(-1)[torch.randperm(drawn.numel())[:20]] = value
-    offset = drawn.to(dtype).contiguous(memory_format=memory_format)
-    grad_output = torch.randn(2, 8, 4, 6).to(dtype).contiguous(memory_format=memory_format)
+    offset = drawn.to(torch.float32 if channels == 72 else dtype).contiguous(memory_format=memory_format)
+    grad_output = torch.randn(2, *size).to(dtype).contiguous(memory_format=memory_format)
     launchers = (_backend.gpu_launcher("cuda", "offset_sample2d", name) for name in ("forward", "backward"))
     forward, backward = launchers
     found = (forward(input, offset, layout), *backward(grad_output, input, offset, layout, (True, True)))
+    written = channels >= 16 and max(sides) <= 16 and (layout, memory_format) == ("planar", torch.channels_last)
+    assert found[1].dtype == (dtype if written else torch.float32)
     wide = [tensor.double().contiguous() for tensor in (grad_output, input, offset)]
     wanted = (
         cellops.reference.offset_sample2d.offset_sample2d(*wide[1:], layout),

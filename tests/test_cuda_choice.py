@@ -39,8 +39,9 @@ def test_it_stands_in_where_triton_is_missing(op: str, monkeypatch: pytest.Monke
     monkeypatch.setattr(_native, "library", WithCuda)
     monkeypatch.setattr(_backend, "_why_no_triton", lambda: None)
     choice = _backend.preferred(op, "cuda", torch.float16)
-    assert choice.name == "triton"
-    assert choice.reasons["cuda"] == "triton is preferred here; which of the two is faster is not measured yet"
+    first, second = [name for name in _backend.OPS[op] if name != "cpu"]
+    assert choice.name == first
+    assert choice.reasons[second].startswith(f"{first} is preferred here")
     monkeypatch.setattr(_backend, "_why_no_triton", lambda: "triton is not installed")
     assert _backend.preferred(op, "cuda", torch.float16).name == "cuda"
     assert _backend.preferred(op, "cuda", torch.float64).name == "reference"
@@ -78,6 +79,24 @@ def triton_is_missing(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     _backend.choose.cache_clear()
 
 
+def test_deform_conv2d_takes_cuda_where_it_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Backward, and forward of many output channels in one group."""
+    monkeypatch.setattr(_native, "library", WithCuda)
+    monkeypatch.setattr(_backend, "_why_no_triton", lambda: None)
+    _backend.choose.cache_clear()
+    plan = importlib.import_module("cellops.ops._deform_conv2d_launch")._plan.__wrapped__
+    for backend in (None, "triton", "cuda"):
+        for channels, group_in in ((256, 64), (264, 64), (512, 32)):
+            shapes = ((2, 64, 8, 8), (2, 18, 8, 8), (channels, group_in, 3, 3), None, None)
+            dtypes = (HALF, HALF, HALF, None, None)
+            found = plan("cuda", (True,) * 4, (1, 1, 1, 1, 1, 1, backend), *shapes, *dtypes)
+            assert found.backend == (backend or ("cuda" if channels == 264 else "triton"))
+            assert found.backend_of_backward == (backend or "cuda")
+    reasons = _backend.preferred("deform_conv2d", "cuda", HALF).reasons
+    assert "but for backward and for more than 256 output channels of a group" in reasons["cuda"]
+    _backend.choose.cache_clear()
+
+
 def planned(op: str, backend: str | None, dtype: torch.dtype, *shapes: tuple[int, ...]) -> str:
     """The backend that a call of tensors of these shapes on a GPU takes."""
     if op == "deform_conv2d":
@@ -109,7 +128,7 @@ def planned(op: str, backend: str | None, dtype: torch.dtype, *shapes: tuple[int
             HALF,
             ((1, 1, 46340, 46340), (1, 2, 46340, 46340), (1, 1, 1, 1)),
             ((1, 1, 2**13, 2**14), (1, 2**28, 1, 1), (1, 1, 2**13, 2**14)),
-            "2.27 samples each",
+            "rows of 2.27 samples",
         ),
     ],
 )

@@ -23,6 +23,18 @@ def refuses(shapes: Sequence[Any], dtype: torch.dtype, channels_last: bool) -> s
     return "its CUDA kernels take images of fewer than 2^32 elements" if too_large else None
 
 
+MOST_WHOLE = 16
+"""Rows and columns of a map that a block holds: its gradient is written, not added up in memory."""
+
+
+def _held(input: Tensor, offset: Tensor, grad_output: Tensor, layout: str) -> bool:
+    """Whether a block holds a map, with channels that 16 bytes divide and their pairs beside each other."""
+    channels, height, width = input.shape[1:]
+    fits = channels >= 16 and channels % (16 // input.element_size()) == 0 and max(height, width) <= MOST_WHOLE
+    beside = layout == "planar" and not input.is_contiguous() and not offset.is_contiguous()
+    return fits and beside and all(tensor.data_ptr() % 16 == 0 for tensor in (input, offset, grad_output))
+
+
 def _params(input: Tensor, offset: Tensor, layout: str) -> Any:
     batch, channels, height, width = input.shape
     return _native.library().OffsetSample2dParams(
@@ -51,18 +63,22 @@ def offset_sample2d_backward_cuda(
     """Gradients to input and offset.
 
     The input's is added up by atomics, in float32, and comes back so. Under `torch.use_deterministic_algorithms(True)`
-    it is added up in fixed point.
+    it is added up in fixed point. That of small maps in channels_last takes neither and is always the same.
     """
     want_input, want_offset = wanted[:2]
+    grad_offset = torch.empty_like(offset) if want_offset else None
+    if want_input and _held(input, offset, grad_output, layout):
+        whole, tensors = torch.empty_like(input), (grad_output, input, offset, None, None, grad_offset)
+        launch("offset_sample2d_backward", _params(input, offset, layout), *tensors, whole)
+        return whole, grad_offset
     fixed = want_input and torch.are_deterministic_algorithms_enabled()
     exponents = None
     if fixed:  # a point adds to an element once, and no more than its gradient
         exponents = exponents_for(input.shape[2] * input.shape[3], largest_finite(grad_output, (2, 3)))
     sums = torch.zeros_like(input, dtype=torch.int64 if fixed else torch.float32) if want_input else None
-    grad_offset = torch.empty_like(offset) if want_offset else None
     if want_input or want_offset:
         params = _params(input, offset, layout)
-        launch("offset_sample2d_backward", params, grad_output, input, offset, exponents, sums, grad_offset)
+        launch("offset_sample2d_backward", params, grad_output, input, offset, exponents, sums, grad_offset, None)
     if exponents is None:
         return sums, grad_offset
     grad_input = torch.empty_like(input)

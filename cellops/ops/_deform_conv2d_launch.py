@@ -123,6 +123,7 @@ class _Plan(NamedTuple):
     """All that a launch needs to know of a configuration, found once for all its calls."""
 
     backend: str
+    backend_of_backward: str
     params: Any  # _C.DeformConv2dParams, None where another backend runs
     output_shape: tuple[int, int, int, int]
     output_strides: tuple[int, ...]
@@ -160,11 +161,17 @@ def _plan(
     sizes = check_shapes(input, offset, weight, bias, mask, config)
     refused = _refuses(device_type, input, weight, sizes.output, config)
     by_cuda = _backend.refused_by_cuda("deform_conv2d", device_type, (input, offset), input_dtype, layouts[0])
-    backend = _backend.choose("deform_conv2d", device_type, input_dtype, config[6], refused, by_cuda).name
+    # On a GPU, CUDA's kernels win where Triton's would sample again for more output channels, and in backward, whose
+    # additions they make in shared memory.
+    many = "cuda" if weight[0] // sizes.groups > 256 else None
+    backend, of_backward = (
+        _backend.choose("deform_conv2d", device_type, input_dtype, config[6], refused, by_cuda, first).name
+        for first in (many, "cuda")
+    )
     memory_format = torch.channels_last if layouts[0] else torch.contiguous_format
     strides = torch.empty(sizes.output, device="meta", memory_format=memory_format).stride()
     if backend != "cpu":
-        return _Plan(backend, None, sizes.output, strides, memory_format, config)
+        return _Plan(backend, of_backward, None, sizes.output, strides, memory_format, config)
     params = _native.library().DeformConv2dParams(
         batch=input[0],
         in_channels=input[1],
@@ -191,7 +198,7 @@ def _plan(
         mask_channels_last=layouts[3],
         output_channels_last=layouts[0],
     )
-    return _Plan(backend, params, sizes.output, strides, memory_format, config)
+    return _Plan(backend, of_backward, params, sizes.output, strides, memory_format, config)
 
 
 def _refuses(device_type: str, input: Shape, weight: Shape, output: Shape, config: Config) -> str | None:
@@ -410,7 +417,7 @@ def _backward_without_library(
     formats = _formats(input, offset, weight, mask)
     kernel = reference.deform_conv2d_backward
     if plan.backend != "reference":
-        kernel = _backend.gpu_launcher(plan.backend, "deform_conv2d", "backward")
+        kernel = _backend.gpu_launcher(plan.backend_of_backward, "deform_conv2d", "backward")
         grad_output = grad_output.contiguous(memory_format=plan.memory_format)
         input, offset, weight, mask, _ = _dense(input, offset, weight, mask)
     with autocast_disabled(), device_of(input):

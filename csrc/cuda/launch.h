@@ -37,6 +37,9 @@ class Launcher {
   template <class Body>
   void run(int64_t blocks, int64_t shared_bytes, const Body& body) const {
     if (blocks == 0) return;
+    if (shared_bytes > 48 << 10) {  // as much as a kernel has without asking
+      check(name_, cudaFuncSetAttribute(kernel<Body>, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)));
+    }
     kernel<<<uint32_t(blocks), Body::kThreads, size_t(shared_bytes), stream_>>>(body);
     check(name_, cudaGetLastError());
   }

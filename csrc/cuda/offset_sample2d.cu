@@ -1,4 +1,4 @@
-#include "offset_sample2d.h"
+#include "offset_sample2d_region.h"
 
 #include "launch.h"
 

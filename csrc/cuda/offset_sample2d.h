@@ -1,5 +1,7 @@
 // Every plane sampled at its own offsets, clamped to the image: the bodies and how they are launched.
 //
+// These read and add in memory; offset_sample2d_region.h has what goes by way of shared memory, and the launches.
+//
 // A thread takes 16 bytes of the output: pixels of a plane in NCHW, channels of a pixel in channels_last, with their
 // offsets beside each other in both. Where sizes or the offset's memory format forbid that, it takes as many elements
 // that lie kThreads apart, so that neighbouring threads still read neighbours.
@@ -334,55 +336,6 @@ void for_image_ranges(const OffsetSample2dParams& p, bool addresses_aligned, con
 template <class T>
 const void* advanced(const void* address, bool wide, int64_t elements) {
   return static_cast<const char*>(address) + elements * int64_t(wide ? sizeof(float) : sizeof(T));
-}
-
-template <class Launcher>
-void offset_sample2d_forward(const OffsetSample2dParams& p, const OffsetSample2dForward& io, const Launcher& launcher) {
-  with_storage_type("offset_sample2d", p.dtype, [&](auto type) {
-    using T = decltype(type);
-    const bool fits = aligned(io.input, io.offset, io.output);
-    for_image_ranges<T>(p, fits, [&](const OffsetSample2dView& view, int64_t image) {
-      const int64_t first = image * view.image_elements;
-      const int64_t blocks = blocks_of(view.elements, 128 * kPack<T>);
-      const T* input = static_cast<const T*>(io.input) + first;
-      const void* offset = advanced<T>(io.offset, view.wide, 2 * first);
-      T* output = static_cast<T*>(io.output) + first;
-      if (p.channels_last) {
-        launcher.run(blocks, 0, OffsetSample2dForwardBody<T, true>{view, input, offset, output});
-      } else {
-        launcher.run(blocks, 0, OffsetSample2dForwardBody<T, false>{view, input, offset, output});
-      }
-    });
-  });
-}
-
-template <class Launcher>
-void offset_sample2d_backward(const OffsetSample2dParams& p, const OffsetSample2dGradients& io,
-                              const Launcher& launcher) {
-  with_storage_type("offset_sample2d_backward", p.dtype, [&](auto type) {
-    using T = decltype(type);
-    const bool fits = aligned(io.grad_output, io.offset, io.grad_offset);
-    for_image_ranges<T>(p, fits, [&](const OffsetSample2dView& view, int64_t image) {
-      const int64_t first = image * view.image_elements;
-      const auto launch = [&](auto body) {
-        body.view = view;
-        body.grad_output = static_cast<const T*>(io.grad_output) + first;
-        body.input = static_cast<const T*>(io.input) + first;
-        body.offset = advanced<T>(io.offset, view.wide, 2 * first);
-        if (io.exponents) body.exponents = static_cast<const int32_t*>(io.exponents) + image * p.channels;
-        if (io.grad_input) body.grad_input = static_cast<decltype(body.grad_input)>(io.grad_input) + first;
-        if (io.grad_offset) body.grad_offset = const_cast<void*>(advanced<T>(io.grad_offset, view.wide, 2 * first));
-        launcher.run(blocks_of(view.elements, 128 * kPack<T>), 0, body);
-      };
-      if (p.channels_last) {
-        io.exponents ? launch(OffsetSample2dBackwardBody<T, int64_t, true>{})
-                     : launch(OffsetSample2dBackwardBody<T, float, true>{});
-      } else {
-        io.exponents ? launch(OffsetSample2dBackwardBody<T, int64_t, false>{})
-                     : launch(OffsetSample2dBackwardBody<T, float, false>{});
-      }
-    });
-  });
 }
 
 }  // namespace cellops::CELLOPS_ISA
