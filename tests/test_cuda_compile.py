@@ -16,19 +16,25 @@ def check(rows: list[Row]) -> None:
         assert row.spill_bytes == 0, row
         assert row.static_shared_bytes == 0, row
         assert row.registers <= 128, row  # four blocks of 128 threads on a multiprocessor of 65536
-        assert row.load_bytes == 16, row
-        # FReLU's threads walk down columns: a warp's results lie side by side, not a thread's.
-        if row.kernel.startswith("OffsetSample2d") or row.kernel in ("DeformConv2dColumnsBody", "FixedPointBody"):
+        # What owns a channel moves a number at a time, and so does a warp that walks down FReLU's columns: a warp's
+        # numbers lie side by side, not a thread's.
+        owns = row.kernel in ("DeformConv2dScatterBody", *(f"OffsetSample2dRegion{name}Body" for name in DIRECTIONS))
+        assert row.load_bytes == (4 if row.kernel == "DeformConv2dScatterBody" else 16), row
+        sampled = ("DeformConv2dColumnsBody", "DeformConv2dCornersBody", "FixedPointBody")
+        if not owns and (row.kernel.startswith("OffsetSample2d") or row.kernel in sampled):
             assert row.store_bytes == 16, row
         if "fixed point" in row.arguments:
             assert row.addition_bytes == 8, row
-        elif row.kernel == "DeformConv2dCornersBody":
-            assert row.addition_bytes == (16 if int(row.architecture) >= 90 else 4), row
-        elif row.kernel == "OffsetSample2dBackwardBody":
+        elif ("Backward" in row.kernel and row.kernel.startswith("Offset")) or row.kernel == "DeformConv2dScatterBody":
             assert row.addition_bytes == 4, row
+        else:
+            assert row.addition_bytes == 0 or row.kernel.startswith("Frelu"), row
 
 
-def test_deformable_convolution_adds_16_bytes_at_a_time_from_sm_90_on() -> None:
+DIRECTIONS = ("Forward", "Backward")
+
+
+def test_deformable_convolution_is_compiled_as_it_is_meant() -> None:
     rows = compile_file("deform_conv2d", "90")
     check(rows)
     dtypes = {"float32", "bfloat16", "float16"}

@@ -346,21 +346,14 @@ def test_blocks_of_deform_conv2d() -> None:
 
 @interpreted
 def test_images_in_chunks_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    from cellops.triton import _channel_attention, deform_conv2d, offset_sample2d
+    from cellops.triton import deform_conv2d, offset_sample2d
 
-    chosen = {
-        "deform_conv2d": "plain",
-        "offset_sample2d": "offset_basic",
-        "eca": "eca_basic",
-        "spatial_attention": "spatial_pool3",
-    }
-    for op, name in chosen.items():
+    for op, name in {"deform_conv2d": "plain", "offset_sample2d": "offset_basic"}.items():
         case = case_of(op, name)
         call = functools.partial(forward_and_gradients, functools.partial(case.function, backend="triton"))
         whole = call(case.make())
         with monkeypatch.context() as patch:
             patch.setattr(deform_conv2d, "SCRATCH_BYTES", 1)
-            patch.setattr(_channel_attention, "CHUNK_BYTES", 1)
             for module in (deform_conv2d, offset_sample2d):
                 patch.setattr(module, "image_slices", lambda batch, *_: [slice(i, i + 1) for i in range(batch)])
             for key, tensor in call(case.make()).items():

@@ -28,9 +28,6 @@ CACHED = 50 << 20  # bytes of an H200's second-level cache
 NOT_READ = {"deform_conv2d_backward_input_kernel": ("input",)}
 """Tensors that a kernel is given for its launch to be like the others'."""
 
-FROM_CACHE = {"scale_channels_kernel": "input", "spatial_attention_forward_kernel": "input"}
-"""What a kernel reads just after another has, where the images are taken in chunks that stay in the cache."""
-
 SAMPLED = {
     "deform_conv2d_forward_kernel": 4,
     "deform_conv2d_depthwise_forward_kernel": 4,
@@ -140,16 +137,9 @@ def of_triton(case: Case, arguments: dict[str, Any], direction: str, factor: int
 
 
 def _launch_bytes(launch: Any) -> int:
-    from cellops.triton._channel_attention import CHUNK_BYTES
-
     named = zip(launch.kernel.arg_names, launch.arguments, strict=False)
     skipped = NOT_READ.get(launch.kernel.__name__, ())
-    cached = FROM_CACHE.get(launch.kernel.__name__)
-    return sum(
-        value.nbytes
-        for name, value in named
-        if isinstance(value, Tensor) and name not in skipped and not (name == cached and value.nbytes <= CHUNK_BYTES)
-    )
+    return sum(value.nbytes for name, value in named if isinstance(value, Tensor) and name not in skipped)
 
 
 def _sampled_bytes(case: Case, arguments: dict[str, Any], kernel: str) -> int:

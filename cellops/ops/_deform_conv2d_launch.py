@@ -131,6 +131,15 @@ class _Plan(NamedTuple):
     config: Config
 
 
+def first_of_gpu(group_out: int) -> tuple[str, str]:
+    """The backend that a GPU takes first in forward and in backward, for so many output channels of a group.
+
+    CUDA's kernels win where Triton's would sample the input again for more output channels, and in backward, whose
+    additions they make in shared memory.
+    """
+    return "cuda" if group_out > 256 else "triton", "cuda"
+
+
 @lru_cache(maxsize=4096)
 def _plan(
     device_type: str,
@@ -161,12 +170,9 @@ def _plan(
     sizes = check_shapes(input, offset, weight, bias, mask, config)
     refused = _refuses(device_type, input, weight, sizes.output, config)
     by_cuda = _backend.refused_by_cuda("deform_conv2d", device_type, (input, offset), input_dtype, layouts[0])
-    # On a GPU, CUDA's kernels win where Triton's would sample again for more output channels, and in backward, whose
-    # additions they make in shared memory.
-    many = "cuda" if weight[0] // sizes.groups > 256 else None
     backend, of_backward = (
         _backend.choose("deform_conv2d", device_type, input_dtype, config[6], refused, by_cuda, first).name
-        for first in (many, "cuda")
+        for first in first_of_gpu(weight[0] // sizes.groups)
     )
     memory_format = torch.channels_last if layouts[0] else torch.contiguous_format
     strides = torch.empty(sizes.output, device="meta", memory_format=memory_format).stride()

@@ -1,9 +1,10 @@
 """What `squeeze_excite` and `eca` share: sums over the pixels, and y = x * factor of the channel.
 
-Bytes: forward must read and write the input once. Images are taken in chunks that stay in the L2 cache between the sums
-and the scaling, so that the second reading costs no memory traffic: two passes, on an H200 (4.3 TB/s for a copy) as
-long as the copy. Backward reads input and grad_output once, grad_output again, and writes the gradient: four passes
-where three are the floor.
+Bytes: forward must read and write the input once, and reads it twice: for the sums and to scale it. The scaling goes
+through the images from the last to the first, so that those summed last are still in the L2 cache, all of a batch that
+fits in it. Images in chunks that do, each summed and scaled before the next, move less and took longer: for 411 MB an
+H200 needed 17 times three launches and 0.52 ms, where three launches at its rate need 0.29 ms. Backward reads input and
+grad_output once, grad_output again, and writes the gradient: four passes where three are the floor.
 """
 
 from __future__ import annotations
@@ -17,9 +18,6 @@ from torch import Tensor
 
 from cellops.triton._launch import ceil_div, launch, multiprocessors, power_of_2
 from cellops.triton._numerics import narrow
-
-CHUNK_BYTES = 24 << 20
-"""Of the images that are pooled and scaled together: half of the L2 cache of an H100 or H200, a fifth of a B200's."""
 
 
 @triton.jit
@@ -77,10 +75,11 @@ def scale_channels_kernel(
     WIDE: tl.constexpr,
     AXIS: tl.constexpr,
 ):
-    """output[n, c, p] = input[n, c, p] * factor[n, c] + addend[n, c]."""
+    """output[n, c, p] = input[n, c, p] * factor[n, c] + addend[n, c]. The last pixels, read last, come first."""
     blocks = tl.cdiv(pixels, BLOCK_P)
-    image = (tl.program_id(AXIS) // blocks).to(tl.int64)
-    pixel = tl.program_id(AXIS) % blocks * BLOCK_P + tl.arange(0, BLOCK_P)
+    tile = tl.num_programs(AXIS) - 1 - tl.program_id(AXIS)
+    image = (tile // blocks).to(tl.int64)
+    pixel = tile % blocks * BLOCK_P + tl.arange(0, BLOCK_P)
     channel = tl.program_id(1 - AXIS) * BLOCK_C + tl.arange(0, BLOCK_C)
     base = image * channels * pixels
     element = _elements(channel, pixel, channel_stride, pixel_stride, WIDE)
@@ -162,10 +161,3 @@ def scale_channels(input: Tensor, factor: Tensor, addend: Tensor | None, output:
     grid = (input.shape[0] * ceil_div(layout.pixels, layout.block_p), layout.channel_blocks)
     sizes = (layout.channels, layout.pixels, *layout.strides)
     launch(scale_channels_kernel, grid, input, factor, addend, output, *sizes, **layout.constants)
-
-
-def chunks(input: Tensor) -> list[slice]:
-    """Slices of the batch whose images stay in the L2 cache together."""
-    batch, image_bytes = input.shape[0], input[:1].numel() * input.element_size()
-    size = max(CHUNK_BYTES // max(image_bytes, 1), 1)
-    return [slice(start, min(start + size, batch)) for start in range(0, batch, size)]

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cellops.triton._channel_attention import channel_sums, chunks, scale_channels
+from cellops.triton._channel_attention import channel_sums, scale_channels
 from cellops.triton._launch import ceil_div, launch, power_of_2
 
 
@@ -110,10 +110,9 @@ def _scale(sums: Tensor, products: Tensor | None, weight: Tensor, pixels: int) -
 def eca_forward_triton(input: Tensor, weight: Tensor) -> Tensor:
     """[N, C, H, W]; arguments as in `cellops.eca`."""
     output = torch.empty_like(input)
-    for images in chunks(input):
-        sums, _ = channel_sums(input[images])
-        scale, _ = _scale(sums, None, weight, input.shape[2] * input.shape[3])
-        scale_channels(input[images], scale, None, output[images])
+    sums, _ = channel_sums(input)
+    scale, _ = _scale(sums, None, weight, input.shape[2] * input.shape[3])
+    scale_channels(input, scale, None, output)
     return output
 
 

@@ -6,7 +6,7 @@ in float32, are all that is stored between them.
 
 Passes over memory for a tensor of B bytes (bound on an H200: passes * B / 4.3 TB/s; 2 * k * k operations an element):
     forward, "conv"     2: read x, write y, the floor; for k > 1 the neighbours come from the caches
-    forward, "pool"     2 as well: images go in chunks that stay in the L2 cache between the maps and the scaling
+    forward, "pool"     3: read x for the maps and, from its end, which the L2 cache still has, to scale it; write y
     backward            5: x and grad_output for the logits' gradient, grad_output again (with "pool" x too), x again
                         for the weight ("conv"), and the gradient written; 3 are the floor
 
@@ -27,7 +27,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cellops.triton._channel_attention import chunks
 from cellops.triton._launch import ceil_div, launch, multiprocessors, power_of_2
 from cellops.triton._numerics import narrow
 from cellops.triton._pixels import Tiles, pixel_elements, tile_elements, tiles
@@ -157,8 +156,12 @@ def spatial_attention_forward_kernel(
     K: tl.constexpr, WHOLE: tl.constexpr, LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
-    """output = input * scale. WHOLE: all channels are one tile, and each pixel has a scale of its own."""
-    index = tl.program_id(0).to(tl.int64 if WIDE else tl.int32) * BLOCK_P + tl.arange(0, BLOCK_P)
+    """output = input * scale. WHOLE: all channels are one tile, and each pixel has a scale of its own.
+
+    The last pixels come first: maps were made of them last.
+    """
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    index = tile.to(tl.int64 if WIDE else tl.int32) * BLOCK_P + tl.arange(0, BLOCK_P)
     exists, place = _places(index, count, channels, image_pixels, image_elements, pixel_stride, LAST, WIDE)
     if WHOLE:
         channel = tl.arange(0, BLOCK_C)
@@ -401,13 +404,12 @@ def _pooled(input: Tensor) -> Tensor:
 def spatial_attention_forward_triton(input: Tensor, weight: Tensor, bias: Tensor | None, mode: str) -> Tensor:
     """[N, C, H, W]; arguments as in `cellops.spatial_attention`."""
     output, pool, kernel = torch.empty_like(input), mode == "pool", weight.shape[2]
-    for images in chunks(input) if pool else [slice(0, input.shape[0])]:
-        layout, whole = _blocks(input[images], kernel, pool)
-        source = _pooled(input[images]) if pool else None
-        tensors = (input[images], source, weight, bias, output[images])
-        constants = {"K": kernel, "WHOLE": whole, **_constants(input, layout)}
-        grid = _pixel_grid(layout)
-        launch(spatial_attention_forward_kernel, grid, *tensors, *input.shape[2:], *layout.sizes, **constants)
+    layout, whole = _blocks(input, kernel, pool)
+    source = _pooled(input) if pool else None
+    tensors = (input, source, weight, bias, output)
+    constants = {"K": kernel, "WHOLE": whole, **_constants(input, layout)}
+    grid = _pixel_grid(layout)
+    launch(spatial_attention_forward_kernel, grid, *tensors, *input.shape[2:], *layout.sizes, **constants)
     return output
 
 

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cellops.triton._channel_attention import channel_sums, chunks, scale_channels
+from cellops.triton._channel_attention import channel_sums, scale_channels
 from cellops.triton._launch import launch, power_of_2
 
 
@@ -167,13 +167,11 @@ def squeeze_excite_forward_triton(
     output, pixels = torch.empty_like(input), input.shape[2] * input.shape[3]
     hidden, channels = weight1.shape[:2]
     constants = _constants(channels, hidden, act, gate)
-    for images in chunks(input):
-        sums, _ = channel_sums(input[images])
-        scale = torch.empty(sums.shape[0], channels, dtype=torch.float32, device=input.device)
-        tensors = (sums, weight1, bias1, weight2, bias2, scale)
-        sizes = (channels, hidden, pixels, sums.shape[1])
-        launch(squeeze_excite_scale_kernel, scale.shape[:1], *tensors, *sizes, **constants, num_warps=8)
-        scale_channels(input[images], scale, None, output[images])
+    sums, _ = channel_sums(input)
+    scale = torch.empty(sums.shape[0], channels, dtype=torch.float32, device=input.device)
+    tensors, sizes = (sums, weight1, bias1, weight2, bias2, scale), (channels, hidden, pixels, sums.shape[1])
+    launch(squeeze_excite_scale_kernel, scale.shape[:1], *tensors, *sizes, **constants, num_warps=8)
+    scale_channels(input, scale, None, output)
     return output
 
 

@@ -12,6 +12,7 @@
 //              up by deform_conv2d_scatter.h; here in fixed point alone, four integers for each column element
 #pragma once
 #include <stdexcept>
+#include <type_traits>
 
 #include "../common/bilinear.h"
 #include "block.h"
@@ -147,7 +148,7 @@ struct DeformConv2dChannels {
 
 template <class T>
 struct DeformConv2dColumnsBody {
-  static constexpr int kThreads = 128, kBlocks = 0;
+  static constexpr int kThreads = 128, kBlocks = 8;  // 64 registers; by itself the compiler takes 56 and spills one
   static constexpr bool kBarriers = false;
   DeformConv2dView view;
   const T* input;
@@ -178,9 +179,11 @@ struct DeformConv2dColumnsBody {
   }
 };
 
-// The gradients of offset and mask and, with kFixed, of the input in fixed point; writes columns over their gradients.
-template <class T, bool kFixed>
+// The gradients of offset and mask, and the input's where Sum is int64_t, in fixed point; it is float where there is none
+// to add. Writes columns over their gradients.
+template <class T, class Sum>
 struct DeformConv2dCornersBody {
+  static constexpr bool kFixed = std::is_same_v<Sum, int64_t>;
   static constexpr int kThreads = 128, kBlocks = kFixed ? 5 : 0;
   static constexpr bool kBarriers = true;  // threads add up among neighbours
   DeformConv2dView view;
@@ -309,7 +312,7 @@ void deform_conv2d_corners(const DeformConv2dTileParams& p, const DeformConv2dCo
       body.grad_offset = io.grad_offset, body.grad_mask = static_cast<T*>(io.grad_mask);
       launcher.run(blocks_of(int64_t(body.view.items) * body.view.lanes, 128), 0, body);
     };
-    io.grad_input ? launch(DeformConv2dCornersBody<T, true>{}) : launch(DeformConv2dCornersBody<T, false>{});
+    io.grad_input ? launch(DeformConv2dCornersBody<T, int64_t>{}) : launch(DeformConv2dCornersBody<T, float>{});
   });
 }
 
