@@ -153,7 +153,7 @@ def _sampled_bytes(case: Case, arguments: dict[str, Any], kernel: str) -> int:
     group_out, segment = weight.shape[0] // groups, weight.shape[1]
     times = 1
     if kernel == "deform_conv2d_forward_kernel":
-        times = ceil_div(group_out, forward_blocks(pixels, group_out, segment, size, H200).o)
+        times = ceil_div(group_out, forward_blocks(group_out, segment, size, H200).o)
     elif kernel == "deform_conv2d_backward_weight_kernel":
         times = ceil_div(group_out, weight_blocks(group_out, segment, size, H200).o)
     return times * pixels * input.shape[1] * weight.shape[2] * weight.shape[3] * size

@@ -103,7 +103,7 @@ def deform_conv2d_backward_data_kernel(
     WIDE: tl.constexpr,
     AXIS: tl.constexpr,
 ):
-    """Gradients to offset, mask and input of one tap of one offset group at BLOCK_P output pixels.
+    """Gradients to offset and mask, or to the input, of one tap of one offset group at BLOCK_P output pixels.
 
     With s_k the corners and w_k their weights, all sums being over the channels of the offset group:
         grad_mask = sum of grad_column * (sum over k: w_k * s_k)
@@ -111,7 +111,6 @@ def deform_conv2d_backward_data_kernel(
         grad_input at corner k += mask * w_k * grad_column, by float32 additions in memory
     """
     TAPS: tl.constexpr = CONV[0] * CONV[1]
-    VECTOR: tl.constexpr = 128 // input.dtype.element_ty.primitive_bitwidth
     index = tl.program_id(AXIS).to(tl.int64 if WIDE else tl.int32) * BLOCK_P + tl.arange(0, BLOCK_P)
     exists = index < count
     image, pixel, row, column = output_pixels(index, out_height, out_width, WIDE)
@@ -137,7 +136,7 @@ def deform_conv2d_backward_data_kernel(
         first = offset_group * offset_channels + step // BLOCKS * segment
         group = first // group_in
         within = step % BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)
-        grad = grad_columns(
+        columns = grad_columns(
             grad_output,
             grad_base,
             exists,
@@ -154,33 +153,25 @@ def deform_conv2d_backward_data_kernel(
             DEPTHWISE,
             PRECISION,
         )
-        grad = grad.reshape(BLOCK_P, BLOCK_C // CHUNK, CHUNK).permute(1, 0, 2)
-        within = step % BLOCKS * BLOCK_C + chunks(BLOCK_C, CHUNK)
-        known = within < segment
         if grad_offset is not None or grad_mask is not None:
+            grad = columns.reshape(BLOCK_P, BLOCK_C // CHUNK, CHUNK).permute(1, 0, 2)
+            within = step % BLOCKS * BLOCK_C + chunks(BLOCK_C, CHUNK)
+            known = within < segment
             sum00 += tl.sum(grad * corner_values(input + first, elements[0], valid[0], within, known), 0)
             sum01 += tl.sum(grad * corner_values(input + first, elements[1], valid[1], within, known), 0)
             sum10 += tl.sum(grad * corner_values(input + first, elements[2], valid[2], within, known), 0)
             value = corner_values(input + first, elements[3], valid[3], within, known)
             sum11 += tl.sum(grad * value, 0)
-            # Never so, which the compiler knows once it has given the gradients the layout of the corners: they pass
-            # through shared memory once instead of for every corner, 1386 instructions instead of 1806.
-            grad = tl.where(value > float("inf"), 0.0, grad)
         if grad_input is not None:
-            # [K, Q, P, T, 4]: an atomic adds 16 bytes in float32; VECTOR channels are a thread's 16 bytes of a chunk.
-            Q: tl.constexpr = VECTOR // 4
-            T: tl.constexpr = CHUNK // VECTOR
-            grad = grad.reshape(BLOCK_C // CHUNK, BLOCK_P, T, Q, 4).permute(0, 3, 1, 2, 4)
-            within = tl.arange(0, T)[:, None] * VECTOR + tl.arange(0, 4)[None, :]
-            within = tl.arange(0, Q)[:, None, None] * 4 + within[None, :, :]
-            within = tl.arange(0, BLOCK_C // CHUNK)[:, None, None, None] * CHUNK + within[None, :, :, :]
-            within = (step % BLOCKS * BLOCK_C + within)[:, :, None, :, :]
+            # In a layout of their own: 16 bytes for each lane, neighbours beside each other, so that a sector of
+            # 32 bytes is added to once. The corners' layout gives a lane 32 bytes in float32: twice.
+            within = step % BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)
             for corner in tl.static_range(4):
-                places = (grad_input + first + elements[corner])[None, None, :, None, None] + within
+                places = (grad_input + first + elements[corner])[:, None] + within[None, :]
                 tl.atomic_add(
-                    tl.max_contiguous(places, [1, 1, 2, 2, 4]),
-                    grad * weights[corner][None, None, :, None, None],
-                    valid[corner][None, None, :, None, None] & (within < segment),
+                    tl.max_contiguous(places, [1, 4]),
+                    columns * weights[corner][:, None],
+                    valid[corner][:, None] & (within < segment)[None, :],
                     sem="relaxed",
                 )
 

@@ -41,8 +41,8 @@ from cellops.triton._launch import (
 SCRATCH_BYTES = 4 << 20
 """Images that must be copied (NCHW ones, and float32 gradients of others) are taken this many bytes at a time."""
 
-CHUNK_BYTES = 32
-"""Of channels that two threads gather at a time, a sector of the caches: `_deform_conv2d.py` says why."""
+CHUNK_BYTES = 64
+"""Of channels that four threads gather at a time: `_deform_conv2d.py` says why."""
 
 Pair = Sequence[int]
 
@@ -62,25 +62,23 @@ class Blocks(NamedTuple):
 
 
 @cache
-def forward_blocks(count: int, group_out: int, segment: int, element_size: int, limits: Limits) -> Blocks:
+def forward_blocks(group_out: int, segment: int, element_size: int, limits: Limits) -> Blocks:
     """As many output channels as there are, up to 256: the input is sampled again for each further block of them.
 
-    128 pixels where that fills the device, or with 16 channels, where 64 spill on a B200. One stage: a second one would
-    copy the corners to shared memory by instructions that pass by the first-level cache, where nearly all of them are.
-    64 bytes of channels at a time: with twice as many a tap takes 464 instructions for 32 elements, not 517, but more
-    than the 128 registers that leave room for two programs.
+    64 pixels, which leave room for two or three programs beside each other up to 128 output channels of a half type;
+    128 with 16 channels, where 64 spill on a B200. One stage: a second one would copy the corners to shared memory by
+    instructions that pass by the first-level cache, where nearly all of them are. 64 bytes of channels at a time, 128
+    where there are few sums.
 
     Args:
-        count: output pixels.
         group_out: output channels of a group.
         segment: input channels that share a group and an offset group.
         element_size: bytes of the storage type.
         limits: of the device.
     """
     block_o = power_of_2(group_out, 16, 256 if element_size == 2 and not limits.small else 128)
-    block_c = power_of_2(segment, 16, 64 // element_size)
-    wide = block_o * element_size <= 256 and ceil_div(count, 128) >= limits.multiprocessors
-    return _blocks(128 if wide or block_c * element_size == 32 else 64, block_o, block_c)
+    block_c = power_of_2(segment, 16, (128 if block_o * element_size <= 128 else 64) // element_size)
+    return Blocks(128 if block_c * element_size == 32 else 64, block_o, block_c, 8, 1)
 
 
 @cache
@@ -217,7 +215,7 @@ def _forward(tensors: tuple[Tensor | None, ...], geometry: _Geometry) -> None:
         constants = {"BLOCK_P": block_p, "BLOCK_O": block_o, **geometry.constants}
         launch(deform_conv2d_depthwise_forward_kernel, grid, *tensors, *geometry.sizes, **constants)
         return
-    blocks = forward_blocks(geometry.total, group_out, segment, input.element_size(), limits_of(input.device))
+    blocks = forward_blocks(group_out, segment, input.element_size(), limits_of(input.device))
     launch(
         deform_conv2d_forward_kernel,
         (ceil_div(geometry.total, blocks.p), geometry.groups * ceil_div(group_out, blocks.o)),
@@ -229,7 +227,7 @@ def _forward(tensors: tuple[Tensor | None, ...], geometry: _Geometry) -> None:
         BLOCK_P=blocks.p,
         BLOCK_O=blocks.o,
         BLOCK_C=blocks.c,
-        CHUNK=CHUNK_BYTES // input.element_size(),
+        CHUNK=min(CHUNK_BYTES // input.element_size(), blocks.c),
         PRECISION=dot_precision(),
         **blocks.compiled,
     )
@@ -265,17 +263,22 @@ def deform_conv2d_backward_triton(
     scattered = want_input and not deterministic
     image_bytes = input[:1].numel() * max(input.element_size(), 4 * scattered)
     whole = in_place and (adds_in_place or not scattered)
+    if want_weight and in_place:
+        geometry = _geometry(input, offset, repacked, mask, grad_output, conv)
+        grad_weight = _grad_weight(grad_output, input, offset, mask, geometry)
     for images in [slice(0, batch)] if whole else _image_chunks(batch, image_bytes):
         tensors = (_channels_last(input[images]), offset[images], _part(mask, images))
         grad = grad_output[images]
         geometry = _geometry(*tensors[:2], repacked, tensors[2], grad, conv)
-        if want_weight:
+        if want_weight and not in_place:
             grad_weight += _grad_weight(grad, *tensors, geometry)
         sums = None
         if scattered:
             sums = grad_input[images].zero_() if adds_in_place else torch.zeros_like(tensors[0], dtype=torch.float32)
-        if scattered or want_offset or want_mask:
-            results = (sums, _part(grad_offset, images), _part(grad_mask, images))
+        if scattered:
+            _grad_data((grad, *tensors, repacked, sums, None, None), geometry)
+        if want_offset or want_mask:
+            results = (None, _part(grad_offset, images), _part(grad_mask, images))
             _grad_data((grad, *tensors, repacked, *results), geometry)
         if want_input and deterministic:
             _grad_input((grad, *tensors, repacked, grad_input[images]), geometry)
@@ -292,8 +295,8 @@ def _grad_data(tensors: tuple[Tensor | None, ...], geometry: _Geometry) -> None:
     blocks = backward_blocks(
         geometry.group_out, geometry.segment, tensors[1].element_size(), limits_of(tensors[1].device)
     )
-    if geometry.depthwise and blocks.c == 64:
-        blocks = blocks._replace(num_warps=8)  # four spill
+    if blocks.c == 64 and (geometry.depthwise or tensors[5] is not None):
+        blocks = blocks._replace(num_warps=8)  # four spill, or nearly
     launch(
         deform_conv2d_backward_data_kernel,
         (ceil_div(geometry.total, blocks.p), geometry.taps * geometry.offset_groups),
@@ -305,7 +308,7 @@ def _grad_data(tensors: tuple[Tensor | None, ...], geometry: _Geometry) -> None:
         BLOCK_P=blocks.p,
         BLOCK_O=blocks.o,
         BLOCK_C=blocks.c,
-        CHUNK=CHUNK_BYTES // tensors[1].element_size(),
+        CHUNK=min(CHUNK_BYTES // tensors[1].element_size(), blocks.c),
         DEPTHWISE=geometry.depthwise,
         PRECISION=dot_precision(),
         **blocks.compiled,
@@ -368,7 +371,7 @@ def _grad_weight(
         BLOCK_P=blocks.p,
         BLOCK_O=blocks.o,
         BLOCK_C=blocks.c,
-        CHUNK=CHUNK_BYTES // input.element_size(),
+        CHUNK=min(CHUNK_BYTES // input.element_size(), blocks.c),
         DEPTHWISE=geometry.depthwise,
         PRECISION=dot_precision(),
         **blocks.compiled,
