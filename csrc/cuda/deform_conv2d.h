@@ -8,8 +8,8 @@
 //   forward    reads four corners, 4 E bytes a column element (nearly all from caches), writes the column
 //   backward   reads the column's gradient and the corners, writes the gradients of offset and mask and, in the place
 //   of
-//              the column's gradient, the column, of which the weight's gradient is made. The input's gradient is added
-//              up by deform_conv2d_scatter.h; here in fixed point alone, four integers for each column element
+//              the column's, the column, of which the weight's gradient is made. The input's is added up by
+//              deform_conv2d_scatter.h; here in fixed point alone, four integers for each column element
 #pragma once
 #include <stdexcept>
 #include <type_traits>
@@ -37,7 +37,6 @@ struct DeformConv2dView {
 // One tap of one offset group at one output pixel: where its numbers lie, and the point.
 struct DeformConv2dPoint {
   uint32_t pixel;          // of the tile
-  uint32_t row, column;    // of the output pixel
   uint64_t number, image;  // of the image, and its first element
   uint32_t tap, channel;
   uint64_t dy, dx, mask;
@@ -67,7 +66,7 @@ CELLOPS_BODY DeformConv2dPoint point_at(const DeformConv2dView& view, uint64_t i
                                         uint32_t tap, uint32_t group, uint32_t group_channels, const void* offset,
                                         const T* mask) {
   DeformConv2dPoint p;
-  p.number = image, p.tap = tap, p.row = row, p.column = column;
+  p.number = image, p.tap = tap;
   p.channel = group * group_channels;
   p.image = image * view.channels * view.height * view.width;
   const uint32_t pixel = row * view.out_width + column;
@@ -179,8 +178,8 @@ struct DeformConv2dColumnsBody {
   }
 };
 
-// The gradients of offset and mask, and the input's where Sum is int64_t, in fixed point; it is float where there is none
-// to add. Writes columns over their gradients.
+// The gradients of offset and mask, and the input's where Sum is int64_t, in fixed point; it is float where there is
+// none to add. Writes columns over their gradients.
 template <class T, class Sum>
 struct DeformConv2dCornersBody {
   static constexpr bool kFixed = std::is_same_v<Sum, int64_t>;
