@@ -27,7 +27,7 @@ GATHERS = (
     "deform_conv2d_depthwise_forward_kernel",
     "deform_conv2d_backward_data_kernel",
 )
-"""Kernels that read corners from images with their channels innermost."""
+"""Kernels that read corners from images with their channels innermost; what only adds to them reads none."""
 
 THROUGH_L1 = ("deform_conv2d_forward_kernel", "deform_conv2d_backward_weight_kernel")
 """Kernels that read each image many times over: cp.async would fetch it from the second-level cache every time."""
@@ -41,7 +41,7 @@ def check(arch: str, op: str, dtypes: tuple[str, ...]) -> None:
         assert row.shared_bytes <= LIMITS[arch][1], row
         if row.kernel in PRODUCTS and "DEPTHWISE=True" not in row.configuration:
             assert MATRIX[arch] in row.instructions, row
-        if row.kernel in GATHERS:
+        if row.kernel in GATHERS and "atomics" not in row.instructions:
             assert row.load_bytes == 16, row
         if row.kernel in THROUGH_L1:
             assert "cp.async" not in row.instructions, row
