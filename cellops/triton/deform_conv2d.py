@@ -42,7 +42,8 @@ SCRATCH_BYTES = 4 << 20
 """Images that must be copied (NCHW ones, and float32 gradients of others) are taken this many bytes at a time."""
 
 CHUNK_BYTES = 64
-"""Of channels that four threads gather at a time: `_deform_conv2d.py` says why."""
+"""Of channels that four threads gather at a time: `_deform_conv2d.py` says why. Half of it in float32 and depthwise,
+where some kernels would spill."""
 
 Pair = Sequence[int]
 
@@ -65,10 +66,10 @@ class Blocks(NamedTuple):
 def forward_blocks(group_out: int, segment: int, element_size: int, limits: Limits) -> Blocks:
     """As many output channels as there are, up to 256: the input is sampled again for each further block of them.
 
-    64 pixels, which leave room for two or three programs beside each other up to 128 output channels of a half type;
-    128 with 16 channels, where 64 spill on a B200. One stage: a second one would copy the corners to shared memory by
-    instructions that pass by the first-level cache, where nearly all of them are. 64 bytes of channels at a time, 128
-    where there are few sums.
+    64 pixels: up to 64 output channels of a half type three programs then have room beside each other on an H200. 128
+    for 128 of them, and with 16 channels: there fewer spill on a B200. One stage: a second one would copy the corners
+    to shared memory by instructions that pass by the first-level cache, where nearly all of them are. 64 bytes of
+    channels at a time, 128 where there are few sums.
 
     Args:
         group_out: output channels of a group.
@@ -78,7 +79,8 @@ def forward_blocks(group_out: int, segment: int, element_size: int, limits: Limi
     """
     block_o = power_of_2(group_out, 16, 256 if element_size == 2 and not limits.small else 128)
     block_c = power_of_2(segment, 16, (128 if block_o * element_size <= 128 else 64) // element_size)
-    return Blocks(128 if block_c * element_size == 32 else 64, block_o, block_c, 8, 1)
+    many = block_o * element_size == 256 and element_size == 2
+    return Blocks(128 if many or block_c * element_size == 32 else 64, block_o, block_c, 8, 1)
 
 
 @cache
@@ -106,6 +108,12 @@ def weight_blocks(group_out: int, segment: int, element_size: int, limits: Limit
 def _blocks(p: int, o: int, c: int) -> Blocks:
     """Two threads for each pixel; twice as many with more than 64 output channels, or they spill."""
     return Blocks(p, o, c, 8 if o > 64 else p // 16, 1)
+
+
+def _chunk(input: Tensor, blocks: Blocks, geometry: _Geometry) -> int:
+    """Channels of a chunk."""
+    half = input.dtype == torch.float32 or geometry.depthwise
+    return min(CHUNK_BYTES // (1 + half) // input.element_size(), blocks.c)
 
 
 class _Geometry(NamedTuple):
@@ -227,7 +235,7 @@ def _forward(tensors: tuple[Tensor | None, ...], geometry: _Geometry) -> None:
         BLOCK_P=blocks.p,
         BLOCK_O=blocks.o,
         BLOCK_C=blocks.c,
-        CHUNK=min(CHUNK_BYTES // input.element_size(), blocks.c),
+        CHUNK=_chunk(input, blocks, geometry),
         PRECISION=dot_precision(),
         **blocks.compiled,
     )
@@ -295,7 +303,7 @@ def _grad_data(tensors: tuple[Tensor | None, ...], geometry: _Geometry) -> None:
     blocks = backward_blocks(
         geometry.group_out, geometry.segment, tensors[1].element_size(), limits_of(tensors[1].device)
     )
-    if blocks.c == 64 and (geometry.depthwise or tensors[5] is not None):
+    if blocks.c > 16 and (geometry.depthwise or tensors[5] is not None):
         blocks = blocks._replace(num_warps=8)  # four spill, or nearly
     launch(
         deform_conv2d_backward_data_kernel,
@@ -308,7 +316,7 @@ def _grad_data(tensors: tuple[Tensor | None, ...], geometry: _Geometry) -> None:
         BLOCK_P=blocks.p,
         BLOCK_O=blocks.o,
         BLOCK_C=blocks.c,
-        CHUNK=min(CHUNK_BYTES // tensors[1].element_size(), blocks.c),
+        CHUNK=_chunk(tensors[1], blocks, geometry),
         DEPTHWISE=geometry.depthwise,
         PRECISION=dot_precision(),
         **blocks.compiled,
@@ -371,7 +379,7 @@ def _grad_weight(
         BLOCK_P=blocks.p,
         BLOCK_O=blocks.o,
         BLOCK_C=blocks.c,
-        CHUNK=min(CHUNK_BYTES // input.element_size(), blocks.c),
+        CHUNK=_chunk(input, blocks, geometry),
         DEPTHWISE=geometry.depthwise,
         PRECISION=dot_precision(),
         **blocks.compiled,
