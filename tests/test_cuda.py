@@ -294,7 +294,7 @@ def test_deform_conv2d_in_several_tiles(
 @pytest.mark.parametrize(
     ("spread", "moved", "sizes"),
     [
-        (1.0, (9.0, -7.0), {"in_channels": 72, "offset_groups": 2}),
+        (1.0, (9.0, -7.0), {"in_channels": 24, "offset_groups": 2}),
         (9.0, (0.0, 0.0), {"in_channels": 40}),
         (1.0, (-4.0, 30.0), {"in_channels": 8, "stride": (2, 3), "dilation": (1, 2)}),
         (3.0, (0.0, 5.0), {"in_channels": 8, "kernel_size": (5, 1), "dilation": (4, 1), "padding": (0, 2)}),
@@ -310,13 +310,13 @@ def test_deform_conv2d_scatters_in_regions(
     dtype: torch.dtype,
 ) -> None:
     """Maps of several regions in several tiles, which begin inside of a rectangle; corners beyond their region."""
-    monkeypatch.setattr(importlib.import_module("cellops.cuda.deform_conv2d"), "SCRATCH_BYTES", 16 << 10)
-    case = deform_conv2d_case("far", "", height=29, width=26, spread=spread, out_channels=8, **sizes)
+    monkeypatch.setattr(importlib.import_module("cellops.cuda.deform_conv2d"), "SCRATCH_BYTES", 4 << 10)
+    case = deform_conv2d_case("far", "", batch=1, height=27, width=19, spread=spread, out_channels=8, **sizes)
     arguments = case.make(dtype, memory_format=torch.channels_last)
     shifts = arguments["offset"].unflatten(1, (-1, 2)) + torch.tensor(moved, dtype=dtype).view(1, 1, 2, 1, 1)
     arguments["offset"] = shifts.flatten(1, 2).contiguous(memory_format=torch.channels_last)
     agrees(case, arguments)
-    assert host.called.count("deform_conv2d_scatter") > 2
+    assert host.called.count("deform_conv2d_scatter") > 1
 
 
 @needs_compiler
