@@ -9,8 +9,11 @@
 
 namespace cellops::CELLOPS_ISA {
 
+inline constexpr int kMostSharedBytes = 66 << 10;  // that a launch asks for; what every GPU from sm_80 on has
+
 inline void check(const char* name, cudaError_t error) {
   if (error == cudaSuccess) return;
+  cudaGetLastError();  // it would be the next launch's otherwise
   throw std::runtime_error(std::string(name) + ": " + cudaGetErrorName(error) + ": " + cudaGetErrorString(error));
 }
 
@@ -37,8 +40,10 @@ class Launcher {
   template <class Body>
   void run(int64_t blocks, int64_t shared_bytes, const Body& body) const {
     if (blocks == 0) return;
-    if (shared_bytes > 48 << 10) {  // as much as a kernel has without asking
-      check(name_, cudaFuncSetAttribute(kernel<Body>, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)));
+    // More than a kernel has without asking. As much for every launch: the limit is the kernel's, and threads may
+    // launch it with other sizes at the same time.
+    if (shared_bytes > 48 << 10) {
+      check(name_, cudaFuncSetAttribute(kernel<Body>, cudaFuncAttributeMaxDynamicSharedMemorySize, kMostSharedBytes));
     }
     kernel<<<uint32_t(blocks), Body::kThreads, size_t(shared_bytes), stream_>>>(body);
     check(name_, cudaGetLastError());

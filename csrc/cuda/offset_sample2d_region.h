@@ -342,9 +342,11 @@ struct OffsetSample2dRegionBackwardBody {
   }
 };
 
-// Whether the launches take the regions: channels that packs divide, half a warp of them at least, beside their pairs.
+// Whether the launches take the regions: channels that packs divide, half a warp of them at least, beside their pairs;
+// and rows and columns that float32 tells apart, or a clamped point may lie behind the last.
 inline bool takes_regions(const OffsetSample2dParams& p, const OffsetSample2dView& view, const void* input) {
-  return p.channels_last && view.packed && p.channels >= 16 && aligned(input);
+  const bool told_apart = p.height <= 1 << 24 && p.width <= 1 << 24;
+  return p.channels_last && view.packed && p.channels >= 16 && aligned(input) && told_apart;
 }
 
 template <class Launcher>
