@@ -42,8 +42,8 @@ SCRATCH_BYTES = 4 << 20
 """Images that must be copied (NCHW ones, and float32 gradients of others) are taken this many bytes at a time."""
 
 CHUNK_BYTES = 64
-"""Of channels that four threads gather at a time: `_deform_conv2d.py` says why. Half of it in float32 and depthwise,
-where some kernels would spill."""
+"""Of channels that four threads gather at a time: `_deform_conv2d.py` says why. Half of it in float32, depthwise and
+for 128 output channels, where some kernels would spill."""
 
 Pair = Sequence[int]
 
@@ -112,7 +112,7 @@ def _blocks(p: int, o: int, c: int) -> Blocks:
 
 def _chunk(input: Tensor, blocks: Blocks, geometry: _Geometry) -> int:
     """Channels of a chunk."""
-    half = input.dtype == torch.float32 or geometry.depthwise
+    half = input.dtype == torch.float32 or geometry.depthwise or blocks.p == blocks.o == 128
     return min(CHUNK_BYTES // (1 + half) // input.element_size(), blocks.c)
 
 
