@@ -60,7 +60,7 @@ def test_every_step_on_tiny_shapes_and_a_second_call_that_goes_on(tmp_path: Path
     (path,) = tmp_path.glob("*-small.json")
     results = json.loads(path.read_text())
     kinds = {record["kind"] for record in results["records"]}
-    assert kinds == {"suite", "sanitizer", "gpu", "gpu_overhead", "benchmarks", "experiment"}
+    assert kinds == {"suite", "sanitizer", "gpu", "gpu_overhead", "tuning", "benchmarks", "experiment"}
     assert results["machine"]["cpu"] and results["versions"]["torch"] and results["commit"]["hash"]
     (row,) = (one for one in results["records"] if one["key"].startswith("ops deform_conv2d plain float32"))
     assert {"eager", "compiled", "torchvision", "dense", "copy"} <= set(row["variants"])
