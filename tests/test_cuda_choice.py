@@ -41,7 +41,8 @@ def test_it_stands_in_where_triton_is_missing(op: str, monkeypatch: pytest.Monke
     choice = _backend.preferred(op, "cuda", torch.float16)
     first, second = [name for name in _backend.OPS[op] if name != "cpu"]
     assert choice.name == first
-    assert choice.reasons[second].startswith(f"{first} is preferred here")
+    elsewhere = _backend.CUDA_ELSEWHERE.get(op, "") if second == "cuda" else ""
+    assert choice.reasons[second] == f"{first} is preferred here{elsewhere}"
     monkeypatch.setattr(_backend, "_why_no_triton", lambda: "triton is not installed")
     assert _backend.preferred(op, "cuda", torch.float16).name == "cuda"
     assert _backend.preferred(op, "cuda", torch.float64).name == "reference"

@@ -143,7 +143,7 @@ def test_a_wrong_variant_costs_no_other() -> None:
         "measure of speed": lambda: lambda: (torch.zeros(7),),
         "same": lambda: lambda: (torch.ones(3),),
     }
-    calls, skipped, ours = ops._tried(makers, set(makers) - {"measure of speed"}, None, torch.float32)
+    calls, skipped, ours = ops.tried(makers, set(makers) - {"measure of speed"}, None, torch.float32)
     assert set(calls) == set(makers) - {"missing"}, "a wrong answer is timed"
     assert set(skipped) == {"cellops b", "half the size", "missing"}
     assert "differs" in skipped["cellops b"] and skipped["missing"] == "ImportError"
@@ -151,7 +151,7 @@ def test_a_wrong_variant_costs_no_other() -> None:
     assert ops._own_failures(skipped)["failed"].startswith("cellops b: AssertionError: ")
     assert ops._own_failures({"eager": "differs"}) == {}
     with pytest.raises(RuntimeError, match="illegal memory access"):
-        ops._tried({"a": lambda: crash}, set(), one, torch.float32)
+        ops.tried({"a": lambda: crash}, set(), one, torch.float32)
 
 
 def test_the_clock_goes_on_where_one_variant_raises() -> None:

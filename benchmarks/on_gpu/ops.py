@@ -64,10 +64,8 @@ def _default(point: Point, arguments: dict[str, Any], backends: Sequence[str]) -
 
 
 def _measure(point: Point, setup: Setup, left: float) -> Record:
-    device = torch.device(setup.device, 0) if setup.device == "cuda" else torch.device(setup.device)
+    device, factor = shapes.filled(point, setup)
     dtype, backward = shapes.DTYPES[point.dtype], point.direction != "forward"
-    cache_bytes = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
-    factor = 1 if setup.small else shapes.scale(point.case, dtype, cache_bytes)
     arguments = shapes.make(point, device, factor)
     backends = [name for name in _backend.OPS[point.case.op] if _runs(name, point, device)]
     if not backends:
@@ -79,12 +77,12 @@ def _measure(point: Point, setup: Setup, left: float) -> Record:
     default = _default(point, arguments, backends)
     if default == MIXED:
         makers[f"cellops {MIXED}"] = partial(_call, point.case.function, arguments, backward)
-    calls, skipped, ours = _tried(makers, set(makers), None, dtype)
+    calls, skipped, ours = tried(makers, set(makers), None, dtype)
     if ours is None:
         raise RuntimeError("; ".join(f"{name}: {text}" for name, text in skipped.items()))
     found, same = _peers(point, arguments, backward, setup)
     # grid_sample's gradients are those of its own arguments.
-    others, theirs, _ = _tried(found, same, ours[:1] if point.op == "offset_sample2d" else ours, dtype)
+    others, theirs, _ = tried(found, same, ours[:1] if point.op == "offset_sample2d" else ours, dtype)
     calls |= others
     skipped |= theirs
     floor = floor_bytes(arguments, ours[0], point.direction)
@@ -165,7 +163,7 @@ def _peers(
     return found, same
 
 
-def _tried(
+def tried(
     makers: dict[str, Callable[[], clock.Call]],
     same: set[str],
     ours: tuple[Tensor, ...] | None,

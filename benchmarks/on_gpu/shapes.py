@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cellops import testing
 from cellops.testing.deform_conv2d import deform_conv2d_case
+from on_gpu.progress import Setup
 
 FORMATS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -118,6 +119,13 @@ def scale(case: testing.Case, dtype: torch.dtype, cache_bytes: int) -> int:
     while factor * drawn.numel() * drawn.element_size() < CACHES * cache_bytes:
         factor *= 2
     return factor
+
+
+def filled(point: Point, setup: Setup) -> tuple[torch.device, int]:
+    """The device, and how many times the case's images fill it."""
+    device = torch.device(setup.device, 0) if setup.device == "cuda" else torch.device(setup.device)
+    cache_bytes = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
+    return device, 1 if setup.small else scale(point.case, DTYPES[point.dtype], cache_bytes)
 
 
 def make(point: Point, device: torch.device, factor: int) -> dict[str, Any]:

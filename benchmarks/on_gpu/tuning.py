@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from on_gpu import clock, shapes
-from on_gpu.ops import LARGEST_ERROR
-from on_gpu.progress import Record, Row, Setup, Step, in_a_line, is_fatal
+from on_gpu.ops import tried
+from on_gpu.progress import Record, Row, Setup, Step
 
 LAYERS = ((64, 56), (256, 14), (128, 28))
 KERNELS = {
@@ -74,12 +74,11 @@ def _measure(kernel: str, channels: int, size: int, setup: Setup, left: float) -
     from cellops.testing.deform_conv2d import deform_conv2d_case
     from cellops.triton import deform_conv2d
 
-    device = torch.device(setup.device, 0) if setup.device == "cuda" else torch.device(setup.device)
-    cache_bytes = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
     sizes = {"in_channels": channels, "out_channels": channels, "height": size, "width": size}
     case = deform_conv2d_case("tuning", "", batch=1, tags="bench", **sizes)
     point = shapes.Point(case, "bfloat16", "channels_last", "forward")
-    arguments = shapes.make(point, device, 1 if setup.small else shapes.scale(case, torch.bfloat16, cache_bytes))
+    device, factor = shapes.filled(point, setup)
+    arguments = shapes.make(point, device, factor)
     if kernel == "forward":
         call = partial(deform_conv2d.deform_conv2d_forward_triton, **arguments)
     else:
@@ -91,22 +90,11 @@ def _measure(kernel: str, channels: int, size: int, setup: Setup, left: float) -
 
     found = list(configurations(kernel, channels, setup.small))
     named = {" ".join(f"{name} {value}" for name, value in one.items()): one for one in found}
-    calls: dict[str, Callable[[], Any]] = {DEFAULT: call}
-    skipped: dict[str, str] = {}
-    answer = _tensor(call())
-    for name, configuration in named.items():
-        variant = partial(_called, kernel, configuration, call)
-        try:
-            error = float((_tensor(variant()) - answer).norm() / answer.norm())
-        except Exception as problem:
-            if is_fatal(problem):
-                raise
-            skipped[name] = in_a_line(problem)
-            continue
-        if error <= LARGEST_ERROR[torch.bfloat16]:
-            calls[name] = variant
-        else:
-            skipped[name] = f"differs by {error:.1e} of its norm"
+    variants = {DEFAULT: partial(_answer, call)}
+    variants |= {name: partial(_called, kernel, one, call) for name, one in named.items()}
+    makers = {name: partial(_itself, variant) for name, variant in variants.items()}
+    calls, skipped, _ = tried(makers, set(makers), None, torch.bfloat16)
+    calls = {name: one for name, one in calls.items() if name not in skipped}
     timings, untimed = clock.compare(calls, device, 2 if setup.small else clock.ROUNDS)
     best = min(timings, key=lambda name: timings[name]["median"])
     return {
@@ -122,12 +110,16 @@ def _measure(kernel: str, channels: int, size: int, setup: Setup, left: float) -
     }
 
 
-def _called(kernel: str, configuration: dict[str, int], call: Callable[[], Any]) -> Any:
+def _itself(variant: Callable[[], Any]) -> Callable[[], Any]:
+    return variant
+
+
+def _called(kernel: str, configuration: dict[str, int], call: Callable[[], Any]) -> tuple[Tensor, ...]:
     with chosen(kernel, configuration):
-        return call()
+        return _answer(call)
 
 
-def _tensor(result: Any) -> Tensor:
-    """The output, or the one gradient that was wanted, in float32."""
-    one = result if isinstance(result, Tensor) else next(part for part in result if part is not None)
-    return one.float()
+def _answer(call: Callable[[], Any]) -> tuple[Tensor, ...]:
+    """The output, or the one gradient that was wanted."""
+    result = call()
+    return (result,) if isinstance(result, Tensor) else tuple(part for part in result if part is not None)

@@ -113,6 +113,8 @@ inline bool aligned(Addresses... addresses) {
   return ((reinterpret_cast<uintptr_t>(addresses) % 16 == 0) && ...);
 }
 
+CELLOPS_BODY uint32_t smaller(uint32_t a, uint32_t b) { return a < b ? a : b; }
+
 inline int64_t blocks_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
 // Calls work(T()) with T the storage type; the kernels have no float64.

@@ -75,7 +75,7 @@ struct DeformConv2dScatterBody {
     while (begin < side && !held(top + begin)) ++begin;
     while (end > begin && !held(top + end - 1)) --end;
     if (begin == end) return;
-    const uint32_t wide = min_of(side, view.out_width - left);
+    const uint32_t wide = smaller(side, view.out_width - left);
 
     const uint32_t group_channels = view.channels / view.offset_groups;
     const uint32_t within = channel_block * kThreads + thread;
@@ -86,18 +86,25 @@ struct DeformConv2dScatterBody {
 
     const auto own = block.own(region + thread);
 
+    // Calls work(number, row, column, point) for a tap of the rectangle's pixels that are the thread's.
+    const auto each = [&](uint32_t tap, const auto& work) {
+      for (uint32_t i = thread; i < side * side; i += kThreads) {
+        const uint32_t row = i / side, column = i % side;
+        if (row < begin || row >= end || column >= wide) continue;
+        work(i, top + row, left + column,
+             point_at(view, image, top + row, left + column, tap, group, group_channels, offset, mask));
+      }
+    };
+
     // The region's first pixel: around the undisturbed samples, moved by what the middle tap's are moved on average.
     const uint32_t kernel_height = view.by_kernel_width.quotient(view.taps);
     float moved_y = 0, moved_x = 0, inside = 0;
-    for (uint32_t i = thread; i < side * side; i += kThreads) {
-      const uint32_t row = top + i / side, column = left + i % side, tap = view.taps / 2;
-      if (i / side < begin || i / side >= end || i % side >= wide) continue;
-      const auto p = point_at(view, image, row, column, tap, group, group_channels, offset, mask);
-      if (!is_inside(p.sample)) continue;
-      moved_y += float(p.sample.top - undisturbed_row(view, row, tap));
-      moved_x += float(p.sample.left - undisturbed_column(view, column, tap));
+    each(view.taps / 2, [&](uint32_t, uint32_t row, uint32_t column, const DeformConv2dPoint& p) {
+      if (!is_inside(p.sample)) return;
+      moved_y += float(p.sample.top - undisturbed_row(view, row, p.tap));
+      moved_x += float(p.sample.left - undisturbed_column(view, column, p.tap));
       inside += 1;
-    }
+    });
     inside = block.sum(inside, kThreads), moved_y = block.sum(moved_y, kThreads);
     moved_x = block.sum(moved_x, kThreads);
     const float of = inside > 0 ? 1 / inside : 0;
@@ -121,9 +128,7 @@ struct DeformConv2dScatterBody {
     load(0, begin, next);
     for (uint32_t tap = 0; tap < view.taps; ++tap) {
       block.sync();
-      for (uint32_t i = thread; i < side * side; i += kThreads) {
-        if (i / side < begin || i / side >= end || i % side >= wide) continue;
-        const auto p = point_at(view, image, top + i / side, left + i % side, tap, group, group_channels, offset, mask);
+      each(tap, [&](uint32_t i, uint32_t, uint32_t, const DeformConv2dPoint& p) {
         const int32_t y = p.sample.top - region_y, x = p.sample.left - region_x;
         Corners found;
         Weights shares;
@@ -137,7 +142,7 @@ struct DeformConv2dScatterBody {
                                                  : -1 - p.sample.index[k];
         }
         corners[i] = found, weights[i] = shares;
-      }
+      });
       block.sync();
       for (uint32_t row = begin; row < end; ++row) {
         CELLOPS_UNROLL
@@ -200,7 +205,6 @@ struct DeformConv2dScatterBody {
   static CELLOPS_BODY bool is_inside(const Sample<float, int32_t>& s) {
     return s.index[0] >= 0 || s.index[1] >= 0 || s.index[2] >= 0 || s.index[3] >= 0;
   }
-  static CELLOPS_BODY uint32_t min_of(uint32_t a, uint32_t b) { return a < b ? a : b; }
   // Of the samples from `first` on, between the outermost of which lie `apart` and the taps, as far from both ends.
   static CELLOPS_BODY int32_t first_of(int64_t first, uint32_t apart, uint32_t taps, uint32_t dilation, float moved) {
     const int64_t span = int64_t(apart) + int64_t(taps - 1) * dilation + 2;

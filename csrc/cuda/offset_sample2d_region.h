@@ -76,7 +76,6 @@ CELLOPS_BODY OffsetSample2dPlace place_of(const OffsetSample2dView& view, const 
   at.top = number % regions.rows * regions.tile_height, at.image = number / regions.rows;
   at.exists = channel < view.channels;
   at.channel = at.exists ? channel : view.channels - 1;
-  const auto smaller = [](uint32_t a, uint32_t b) { return a < b ? a : b; };
   at.height = smaller(regions.tile_height, view.height - at.top);
   at.width = smaller(regions.tile_width, view.width - at.left);
   // As far beyond the points on each side, but within the image.
@@ -177,6 +176,13 @@ struct OffsetSample2dRegionPoint {
   CELLOPS_BODY float weight(int corner) const {
     return (corner / 2 ? bottom : 1 - bottom) * (corner % 2 ? right : 1 - right);
   }
+  // The values at the corners: the thread's own of the region, or those of the image's channel.
+  template <class Stored, class T>
+  CELLOPS_BODY void load(const OffsetSample2dView& view, const Stored* own, const T* channel, float* to) const {
+    CELLOPS_UNROLL
+    for (int k = 0; k < 4; ++k) to[k] = near ? to_compute(own[pixel[k] * int(OffsetSample2dRegions::kChannels)]) : 0.f;
+    if (!near) each(view.width, [&](int k, uint64_t pixel) { to[k] = to_compute(channel[pixel * view.channels]); });
+  }
   // Calls work(corner, its pixel of the image) for those that there are.
   template <class Work>
   CELLOPS_BODY void each(uint32_t width, const Work& work) const {
@@ -228,13 +234,8 @@ struct OffsetSample2dRegionForwardBody {
                            const float* own, uint64_t image) const {
     const OffsetSample2dRegionPoint p(view, regions, at, row, column, shift);
     if (!p.known) return not_a_number();
-    float v[4] = {};
-    if (p.near) {
-      CELLOPS_UNROLL
-      for (int k = 0; k < 4; ++k) v[k] = own[p.pixel[k] * int32_t(OffsetSample2dRegions::kChannels)];
-    } else {
-      p.each(view.width, [&](int k, uint64_t pixel) { v[k] = to_compute(input[image + pixel * view.channels]); });
-    }
+    float v[4];
+    p.load(view, own, input + image, v);
     return (1 - p.bottom) * ((1 - p.right) * v[0] + p.right * v[1]) +
            p.bottom * ((1 - p.right) * v[2] + p.right * v[3]);
   }
@@ -317,13 +318,8 @@ struct OffsetSample2dRegionBackwardBody {
     const OffsetSample2dRegionPoint p(view, regions, at, row, column, shift);
     if (!p.known) grad = 0;
     if (grad_offset) {
-      float v[4] = {};
-      if (p.near) {
-        CELLOPS_UNROLL
-        for (int k = 0; k < 4; ++k) v[k] = to_compute(values[p.pixel[k] * kThreads]);
-      } else {
-        p.each(view.width, [&](int k, uint64_t pixel) { v[k] = to_compute(input[image + pixel * view.channels]); });
-      }
+      float v[4];
+      p.load(view, values, input + image, v);
       store_pair<T>(grad_offset, view.wide, image + element,
                     {p.free_y ? grad * derivative_y(p.right, v[0], v[1], v[2], v[3]) : 0.f,
                      p.free_x ? grad * derivative_x(p.bottom, v[0], v[1], v[2], v[3]) : 0.f});
