@@ -23,6 +23,7 @@ os.environ.pop("TRITON_INTERPRET", None)
 
 import torch
 from on_gpu import shapes, work
+from on_gpu.kernels import key_of as kernels_of
 from on_gpu.targets import ours, trusted
 from targets import Record
 
@@ -34,7 +35,8 @@ DTYPE, LAYOUT = "bfloat16", "channels_last"
 def markdown(measured: list[Record]) -> str:
     """The table of calls and the table of their kernels."""
     calls = [["op", "input", "direction", "must move", "does move", "products", "bound", "by", "measured"]]
-    kernels = [["op", "direction", "kernel", "launches", "bytes", "of an input", "gathered", "products"]]
+    columns = ["launches", "bytes", "of an input", "gathered", "products", "bound", "measured"]
+    kernels = [["op", "direction", "kernel", *columns]]
     seen: set[tuple[str, str]] = set()
     for point in sorted(shapes.points(), key=lambda point: shapes.OPS.index(point.op)):
         if (point.dtype, point.layout, point.sweep) != (DTYPE, LAYOUT, False):
@@ -74,6 +76,8 @@ def markdown(measured: list[Record]) -> str:
                     f"{kernel.bytes / input_bytes:.2f}",
                     _bytes(kernel.gathered_bytes) if kernel.gathered_bytes else "–",
                     _operations(kernel.products),
+                    f"{1e6 * max(kernel.bounds.values()):.0f} µs",
+                    _measured_kernel(measured, kernels_of(point), kernel.name),
                 ]
             )
     return f"{pages.table(calls)}\n\nKernel by kernel, for the first shape of each op:\n\n{pages.table(kernels)}"
@@ -91,6 +95,16 @@ def _measured(records: list[Record], key: str, bound: float) -> str:
         if record["key"] == key and record.get("kind") == "gpu" and trusted(record):
             median = record["variants"][ours(record)]["median"]
             return f"{1e6 * median:.0f} µs, {100 * bound / median:.0f} % of the bound"
+    return "not yet"
+
+
+def _measured_kernel(records: list[Record], key: str, name: str) -> str:
+    """By the profiler; what is not ours is PyTorch's, together."""
+    for record in records:
+        if record["key"] == key and (found := record.get("variants", {}).get("cellops triton")):
+            of_ours = {one: kernel["seconds"] for one, kernel in found.items() if one.endswith("_kernel")}
+            others = sum(kernel["seconds"] for kernel in found.values()) - sum(of_ours.values())
+            return f"{1e6 * of_ours.get(name, 0 if name.endswith('_kernel') else others):.0f} µs"
     return "not yet"
 
 

@@ -30,7 +30,7 @@ from on_gpu.progress import Budget, DeadDevice, Record, Results, Setup, failures
 
 sys.path.insert(0, str(machine.ROOT))  # this tree's cellops, installed or not
 
-STEPS = ("suite", "sanitizer", "ops", "tuning", "threads", "zoo", "experiments")
+STEPS = ("suite", "sanitizer", "ops", "kernels", "tuning", "threads", "zoo", "experiments")
 """In their order."""
 
 FAILED, LEFT = 1, 3
@@ -166,12 +166,13 @@ def _run_steps(names: list[str], only: str, setup: Setup, results: Results, end:
 
 
 def _step(name: str, setup: Setup) -> Any:
-    from on_gpu import ops, programs, suite, tuning
+    from on_gpu import kernels, ops, programs, suite, tuning
 
     makers = {
         "suite": suite.suite,
         "sanitizer": suite.sanitizer,
         "ops": ops.step,
+        "kernels": kernels.step,
         "tuning": tuning.step,
         "threads": programs.threads,
         "zoo": programs.zoo,

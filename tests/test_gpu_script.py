@@ -60,7 +60,7 @@ def test_every_step_on_tiny_shapes_and_a_second_call_that_goes_on(tmp_path: Path
     (path,) = tmp_path.glob("*-small.json")
     results = json.loads(path.read_text())
     kinds = {record["kind"] for record in results["records"]}
-    assert kinds == {"suite", "sanitizer", "gpu", "gpu_overhead", "tuning", "benchmarks", "experiment"}
+    assert kinds == {"suite", "sanitizer", "gpu", "gpu_overhead", "kernels", "tuning", "benchmarks", "experiment"}
     assert results["machine"]["cpu"] and results["versions"]["torch"] and results["commit"]["hash"]
     (row,) = (one for one in results["records"] if one["key"].startswith("ops deform_conv2d plain float32"))
     assert {"eager", "compiled", "torchvision", "dense", "copy"} <= set(row["variants"])
@@ -163,6 +163,13 @@ def test_the_clock_goes_on_where_one_variant_raises() -> None:
     timings, failed = clock.compare({"bad": fail, "good": lambda: None}, torch.device("cpu"), 2)
     assert failed == {"bad": "MemoryError"}
     assert set(timings) == {"good"} and timings["good"]["rounds"] == 2
+
+
+def test_launches_of_a_kernel_are_told_together() -> None:
+    kernels = importlib.import_module("on_gpu.kernels")
+    found = kernels.by_kernel([("a", 2.0), ("b" * 3000, 5.0), ("a", 4.0)])
+    assert list(found) == ["a", "b" * kernels.MOST_LETTERS], "the slowest first"
+    assert found["a"] == {"seconds": pytest.approx(6e-6), "launches": 2}
 
 
 def test_what_cannot_run_here_is_tried_again(tmp_path: Path) -> None:

@@ -67,16 +67,16 @@ def _measure(point: Point, setup: Setup, left: float) -> Record:
     device, factor = shapes.filled(point, setup)
     dtype, backward = shapes.DTYPES[point.dtype], point.direction != "forward"
     arguments = shapes.make(point, device, factor)
-    backends = [name for name in _backend.OPS[point.case.op] if _runs(name, point, device)]
+    backends = [name for name in _backend.OPS[point.case.op] if runs(name, point, device)]
     if not backends:
         raise RuntimeError(f"no kernel of {point.op} runs on {device.type} with {point.dtype}")
     makers = {
-        f"cellops {name}": partial(_call, partial(point.case.function, backend=name), arguments, backward)
+        f"cellops {name}": partial(call_of, partial(point.case.function, backend=name), arguments, backward)
         for name in backends
     }
     default = _default(point, arguments, backends)
     if default == MIXED:
-        makers[f"cellops {MIXED}"] = partial(_call, point.case.function, arguments, backward)
+        makers[f"cellops {MIXED}"] = partial(call_of, point.case.function, arguments, backward)
     calls, skipped, ours = tried(makers, set(makers), None, dtype)
     if ours is None:
         raise RuntimeError("; ".join(f"{name}: {text}" for name, text in skipped.items()))
@@ -130,7 +130,7 @@ def _own_failures(skipped: dict[str, str]) -> Record:
     return {"failed": "; ".join(texts)} if texts else {}
 
 
-def _runs(backend: str, point: Point, device: torch.device) -> bool:
+def runs(backend: str, point: Point, device: torch.device) -> bool:
     return _backend.why_not(backend, point.case.op, device.type, shapes.DTYPES[point.dtype]) is None
 
 
@@ -151,14 +151,14 @@ def _peers(
     eager = peers.eager(point.case.op)
     prepared = cache(lambda: peers.prepared(point.op, arguments))  # by the peers themselves: it may take much memory
     if (_im2col_bytes(point, arguments) or 0) * 4 < EAGER_MEMORY:
-        found["eager"] = lambda: _call(eager, prepared(), backward)
+        found["eager"] = lambda: call_of(eager, prepared(), backward)
     if setup.small or _is_compiled(point):
         torch.compiler.reset()  # or the compiler gives up on a function that it has compiled for eight shapes
         compiled = torch.compile(eager, dynamic=False, backend="eager" if setup.small else "inductor")
-        found["compiled"] = lambda: _call(compiled, prepared(), backward)
+        found["compiled"] = lambda: call_of(compiled, prepared(), backward)
     same = {"eager", "compiled"}
     for name, (function, same_answer) in peers.others(point.case.op).items():
-        found[name] = partial(_call, function, arguments, backward)
+        found[name] = partial(call_of, function, arguments, backward)
         same |= {name} if same_answer else set()
     return found, same
 
@@ -211,7 +211,7 @@ def _check(name: str, found: tuple[Tensor, ...], ours: tuple[Tensor, ...], dtype
             assert error < LARGEST_ERROR[dtype], f"{name} differs from the first backend by {error:.1e} of the norm"
 
 
-def _call(function: Callable[..., Any], arguments: dict[str, Any], backward: bool) -> clock.Call:
+def call_of(function: Callable[..., Any], arguments: dict[str, Any], backward: bool) -> clock.Call:
     """A call that gives the output, or with `backward` output and gradients to every tensor that the function uses."""
     if not backward:
 
@@ -257,7 +257,7 @@ def _overhead(op: str, setup: Setup, left: float) -> Record:
         for mode, backward in (("inference", False), ("forward and backward", True)):
             label = f"{name}, {mode}"
             try:
-                call = _call(partial(case.function, backend=name), arguments, backward)
+                call = call_of(partial(case.function, backend=name), arguments, backward)
                 eager = _seconds(call, count, device)
             except Exception as error:
                 if is_fatal(error):
@@ -276,15 +276,10 @@ def _seconds(call: clock.Call, count: int, device: torch.device) -> float:
     """Of a call by the wall, without waiting for the device between calls."""
     for _ in range(clock.WARM_UP):
         call()
-    _synchronize(device)
+    clock.synchronize(device)
     started = time.perf_counter()
     for _ in range(count):
         call()
     taken = time.perf_counter() - started
-    _synchronize(device)
+    clock.synchronize(device)
     return taken / count
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()

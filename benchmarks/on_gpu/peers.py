@@ -80,11 +80,14 @@ def _grouped(*, input: Tensor, weight: Tensor, groups: int, **_: Any) -> Tensor:
 
 
 def _normalized(z: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float | None) -> Tensor:
-    """By the batch's statistics with an eps, by running ones of mean 0 and variance 1 without."""
+    """By the batch's statistics with an eps, by running ones of mean 0 and variance 1 without.
+
+    An eps of 0, which would give the op's answer to the last digit, is refused by some versions of PyTorch.
+    """
     if eps is not None:
         return F.batch_norm(z, None, None, gamma, beta, training=True, eps=eps)
     zeros = torch.zeros(z.shape[1], device=z.device, dtype=z.dtype)
-    return F.batch_norm(z, zeros, zeros + 1, gamma, beta, eps=0.0)
+    return F.batch_norm(z, zeros, zeros + 1, gamma, beta, eps=EPS)
 
 
 def _depthwise_normalized(
