@@ -47,8 +47,10 @@ class Strips(NamedTuple):
         return *self.image, *counts, self.image_elements, self.channel_stride, self.pixel_stride
 
     @property
-    def constants(self) -> dict[str, Any]:
-        return {"COLUMNS": self.columns, "BLOCK_C": self.block_c, "BLOCK_P": self.block_p, "WIDE": self.wide}
+    def launched(self) -> dict[str, Any]:
+        """What every launch is given by name."""
+        constants = {"COLUMNS": self.columns, "BLOCK_C": self.block_c, "BLOCK_P": self.block_p, "WIDE": self.wide}
+        return {"channels_together": self.channel_stride == 1, **constants}
 
     @property
     def ragged(self) -> bool:
@@ -130,7 +132,7 @@ def _output(
 ) -> Tensor:
     output, layout = torch.empty_like(input), strips(input, weight.shape[2])
     tensors = (input, weight, mean, scale, shift, output)
-    constants: dict[str, Any] = {"K": weight.shape[2], "ACTIVATION": activation, **layout.constants}
+    constants: dict[str, Any] = {"K": weight.shape[2], "ACTIVATION": activation, **layout.launched}
     launch(depthwise_forward_kernel, layout.grid, *tensors, *layout.sizes, **constants)
     return output
 
@@ -148,7 +150,7 @@ def batch_norm_forward(
     means, squares = torch.empty(2, layout.parts, layout.channels, dtype=torch.float32, device=input.device)
     sizes = torch.empty(layout.parts, dtype=torch.float32, device=input.device)
     tensors = (input, weight, means, squares, sizes, layout.part_strips)
-    constants = {"K": weight.shape[2], **layout.constants}
+    constants = {"K": weight.shape[2], **layout.launched}
     launch(depthwise_statistics_kernel, layout.part_grid, *tensors, *layout.sizes, **constants)
     total = input.shape[0] * input.shape[2] * input.shape[3]
     mean, variance = combine(means, squares, sizes.unsqueeze(1), total)
@@ -162,7 +164,7 @@ def _sums(arguments: tuple[Tensor | None, ...], activation: str) -> tuple[Tensor
     layout = strips(input, weight.shape[2])
     sums, products = torch.empty(2, layout.parts, layout.channels, dtype=torch.float32, device=input.device)
     tensors = (*arguments, sums, products, layout.part_strips)
-    constants: dict[str, Any] = {"K": weight.shape[2], "ACTIVATION": activation, **layout.constants}
+    constants: dict[str, Any] = {"K": weight.shape[2], "ACTIVATION": activation, **layout.launched}
     launch(depthwise_backward_sums_kernel, layout.part_grid, *tensors, *layout.sizes, **constants)
     return sums.sum(0), products.sum(0)
 
@@ -178,13 +180,13 @@ def _convolution(
     grad_convolved = torch.empty_like(input, dtype=torch.float32)
     grad_weights = torch.empty(parts.parts, parts.channels, kernel * kernel, dtype=torch.float32, device=input.device)
     tensors = (*arguments, of_mean, of_apart, grad_convolved, grad_weights, parts.part_strips)
-    constants: dict[str, Any] = {"K": kernel, "ACTIVATION": activation, "RAGGED": parts.ragged, **parts.constants}
+    constants: dict[str, Any] = {"K": kernel, "ACTIVATION": activation, "RAGGED": parts.ragged, **parts.launched}
     launch(depthwise_backward_convolution_kernel, parts.part_grid, *tensors, *parts.sizes, **constants)
-    layout = strips(input, kernel)
+    layout = strips(input, kernel, 2 if funnel else 4)  # a funnel's has two windows, and rows of three tensors ahead
     grad_input = torch.empty_like(input)
     # Without a funnel nothing but the convolution's gradient reaches the input.
     tensors = arguments if funnel else (None, None, weight, None, None, None)
-    constants = {"K": kernel, **layout.constants}
+    constants = {"K": kernel, **layout.launched}
     launch(
         depthwise_backward_input_kernel, layout.grid, *tensors, grad_convolved, grad_input, *layout.sizes, **constants
     )

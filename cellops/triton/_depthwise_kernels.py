@@ -294,19 +294,19 @@ def depthwise_backward_sums_kernel(
         sums = (zero,) * (K * COLUMNS)
         held = (zero,) * (K // 2 * COLUMNS)
         ahead = _row_of(input + element, strips, known, -(K // 2), K, COLUMNS)
+        grads_ahead = _row_of(grad_output + element, strips, known, 1 - K, 1, COLUMNS)
         for i in range(-(K // 2), rows + K // 2):
-            values = ahead
+            values, grads = ahead, grads_ahead
             ahead = _row_of(input + element, strips, known, i + 1, K, COLUMNS)
             sums = _with_row(sums, values, taps, K, COLUMNS)
             held = held + _own(values, K, COLUMNS)
             done = i - K // 2
+            grads_ahead = _row_of(grad_output + element, strips, known, done + 1, 1, COLUMNS)
             if done >= 0:
                 for b in tl.static_range(COLUMNS):
                     inside = _inside(strips, known, done, b)
-                    step = _step(strips, done, b)
-                    grad = tl.load(grad_output + element + step, inside, 0.0).to(tl.float32)
                     apart, before = _affine(sums[b], mean, scale, shift)
-                    through = _through(grad, held[b], before, ACTIVATION)
+                    through = _through(grads[b].to(tl.float32), held[b], before, ACTIVATION)
                     sum += tl.where(inside, through, 0.0)
                     product += tl.where(inside, through * apart, 0.0)
             held = _from(held, COLUMNS, K // 2 * COLUMNS)
@@ -365,27 +365,27 @@ def depthwise_backward_convolution_kernel(
             index, count, rows, across, of_image, image_elements, height, width, pixel_stride, COLUMNS, WIDE
         )
         element = tile_elements(channel, place, channel_stride)
-        through_output, to = grad_output + element, grad_convolved + element
         sums = (zero,) * (K * COLUMNS)
         window = (zero.to(input.dtype.element_ty),) * ((K - 1) * (COLUMNS + K - 1))  # the last rows of the input
         ahead = _row_of(input + element, strips, known, -(K // 2), K, COLUMNS)
         for i in range(-(K // 2), rows + K // 2):
+            done = i - K // 2
+            grads = _row_of(grad_output + element, strips, known, done, 1, COLUMNS)  # on its way while z is added up
             window = window + ahead
             ahead = _row_of(input + element, strips, known, i + 1, K, COLUMNS)
             sums = _with_row(sums, _from(window, (K - 1) * (COLUMNS + K - 1), COLUMNS + K - 1), taps, K, COLUMNS)
-            done = i - K // 2
             if done >= 0:
                 for b in tl.static_range(COLUMNS):
                     inside = _inside(strips, known, done, b)
                     step = _step(strips, done, b)
-                    grad = tl.load(through_output + step, inside, 0.0).to(tl.float32)
+                    grad = grads[b].to(tl.float32)
                     x = window[K // 2 * (COLUMNS + K - 1) + b + K // 2].to(tl.float32)
                     apart, before = _affine(sums[b], mean, scale, shift)
                     grad_z = _through(grad, x, before, ACTIVATION) * scale
                     if of_mean is not None:
                         grad_z -= mean_share + apart * apart_share
                     grad_z = tl.where(inside, grad_z, 0.0)
-                    tl.store(to + step, grad_z, inside)
+                    tl.store(grad_convolved + element + step, grad_z, inside)
                     tap_sums = _with_products(tap_sums, grad_z, window, inside, b, K, COLUMNS, RAGGED)
             window = _from(window, COLUMNS + K - 1, (K - 1) * (COLUMNS + K - 1))
             sums = _moved_on(sums, zero, K, COLUMNS)
@@ -424,23 +424,28 @@ def depthwise_backward_input_kernel(
         taps = _taps(weight, channel, known, K, False)
         sums = (zero,) * (K * COLUMNS)
         held = (zero,) * (K // 2 * COLUMNS)
+        inputs_ahead = _row_of(input + element, strips, known, -(K // 2), K, COLUMNS)
+        grads_ahead = _row_of(grad_output + element, strips, known, 1 - K, 1, COLUMNS)
+    ahead = _row_of(grad_convolved + element, strips, known, -(K // 2), K, COLUMNS)
     for i in range(-(K // 2), rows + K // 2):
-        values = _row_of(grad_convolved + element, strips, known, i, K, COLUMNS)
+        values = ahead
+        ahead = _row_of(grad_convolved + element, strips, known, i + 1, K, COLUMNS)
         back = _with_row(back, values, back_taps, K, COLUMNS)
+        done = i - K // 2
         if grad_output is not None:
-            values = _row_of(input + element, strips, known, i, K, COLUMNS)
+            values, grads = inputs_ahead, grads_ahead
+            inputs_ahead = _row_of(input + element, strips, known, i + 1, K, COLUMNS)
+            grads_ahead = _row_of(grad_output + element, strips, known, done + 1, 1, COLUMNS)
             sums = _with_row(sums, values, taps, K, COLUMNS)
             held = held + _own(values, K, COLUMNS)
-        done = i - K // 2
         if done >= 0:
             for b in tl.static_range(COLUMNS):
                 inside = _inside(strips, known, done, b)
                 step = _step(strips, done, b)
                 grad_x = back[b]
                 if grad_output is not None:
-                    grad = tl.load(grad_output + element + step, inside, 0.0).to(tl.float32)
                     _, before = _affine(sums[b], mean, scale, shift)
-                    direct, _ = _split(grad, held[b], before)
+                    direct, _ = _split(grads[b].to(tl.float32), held[b], before)
                     grad_x += direct
                 tl.store(grad_input + element + step, narrow(grad_x, grad_input.dtype.element_ty), inside)
         back = _moved_on(back, zero, K, COLUMNS)

@@ -44,7 +44,13 @@ class Launch(NamedTuple):
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], *arguments: Any, num_warps: int = 4, num_stages: int = 2, **constants: Any
+    kernel: Any,
+    grid: tuple[int, ...],
+    *arguments: Any,
+    channels_together: bool | int = False,
+    num_warps: int = 4,
+    num_stages: int = 2,
+    **constants: Any,
 ) -> None:
     """Launch a kernel on the current device; a grid without programs launches nothing.
 
@@ -53,6 +59,9 @@ def launch(
         grid: programs for the pixels, or the images; of two numbers the second for the channels. A kernel of two has a
             constant AXIS: which axis the first number is on, 1 where the second is too large for that one.
         arguments: its tensors and sizes, in order.
+        channels_together: start the programs for all channels of some pixels before those of the next pixels, as they
+            lie in channels_last: memory is then read and written in one sweep, not in one of parts of lines for each
+            block of channels. Where the first number is too large for that, it is not done.
         num_warps, num_stages: Triton's.
         constants: its `tl.constexpr` parameters.
 
@@ -62,7 +71,7 @@ def launch(
     if 0 in grid:
         return
     if len(grid) == 2:
-        grid, constants["AXIS"] = _turned(grid)
+        grid, constants["AXIS"] = _turned(grid, channels_together)
     if grid[0] > MOST_PROGRAMS[0] or grid[1:] > MOST_PROGRAMS[1:]:
         raise RuntimeError(f"{kernel.__name__} would need {' x '.join(map(str, grid))} programs, more than a GPU takes")
     if _notes is not None:
@@ -71,9 +80,13 @@ def launch(
     kernel[grid](*arguments, **constants, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True)
 
 
-def _turned(grid: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
-    """A grid of two numbers as a GPU takes it, and on which axis the first is then."""
-    return (grid[::-1], 1) if grid[1] > MOST_PROGRAMS[1] else (grid, 0)
+def _turned(grid: tuple[int, ...], channels_together: bool | int) -> tuple[tuple[int, ...], int]:
+    """A grid of two numbers as a GPU takes it, and on which axis the first is then.
+
+    Programs that differ on the first axis alone start one after the other.
+    """
+    turned = grid[1] > MOST_PROGRAMS[1] or (channels_together and grid[0] <= MOST_PROGRAMS[1])
+    return (grid[::-1], 1) if turned else (grid, 0)
 
 
 def image_slices(batch: int, programs: int, others: int) -> Iterator[slice]:

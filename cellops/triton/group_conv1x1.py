@@ -41,6 +41,11 @@ class _Geometry(NamedTuple):
     block_p: int
     constants: dict[str, Any]
 
+    @property
+    def launched(self) -> dict[str, Any]:
+        """What every launch is given by name. In channels_last groups share lines: 16 halves are 32 bytes of 128."""
+        return {"channels_together": self.constants["LAST"], **self.constants}
+
     def parts(self, programs: int, device: torch.device, more: int = 1) -> tuple[int, int]:
         """Parts of the pixels, and pixels of each, where a kernel has `programs` for each part."""
         wanted = ceil_div(4 * more * multiprocessors(device), programs)
@@ -89,7 +94,7 @@ def _forward(
     output = torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=memory_format)
     grid = (ceil_div(geometry.total, geometry.block_p), geometry.out_blocks)
     settings: dict[str, Any] = {"ACTIVATION": activation, "SHUFFLE": shuffle}
-    launch(group_conv1x1_forward_kernel, grid, *tensors, output, *geometry.sizes, **settings, **geometry.constants)
+    launch(group_conv1x1_forward_kernel, grid, *tensors, output, *geometry.sizes, **settings, **geometry.launched)
     return output
 
 
@@ -122,7 +127,7 @@ def group_conv1x1_batch_norm_forward_triton(
     parts, part_pixels = geometry.parts(geometry.out_blocks, input.device)
     means, squares = torch.empty(2, parts, geometry.out_channels, dtype=torch.float32, device=input.device)
     arguments = (input, weight, means, squares, part_pixels, *geometry.sizes)
-    launch(group_conv1x1_statistics_kernel, (parts, geometry.out_blocks), *arguments, **geometry.constants)
+    launch(group_conv1x1_statistics_kernel, (parts, geometry.out_blocks), *arguments, **geometry.launched)
     mean, variance = combined_statistics(means, squares, geometry.total, part_pixels)
     _, scale = scales(variance, gamma, eps)
     tensors = (input, weight, mean, scale, beta)
@@ -136,7 +141,7 @@ def _sums(tensors: tuple[Tensor | None, ...], geometry: _Geometry, settings: dic
     sums, products = torch.empty(2, parts, geometry.out_channels, dtype=torch.float32, device=device)
     arguments = (*tensors, sums, products, part_pixels, *geometry.sizes)
     grid = (parts, geometry.out_blocks)
-    constants = {**settings, **geometry.constants}
+    constants = {**settings, **geometry.launched}
     warps = 8 if constants["BLOCK_O"] == 64 else 4  # two sums of 32 numbers a thread spill
     launch(group_conv1x1_backward_sums_kernel, grid, *arguments, num_warps=warps, **constants)
     return sums.sum(0), products.sum(0)
@@ -147,7 +152,7 @@ def _convolution(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients to input and weight, those that are wanted."""
     input, weight = tensors[1:3]
-    constants = {**settings, **geometry.constants}
+    constants = {**settings, **geometry.launched}
     grad_input = grad_weight = None
     if wanted[0]:
         grad_input = torch.empty_like(input)
