@@ -110,7 +110,7 @@ def test_activations_and_sizes(norm: bool, activation: str, layout: torch.memory
     ("kernel_size", "side", "layout", "training", "inference"),
     [
         (3, 7, torch.contiguous_format, 2, 2),
-        (3, 8, torch.contiguous_format, 0, 2),
+        (3, 8, torch.contiguous_format, 0, 0),
         (3, 16, torch.contiguous_format, 0, 0),
         (5, 7, torch.contiguous_format, 0, 2),
         (5, 16, torch.contiguous_format, 0, 2),
@@ -279,18 +279,25 @@ def test_variance_of_values_far_from_zero(kernel_size: int, channels: int, layou
     torch.testing.assert_close(var.double(), input.double().var((0, 2, 3), unbiased=False), rtol=1e-4, atol=0)
 
 
+LAST, PLANES = torch.channels_last, torch.contiguous_format
+
+
 @pytest.mark.parametrize(
-    ("channels", "sizes", "threads"),
+    ("channels", "sizes", "threads", "layout"),
     [
         *(
-            (channels, [(2, height, width) for height in range(1, 8) for width in (1, 2, 3)], 1)
+            (channels, [(2, height, width) for height in range(1, 8) for width in (1, 2, 3)], 1, LAST)
             for channels in (16, 33)
         ),
-        (17, [(1, 45, 40)], 3),  # the last vector's channels are partly another thread's
+        (17, [(1, 45, 40)], 3, LAST),  # the last vector's channels are partly another thread's
+        (2, [(1, height, width) for height in (1, 2, 7) for width in (5, 8, 9, 15, 16, 17, 31, 32, 33, 48)], 1, PLANES),
+        (1, [(1, 45, 50)], 3, PLANES),  # threads share a plane
     ],
 )
-def test_windows_where_the_image_lies(channels: int, sizes: list[tuple[int, int, int]], threads: int) -> None:
-    """In channels_last, four, two and one row at a time, on maps so narrow that windows miss a column or two."""
+def test_windows_where_the_image_lies(
+    channels: int, sizes: list[tuple[int, int, int]], threads: int, layout: torch.memory_format
+) -> None:
+    """Four, two and one row at a time: maps so narrow that windows miss a column or two, rows that end in a vector."""
     generator = torch.Generator().manual_seed(3)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -298,7 +305,7 @@ def test_windows_where_the_image_lies(channels: int, sizes: list[tuple[int, int,
         for batch, height, width in sizes:
             image = torch.randn(batch, channels, height, width, generator=generator)
             arguments: dict[str, Any] = {
-                "input": image.contiguous(memory_format=torch.channels_last),
+                "input": image.contiguous(memory_format=layout),
                 "weight": torch.randn(channels, 1, 3, 3, generator=generator),
             }
             for op, settings in ((depthwise_conv2d, {}), (depthwise_conv2d_batch_norm, {"eps": 0.1})):
@@ -311,3 +318,11 @@ def test_windows_where_the_image_lies(channels: int, sizes: list[tuple[int, int,
                     torch.testing.assert_close(tensor.double(), wanted[name], rtol=1e-4, atol=5e-4, msg=name)
     finally:
         torch.set_num_threads(before)
+
+
+def test_rows_that_are_written_past_the_caches() -> None:
+    """They are no whole lines: a plane's are written in one run."""
+    input, weight = torch.randn(9, 131, 60, 61), torch.randn(131, 1, 3, 3)
+    assert 2 * input.nbytes > 32 << 20
+    wanted = torch.nn.functional.conv2d(input, weight, padding=1, groups=131)
+    torch.testing.assert_close(depthwise_conv2d(input, weight), wanted, rtol=1e-5, atol=1e-5)

@@ -166,15 +166,6 @@ CELLOPS_INLINE void add_quad(S* to, const S* quad) {
   *(Quadruple*)to += *(const Quadruple*)quad;
 }
 
-#if defined(__AVX2__) && !defined(__AVX512F__)
-// All bits set in the first `count` lanes of eight.
-CELLOPS_INLINE __m256i first_lanes(int64_t count) {
-  alignas(32) static const int32_t kMask[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
-  const int64_t from = 8 - max_of(0, min_of(count, 8));
-  return _mm256_loadu_si256((const __m256i*)(kMask + from));
-}
-#endif
-
 // The first `count` lanes, zeros in the others; a count of a vector's lanes or more is a whole vector.
 template <class T>
 CELLOPS_INLINE Vec<Compute<T>> load_some(const T* from, int64_t count) {

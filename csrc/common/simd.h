@@ -167,6 +167,55 @@ CELLOPS_INLINE Vec<S> keep_first(Vec<S> value, int64_t count) {
   return lane < VecInt<S>{} + Int(count) ? value : Vec<S>{};
 }
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// All bits set in the first `count` lanes of eight.
+CELLOPS_INLINE __m256i first_lanes(int64_t count) {
+  alignas(32) static const int32_t kMask[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
+  const int64_t from = 8 - max_of(0, min_of(count, 8));
+  return _mm256_loadu_si256((const __m256i*)(kMask + from));
+}
+#endif
+
+// Loads lanes [begin, end) of a vector of floats, those of them that there are, and zeros in the others. With AVX-512
+// that is a load like any other, with AVX2 one of its own, and before that one for each lane.
+#if defined(__AVX512F__)
+inline constexpr bool kLeavesLanesOutForFree = true;
+#else
+inline constexpr bool kLeavesLanesOutForFree = false;
+#endif
+class SomeLanes {
+ public:
+#if defined(__AVX512F__)
+  CELLOPS_INLINE SomeLanes(int64_t begin, int64_t end)
+      : mask_(__mmask16(~0u << begin & ~(~0u << max_of(0, min_of(end, 16))))) {}
+  CELLOPS_INLINE Vec<float> of(const float* from) const {
+    return bit_cast<Vec<float>>(_mm512_maskz_loadu_ps(mask_, from));
+  }
+
+ private:
+  __mmask16 mask_;
+#elif defined(__AVX2__)
+  CELLOPS_INLINE SomeLanes(int64_t begin, int64_t end)
+      : mask_(_mm256_andnot_si256(first_lanes(begin), first_lanes(end))) {}
+  CELLOPS_INLINE Vec<float> of(const float* from) const {
+    return bit_cast<Vec<float>>(_mm256_maskload_ps(from, mask_));
+  }
+
+ private:
+  __m256i mask_;
+#else
+  SomeLanes(int64_t begin, int64_t end) : begin_(begin), end_(min_of(end, kLanes<float>)) {}
+  Vec<float> of(const float* from) const {
+    Vec<float> value{};
+    for (int64_t i = begin_; i < end_; ++i) value[i] = from[i];
+    return value;
+  }
+
+ private:
+  int64_t begin_, end_;
+#endif
+};
+
 // Sixteen-byte quarters, for the shuffles that every instruction set has.
 template <class S>
 using Quad = typename VectorOf<S, 16>::type;

@@ -148,6 +148,7 @@ template <class S>
 struct FirstLanes {
   explicit FirstLanes(int64_t count) : count(count) {}
   CELLOPS_INLINE Vec<S> operator()(Vec<S> value) const { return keep_first<S>(value, count); }
+  CELLOPS_INLINE Vec<S> get(const S* from) const { return load_first<S>(from, count); }
   CELLOPS_INLINE void put(S* to, Vec<S> value) const { store_first(to, value, count); }
   int64_t count;
 };
@@ -155,6 +156,10 @@ struct EveryLane {
   template <class V>
   CELLOPS_INLINE V operator()(V value) const {
     return value;
+  }
+  template <class S>
+  CELLOPS_INLINE Vec<S> get(const S* from) const {
+    return load(from);
   }
   template <class S, class V>
   CELLOPS_INLINE void put(S* to, V value) const {

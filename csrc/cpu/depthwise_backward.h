@@ -3,6 +3,7 @@
 // Batch statistics take one reading of both tensors before that, for the two sums their gradient needs.
 #pragma once
 #include "depthwise_direct.h"
+#include "depthwise_planes.h"
 
 namespace cellops::CELLOPS_ISA {
 
@@ -44,18 +45,19 @@ struct DepthwiseSums {
 
 template <class S>
 struct DepthwiseBackwardScratch {
-  // directly: whether sums are of windows that are read where they lie.
-  DepthwiseBackwardScratch(const DepthwiseWalk<S>& w, bool has_direct, bool directly)
+  // directly, planes: whether sums are of windows that are read where they lie, in channels_last or NCHW.
+  DepthwiseBackwardScratch(const DepthwiseWalk<S>& w, bool has_direct, bool directly, bool planes)
       : input(w, w.rows + 4 * w.half),
         grad(w, w.rows + 2 * w.half),
         direct(w, has_direct ? w.rows + 2 * w.half : 0),
         convolved(w, w.rows + 2 * w.half),
         taps(w.kernel * w.kernel * w.lanes),
         border(directly ? w.channels : 0),
-        sums(directly ? 2 * w.group * w.lanes : 0) {}
+        sums(directly ? 2 * w.group * w.lanes : 0),
+        plane_border(planes ? w.width : 0) {}
   bool failed() const {
     return input.failed() || grad.failed() || direct.failed() || convolved.failed() || taps.failed() ||
-           border.failed() || sums.failed();
+           border.failed() || sums.failed() || plane_border.failed();
   }
   const DepthwiseBlock<S> input;      // rows from 2 * half above the block on
   const DepthwiseBlock<S> grad;       // grad_output, the rows to be worked on; in the end the input's gradient
@@ -64,6 +66,7 @@ struct DepthwiseBackwardScratch {
   const Buffer<S> taps;
   const DirectBorder border;
   const Buffer<S> sums;  // of a group of units
+  const PlaneBorder plane_border;
 };
 
 template <int Kernel, class S>
@@ -134,6 +137,30 @@ void sum_directly(const E& ending, const DepthwiseWalk<float>& w, const DirectBo
   }
 }
 
+// The same of a block of rows of a plane, from `row` on, read where it lies.
+template <class E>
+void sum_plane(const E& ending, const DepthwiseWalk<float>& w, const DepthwiseUnit<3, float>& unit,
+               const PlaneBorder& border, const DepthwiseItem& item, int64_t row, int64_t next, const float* input,
+               const float* grad_output, const DepthwiseSums& sums) {
+  const int64_t plane = (item.image * w.channels + item.unit) * w.height * w.width;
+  const Vec<float> mean = unit.mean, scale = unit.scale, shift = unit.shift;
+  const float* grad = grad_output + plane;
+  PlaneAhead ahead(w, item, row, next, input), grad_ahead(w, item, row, next, grad_output);
+  Vec<float> sum = {}, product = {};
+  for_plane_windows(w, unit.taps, input + plane, border, row, min_of(row + w.rows, item.end),
+                    [&](int64_t at, const auto& only, Vec<float> z, Vec<float> value) CELLOPS_INLINE_LAMBDA {
+                      z -= mean;
+                      const Vec<float> given = only.get(grad + at);
+                      const Vec<float> through = only(ending.template through<float>(given, value, z * scale + shift));
+                      sum += through;
+                      product += only(through * z);
+                      ahead.fetch();
+                      grad_ahead.fetch();
+                    });
+  w.add(sum, item.unit, sums.through());
+  w.add(product, item.unit, sums.products());
+}
+
 // The two sums that batch statistics need.
 template <int Kernel, class T, class S, class Params>
 void sum_gradients(const Params& p, const Team& team, const DepthwiseWalk<S>& w, const T* grad_output, const T* input,
@@ -149,6 +176,11 @@ void sum_gradients(const Params& p, const Team& team, const DepthwiseWalk<S>& w,
         if (reads_directly(p)) {
           const DepthwiseItem part{item.image, item.unit, item.units, row, row + rows};
           sum_directly(Ending<Params>(p), w, own.border, part, input, grad_output, constants, own.sums.get(), sums);
+          continue;
+        }
+        if (reads_planes(p)) {
+          const DepthwiseUnit<3, S> unit(w, constants, item.unit, own.taps.get());
+          sum_plane(Ending<Params>(p), w, unit, own.plane_border, item, row, i + 1, input, grad_output, sums);
           continue;
         }
       }
@@ -326,7 +358,7 @@ bool run_depthwise(const Params& p, const FreluBackward& io, int threads) {
   const bool wants_sums = io.grad_weight || io.grad_scale || io.grad_shift;
   bool failed = false;
   parallel(threads, [&](const Team& team) {
-    const DepthwiseBackwardScratch<S> own(w, Ending<Params>::kDirect, false);
+    const DepthwiseBackwardScratch<S> own(w, Ending<Params>::kDirect, false, false);
     const DepthwiseSums sums(p.kernel * p.kernel, w.padded);
     if (!team.all(!own.failed() && !sums.failed(), &failed)) return;
     differentiate<Kernel, false>(p, team, w, static_cast<const T*>(io.grad_output), static_cast<const T*>(io.input),
@@ -358,7 +390,7 @@ bool run_depthwise(const Params& p, const FreluBatchNormBackward& io, int thread
   const T *grad_output = static_cast<const T*>(io.grad_output), *input = static_cast<const T*>(io.input);
   bool failed = false;
   parallel(threads, [&](const Team& team) {
-    const DepthwiseBackwardScratch<S> own(w, Ending<Params>::kDirect, reads_directly(p));
+    const DepthwiseBackwardScratch<S> own(w, Ending<Params>::kDirect, reads_directly(p), reads_planes(p));
     const DepthwiseSums sums(p.kernel * p.kernel, w.padded);
     if (!team.all(!own.failed() && !sums.failed(), &failed)) return;
     sum_gradients<Kernel>(p, team, w, grad_output, input, constants, own, sums);

@@ -3,6 +3,7 @@
 // statistics take one reading more.
 #pragma once
 #include "depthwise_direct.h"
+#include "depthwise_planes.h"
 
 namespace cellops::CELLOPS_ISA {
 
@@ -230,6 +231,85 @@ class FromImages {
   const Buffer<S> sums_;
 };
 
+// Windows where a plane lies, for one thread.
+template <class E>
+class FromPlanes {
+ public:
+  using S = float;
+  FromPlanes(const E& ending, const DepthwiseWalk<S>& walk, const DepthwiseForwardConstants<S>& of, const S* input)
+      : w_(walk), of_(of), ending_(ending), input_(input), border_(walk.width), results_(walk, walk.rows) {}
+  bool failed() const { return border_.failed() || results_.failed(); }
+
+  void measure(int64_t index, int64_t next, const DepthwiseMoments& moments) const {
+    for_blocks(index, next, [&](const Block& block, const DepthwiseTaps<3, S>& taps, PlaneAhead ahead) {
+      const auto [item, row, rows] = block;
+      const S* from = plane(item, input_);
+      const int64_t middle = (rows / 2 + row) * w_.width + w_.width / 2;
+      Vec<S> first = {}, sum = {}, squares = {};
+      for_plane_windows(w_, taps, from, border_, middle / w_.width, middle / w_.width + 1,
+                        [&](int64_t at, const auto&, Vec<S> z, Vec<S>) CELLOPS_INLINE_LAMBDA {
+                          if (at + w_.lanes > middle && at <= middle) first = broadcast(S(z[middle - at]));
+                        });
+      for_plane_windows(w_, taps, from, border_, row, row + rows,
+                        [&](int64_t, const auto& only, Vec<S> z, Vec<S>) CELLOPS_INLINE_LAMBDA {
+                          const Vec<S> value = only(z - first);
+                          sum += value;
+                          squares += value * value;
+                          ahead.fetch();
+                        });
+      const double count = double(rows * w_.width);
+      double total = 0, total_squares = 0;
+      for (int i = 0; i < w_.lanes; ++i) total += double(sum[i]), total_squares += double(squares[i]);
+      moments.merge(item.unit, count, double(first[0]) + total / count, total_squares - total * total / count);
+    });
+  }
+
+  void finish(int64_t index, int64_t next, S* output, bool streamed) const {
+    for_blocks(index, next, [&](const Block& block, const DepthwiseTaps<3, S>& taps, PlaneAhead ahead) {
+      const auto [item, row, rows] = block;
+      const Vec<S> m = w_.of(of_.mean.get(), item.unit), a = w_.of(of_.scale.get(), item.unit),
+                   b = w_.of(of_.shift.get(), item.unit);
+      const int64_t first = row * w_.width;
+      // Whole lines are streamed, and rows are none: from a block of results, where they touch as in the plane.
+      S *to = plane(item, output) + first, *result = streamed ? results_.at(0, 0) : to;
+      for_plane_windows(w_, taps, plane(item, input_), border_, row, row + rows,
+                        [&](int64_t at, const auto& only, Vec<S> z, Vec<S> value) CELLOPS_INLINE_LAMBDA {
+                          only.put(result + (at - first), ending_.template value<S>(value, (z - m) * a + b));
+                          ahead.fetch();
+                        });
+      if (streamed) store_run(rows * w_.width, result, to, true);
+    });
+  }
+
+ private:
+  template <class T>
+  T* plane(const DepthwiseItem& item, T* images) const {
+    return images + (item.image * w_.channels + item.unit) * w_.height * w_.width;
+  }
+
+  // Some rows of an item, which in NCHW has one unit, a channel.
+  struct Block {
+    DepthwiseItem item;
+    int64_t row, rows;
+  };
+  template <class Work>
+  void for_blocks(int64_t index, int64_t next, const Work& work) const {
+    const DepthwiseItem item = w_.item(index);
+    const DepthwiseTaps<3, S> taps(w_, of_.weights.get(), item.unit, false, nullptr);
+    for (int64_t row = item.begin; row < item.end; row += w_.rows) {
+      const Block block{item, row, min_of(w_.rows, item.end - row)};
+      work(block, taps, PlaneAhead(w_, item, row, next, input_));
+    }
+  }
+
+  const DepthwiseWalk<S>& w_;
+  const DepthwiseForwardConstants<S>& of_;
+  const E ending_;
+  const S* input_;
+  const PlaneBorder border_;
+  const DepthwiseBlock<S> results_;
+};
+
 // All of a thread's items, the last first: what the statistics have read last may still be in a cache.
 template <class Windows, class S, class T>
 void finish_items(const Team& team, const DepthwiseWalk<S>& w, const Windows& windows, T* output) {
@@ -303,6 +383,7 @@ template <class T, class Params, class Tensors>
 bool depthwise_forward(const Params& p, const Tensors& io, int threads) {
   using E = Ending<Params>;
   if (reads_directly(p)) return run_depthwise<FromImages<E>, float>(p, io, threads);
+  if (reads_planes(p)) return run_depthwise<FromPlanes<E>, float>(p, io, threads);
   return with_window<Compute<T>>(p.kernel, [&](auto window) {
     return run_depthwise<FromBlocks<decltype(window)::value, T, E>, T>(p, io, threads);
   });
