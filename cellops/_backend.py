@@ -163,6 +163,7 @@ def refused_by_cuda(
     return module.refuses(shapes, dtype, channels_last)
 
 
+@cache
 def gpu_launcher(backend: str, op: str, direction: str) -> Any:
     """`<op>_<direction>_<backend>` of `cellops/<backend>/<op>.py`, which is imported when it is first asked for.
 

@@ -142,6 +142,14 @@ def test_packed_tensors(tmp_path):
         assert found[name].stride() == wanted.stride() and found[name].storage_offset() == 0
 
 
+def test_a_packed_tensor_takes_no_memory_that_it_has_not():
+    packed = pack({"a": torch.zeros(3)})
+    name, offset, _, _ = packed["values"]["a"]["__tensor__"]
+    packed["values"]["a"]["__tensor__"] = (name, offset, (1 << 40,), (0,))
+    with pytest.raises(ValueError, match="1099511627776"):
+        unpack(packed)
+
+
 @pytest.mark.parametrize("terminal", [True, False])
 def test_progress_bar(terminal):
     """Only where there is a terminal; lines are printed everywhere."""

@@ -380,3 +380,35 @@ def test_no_kernel_multiplies_float32_in_tf32_unasked(op: str, dtype: torch.dtyp
     with noted_launches() as launches:
         call_launchers(op, cases(op, "small")[0].make(dtype, "meta"), deterministic=False)
     assert launches and not [one.kernel.__name__ for one in launches if "tf32" in one.constants.values()]
+
+
+@pytest.mark.parametrize("own_sizes", [True, False])
+@pytest.mark.parametrize("last", [1000, 3])
+def test_statistics_of_many_parts(own_sizes: bool, last: int) -> None:
+    """More parts than a tile has, of more pixels than float32 counts one by one, the last one small."""
+    from cellops.triton._statistics import batch_gradients, batch_scale, batch_statistics
+
+    generator = torch.Generator().manual_seed(0)
+    parts, part_pixels = 300, 123_457
+    means, squares, gamma = (torch.randn(*shape, generator=generator) for shape in ((parts, 11), (parts, 11), (11,)))
+    means, squares = means + 5, squares.abs() * part_pixels
+    means[-1], sizes = 1e4, torch.full((parts,), float(part_pixels))
+    sizes[-1] = last
+    total = part_pixels * (parts - 1) + last
+    given = [tensor.to(DEVICE) for tensor in (means, squares, sizes, gamma)]
+    mean, variance, scale = batch_statistics(
+        *given[:2], given[2] if own_sizes else None, part_pixels, total, given[3], 1e-3
+    )
+    share = sizes.double().unsqueeze(1) / total
+    wanted = (means * share).sum(0)
+    spread = squares.double().sum(0) / total + ((means - wanted).square() * share).sum(0)
+    factor = gamma / (spread + 1e-3).sqrt()
+    for found, exact in ((mean, wanted), (variance, spread), (scale, factor)):
+        torch.testing.assert_close(found.cpu().double(), exact, rtol=1e-5, atol=0)
+    torch.testing.assert_close(batch_scale(variance, given[3], 1e-3), scale, rtol=1e-6, atol=0)
+
+    found = batch_gradients(given[0], given[1], variance, given[3], 1e-3, total)
+    to_gamma, to_beta = squares.double().sum(0) / (spread + 1e-3).sqrt(), means.double().sum(0)
+    of_apart = to_gamma / (spread + 1e-3).sqrt() * factor / total
+    for one, exact in zip(found, (to_gamma, to_beta, to_beta * factor / total, of_apart), strict=True):
+        torch.testing.assert_close(one.cpu().double(), exact, rtol=1e-5, atol=0)

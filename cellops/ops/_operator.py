@@ -157,13 +157,19 @@ class Operator:
 
     # Checks
 
-    def _check(self, tensors: Tensors, settings: tuple[Any, ...]) -> Shape:
+    def _check_devices(self, tensors: Tensors) -> None:
         input = tensors[0]
         assert input is not None
+        device = input.device
         for name, tensor in zip(self.names, tensors, strict=True):
+            if tensor is None:
+                continue
             expect_dense(name, tensor)
-            if tensor is not None and tensor.device != input.device:
-                raise RuntimeError(f"{name} must be on {input.device} like the input, got {tensor.device}")
+            if tensor.device != device:
+                raise RuntimeError(f"{name} must be on {device} like the input, got {tensor.device}")
+
+    def _check(self, tensors: Tensors, settings: tuple[Any, ...]) -> Shape:
+        self._check_devices(tensors)
         self._check_dtypes(tuple(None if tensor is None else tensor.dtype for tensor in tensors))
         return self._check_shapes(tuple(None if tensor is None else tensor.shape for tensor in tensors), settings)
 
@@ -225,6 +231,12 @@ class Operator:
         dtypes = tuple([None if tensor is None else tensor.dtype for tensor in tensors])
         return self._plan(device_type, channels_last, config, shapes, dtypes)
 
+    def _plan_of_any_device(self, input: Tensor, tensors: Tensors, config: Config) -> _Plan:
+        """Checks what the plan does not know, so that a repeated call checks no shape again."""
+        self._check_devices(tensors)
+        channels_last = input.dim() == 4 and _native.is_channels_last(input)
+        return self._plan_of(input.device.type, tensors, config, (channels_last,))
+
     def _split(self, arguments: tuple[Any, ...]) -> tuple[Tensors, Config]:
         """Tensors, and settings with the backend, which the dispatcher leaves out where it is None."""
         arguments += (None,) * (self._arguments - len(arguments))
@@ -256,9 +268,7 @@ class Operator:
     def forward_any_device(self, *arguments: Any) -> Result:
         """Kernel of the op for devices without one of their own."""
         tensors, config = self._split(arguments)
-        self._check(tensors, config[:-1])
-        channels_last = _native.memory_format(arguments[0]) is torch.channels_last
-        plan = self._plan_of(arguments[0].device.type, tensors, config, (channels_last,))
+        plan = self._plan_of_any_device(arguments[0], tensors, config)
         return self._forward_without_library(plan, tensors, config)
 
     def _forward_without_library(self, plan: _Plan, tensors: Tensors, config: Config) -> Result:
@@ -316,10 +326,8 @@ class Operator:
     def backward_any_device(self, grad_output: Tensor, *arguments: Any) -> list[Tensor]:
         """Kernel of the backward op for devices without one of their own."""
         tensors, statistics, config, wanted = self._split_backward(arguments)
-        shape = self._check(tensors, config[:-1])
-        self._check_grad_output(grad_output, tensors[0], shape)
-        channels_last = _native.memory_format(arguments[0]) is torch.channels_last
-        plan = self._plan_of(grad_output.device.type, tensors, config, (channels_last,))
+        plan = self._plan_of_any_device(arguments[0], tensors, config)
+        self._check_grad_output(grad_output, tensors[0], plan.output_shape)
         return self._backward_without_library(plan, grad_output, tensors, statistics, config, wanted)
 
     def _backward_without_library(

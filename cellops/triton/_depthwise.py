@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -15,8 +17,8 @@ from cellops.triton._depthwise_kernels import (
     depthwise_forward_kernel,
     depthwise_statistics_kernel,
 )
-from cellops.triton._launch import ceil_div, launch, multiprocessors, needs_int64, power_of_2
-from cellops.triton._pixels import combine, scales, through_statistics
+from cellops.triton._launch import ceil_div, launch, multiprocessors, power_of_2
+from cellops.triton._statistics import batch_gradients, batch_scale, batch_statistics
 
 THREADS = 128
 
@@ -84,9 +86,14 @@ def strips(image: Tensor, kernel: int, most: int = 4, columns: int = 4) -> Strip
         most: elements of a pixel for each lane.
         columns: of a strip in channels_last; two in NCHW.
     """
-    batch, channels, height, width = image.shape
+    return _strips(image.shape, image.is_contiguous(), multiprocessors(image.device), kernel, most, columns)
+
+
+@lru_cache(maxsize=4096)
+def _strips(shape: tuple[int, ...], nchw: bool, side_by_side: int, kernel: int, most: int, columns: int) -> Strips:
+    batch, channels, height, width = shape
     elements = THREADS * min(most, 4 if kernel <= 3 else 2 if kernel <= 5 else 1)
-    if image.is_contiguous():
+    if nchw:
         strides, columns, elements = (height * width, 1), 2, THREADS * min(most, 2)
         across = ceil_div(width, columns)
         block_p = power_of_2(batch * across * ceil_div(height, 4), 16, elements)
@@ -96,7 +103,7 @@ def strips(image: Tensor, kernel: int, most: int = 4, columns: int = 4) -> Strip
         across = ceil_div(width, columns)
         block_p = elements // block_c
     blocks_c, rows = ceil_div(channels, block_c), max(height, 1)
-    wanted = 4 * multiprocessors(image.device)
+    wanted = 4 * side_by_side
     while rows > 4 and ceil_div(batch * across * ceil_div(height, rows), block_p) * blocks_c < wanted:
         rows = ceil_div(rows, 2)
     of_image = across * ceil_div(height, rows)
@@ -116,7 +123,7 @@ def strips(image: Tensor, kernel: int, most: int = 4, columns: int = 4) -> Strip
         pixel_stride=strides[1],
         block_c=block_c,
         block_p=block_p,
-        wide=needs_int64(image) or total + part_strips >= 2**31,  # the last part may end beyond
+        wide=math.prod(shape) >= 2**31 or total + part_strips >= 2**31,  # the last part may end beyond
         parts=ceil_div(total, part_strips),
         part_strips=part_strips,
     )
@@ -153,20 +160,19 @@ def batch_norm_forward(
     constants = {"K": weight.shape[2], **layout.launched}
     launch(depthwise_statistics_kernel, layout.part_grid, *tensors, *layout.sizes, **constants)
     total = input.shape[0] * input.shape[2] * input.shape[3]
-    mean, variance = combine(means, squares, sizes.unsqueeze(1), total)
-    _, scale = scales(variance, gamma, eps)
+    mean, variance, scale = batch_statistics(means, squares, sizes, layout.part_strips, total, gamma, eps)
     return _output(input, weight, mean, scale, beta, activation), mean, variance
 
 
 def _sums(arguments: tuple[Tensor | None, ...], activation: str) -> tuple[Tensor, Tensor]:
-    """Gradients to shift and scale."""
+    """Gradients to shift and scale, [parts, C]."""
     input, weight = arguments[1:3]
     layout = strips(input, weight.shape[2])
     sums, products = torch.empty(2, layout.parts, layout.channels, dtype=torch.float32, device=input.device)
     tensors = (*arguments, sums, products, layout.part_strips)
     constants: dict[str, Any] = {"K": weight.shape[2], "ACTIVATION": activation, **layout.launched}
     launch(depthwise_backward_sums_kernel, layout.part_grid, *tensors, *layout.sizes, **constants)
-    return sums.sum(0), products.sum(0)
+    return sums, products
 
 
 def _convolution(
@@ -206,7 +212,7 @@ def backward(
     arguments = (grad_output, input, weight, None, scale, shift)
     grad_scale = grad_shift = None
     if (wanted[2] and scale is not None) or (wanted[3] and shift is not None):
-        grad_shift, grad_scale = _sums(arguments, activation)
+        grad_shift, grad_scale = (part.sum(0) for part in _sums(arguments, activation))
     return *_convolution(arguments, None, None, activation), grad_scale, grad_shift
 
 
@@ -222,9 +228,8 @@ def batch_norm_backward(
     activation: str,
 ) -> tuple[Tensor | None, ...]:
     """Gradients to the tensors of `batch_norm_forward`, through the statistics too."""
-    inverse, scale = scales(var, gamma, eps)
-    arguments = (grad_output, input, weight, mean, scale, beta)
-    grad_beta, grad_scale = _sums(arguments, activation)
+    arguments = (grad_output, input, weight, mean, batch_scale(var, gamma, eps), beta)
     total = input.shape[0] * input.shape[2] * input.shape[3]
-    grad_gamma, of_mean, of_apart = through_statistics(grad_beta, grad_scale, inverse, scale, total)
+    found = batch_gradients(*_sums(arguments, activation), var, gamma, eps, total)
+    grad_gamma, grad_beta, of_mean, of_apart = found
     return *_convolution(arguments, of_mean, of_apart, activation), grad_gamma, grad_beta

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from functools import lru_cache
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from cellops.triton._launch import ceil_div, multiprocessors, needs_int64, power_of_2
+from cellops.triton._launch import ceil_div, multiprocessors, power_of_2
 
 
 @triton.jit
@@ -92,15 +93,20 @@ def tiles(image: Tensor, elements: int = 1024) -> Tiles:
     Tiles are wide along what is contiguous, for 16-byte loads: 1024 elements are 8 for each of 128 threads. Sums take
     about four programs for each multiprocessor, over parts that depend on sizes alone: the order of additions is fixed.
     """
-    batch, channels, height, width = image.shape
+    return _tiles(image.shape, image.is_contiguous(), multiprocessors(image.device), elements)
+
+
+@lru_cache(maxsize=4096)
+def _tiles(shape: tuple[int, ...], nchw: bool, side_by_side: int, elements: int) -> Tiles:
+    batch, channels, height, width = shape
     pixels, count = height * width, batch * height * width
-    if image.is_contiguous():
+    if nchw:
         strides, block_p = (pixels, 1), power_of_2(count, 16, elements)
         block_c = power_of_2(channels, 1, elements // block_p)
     else:
         strides, block_c = (1, channels), power_of_2(channels, 16, 64)
         block_p = elements // block_c
-    programs = 4 * multiprocessors(image.device)
+    programs = 4 * side_by_side
     part_blocks = ceil_div(ceil_div(count, block_p), ceil_div(programs, ceil_div(channels, block_c)))
     part_pixels = max(part_blocks, 1) * block_p
     return Tiles(
@@ -112,51 +118,7 @@ def tiles(image: Tensor, elements: int = 1024) -> Tiles:
         pixel_stride=strides[1],
         block_c=block_c,
         block_p=block_p,
-        wide=needs_int64(image) or 2 * count >= 2**31,  # the last part may end beyond, and there may be two maps
+        wide=math.prod(shape) >= 2**31 or 2 * count >= 2**31,  # the last part may end beyond, and there may be two maps
         parts=ceil_div(count, part_pixels),
         part_pixels=part_pixels,
     )
-
-
-def combined_statistics(means: Tensor, squares: Tensor, total: int, part_pixels: int) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of each channel from those of the parts.
-
-    Args:
-        means: [parts, C] float32.
-        squares: [parts, C] float32, sums of squared distances from the part's mean.
-        total: pixels of all parts.
-        part_pixels: pixels of each but the last.
-    """
-    starts = torch.arange(means.shape[0], device=means.device).unsqueeze(1) * part_pixels
-    return combine(means, squares, (total - starts).clamp(max=part_pixels), total)
-
-
-def combine(means: Tensor, squares: Tensor, sizes: Tensor, total: int) -> tuple[Tensor, Tensor]:
-    """The same where each part has a size of its own, [parts, 1]."""
-    mean = (means * sizes).sum(0) / total if total else means.sum(0) / 0
-    variance = (squares + (means - mean).square() * sizes).sum(0) / max(total, 1)
-    return mean, variance if total else mean
-
-
-def scales(variance: Tensor, gamma: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    """1 / deviation and gamma / deviation, [C] float32."""
-    inverse = (variance + eps).rsqrt()
-    return inverse, inverse if gamma is None else inverse * gamma
-
-
-def through_statistics(
-    grad_beta: Tensor, grad_scale: Tensor, inverse: Tensor, scale: Tensor, total: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Of a normalisation by the batch: the gradient to gamma, and what `grad_z` loses through mean and deviation.
-
-    Args:
-        grad_beta: [C], the gradient to the shift.
-        grad_scale: [C], the gradient to the scale, gamma / deviation.
-        inverse, scale: [C], of `scales`.
-        total: pixels.
-
-    Returns:
-        grad_gamma, of_mean and of_apart, each [C]: grad_z = through * scale - of_mean - (z - mean) * of_apart.
-    """
-    grad_gamma, share = grad_scale * inverse, scale / max(total, 1)
-    return grad_gamma, grad_beta * share, grad_gamma * inverse * share

@@ -186,7 +186,8 @@ def _channels_last(images: Tensor) -> Tensor:
 
 
 def _part(tensor: Tensor | None, images: slice) -> Tensor | None:
-    return None if tensor is None else tensor[images]
+    """Some images of a tensor; itself where they are all, as a view of it takes longer to make than a small launch."""
+    return tensor if tensor is None or images == slice(0, tensor.shape[0]) else tensor[images]
 
 
 def deform_conv2d_forward_triton(
@@ -208,7 +209,8 @@ def deform_conv2d_forward_triton(
     weight = _channels_last(weight)
     image_bytes = input[:1].numel() * input.element_size()
     for images in [slice(0, batch)] if in_place else _image_chunks(batch, image_bytes):
-        tensors = (_channels_last(input[images]), offset[images], _part(mask, images), weight, bias, output[images])
+        given = (_channels_last(_part(input, images)), _part(offset, images), _part(mask, images))
+        tensors = (*given, weight, bias, _part(output, images))
         _forward(tensors, _geometry(*tensors[:2], weight, tensors[2], tensors[5], conv))
     return output
 
@@ -275,8 +277,8 @@ def deform_conv2d_backward_triton(
         geometry = _geometry(input, offset, repacked, mask, grad_output, conv)
         grad_weight = _grad_weight(grad_output, input, offset, mask, geometry)
     for images in [slice(0, batch)] if whole else _image_chunks(batch, image_bytes):
-        tensors = (_channels_last(input[images]), offset[images], _part(mask, images))
-        grad = grad_output[images]
+        tensors = (_channels_last(_part(input, images)), _part(offset, images), _part(mask, images))
+        grad = _part(grad_output, images)
         geometry = _geometry(*tensors[:2], repacked, tensors[2], grad, conv)
         if want_weight and not in_place:
             grad_weight += _grad_weight(grad, *tensors, geometry)

@@ -14,6 +14,7 @@ Passes over memory for x of B bytes and y of as many (bound on an H200: passes *
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -26,8 +27,8 @@ from cellops.triton._group_conv1x1 import (
     group_conv1x1_forward_kernel,
     group_conv1x1_statistics_kernel,
 )
-from cellops.triton._launch import ceil_div, dot_precision, launch, multiprocessors, needs_int64, power_of_2
-from cellops.triton._pixels import combined_statistics, scales, through_statistics
+from cellops.triton._launch import ceil_div, dot_precision, launch, multiprocessors, power_of_2
+from cellops.triton._statistics import batch_gradients, batch_scale, batch_statistics
 
 
 class _Geometry(NamedTuple):
@@ -55,16 +56,23 @@ class _Geometry(NamedTuple):
 
 def _geometry(input: Tensor, weight: Tensor, groups: int) -> _Geometry:
     """Tiles of 64 or 128 pixels and up to 64 channels of a group: 16-byte loads where it has 8 of a half type."""
-    batch, channels, height, width = input.shape
-    out_channels, group_in, pixels = weight.shape[0], weight.shape[1], height * width
+    return _geometry_of(input.shape, weight.shape, input.is_contiguous(), input.element_size(), groups, dot_precision())
+
+
+@lru_cache(maxsize=4096)
+def _geometry_of(
+    input: tuple[int, ...], weight: tuple[int, ...], nchw: bool, element_size: int, groups: int, precision: str
+) -> _Geometry:
+    batch, channels, height, width = input
+    out_channels, group_in, pixels = weight[0], weight[1], height * width
     group_out = out_channels // groups
-    if input.is_contiguous():
+    if nchw:
         strides = (pixels, 1, pixels, 1)
     else:
         strides = (1, channels, 1, out_channels)
     block_o, block_c = power_of_2(group_out, 16, 64), power_of_2(group_in, 16, 64)
-    block_p = 128 if max(block_o, block_c) <= 32 and input.element_size() == 2 else 64  # 128 of float32 spill
-    wide = needs_int64(input) or batch * max(out_channels, 2) * pixels >= 2**31  # the last part may end beyond
+    block_p = 128 if max(block_o, block_c) <= 32 and element_size == 2 else 64  # 128 of float32 spill
+    wide = batch * max(channels, out_channels, 2) * pixels >= 2**31  # the last part may end beyond
     return _Geometry(
         sizes=(batch * pixels, pixels, channels, out_channels, groups, group_in, group_out, *strides),
         total=batch * pixels,
@@ -78,8 +86,8 @@ def _geometry(input: Tensor, weight: Tensor, groups: int) -> _Geometry:
             "BLOCK_P": block_p,
             "BLOCK_O": block_o,
             "BLOCK_C": block_c,
-            "PRECISION": dot_precision(),
-            "LAST": not input.is_contiguous(),
+            "PRECISION": precision,
+            "LAST": not nchw,
             "WIDE": wide,
         },
     )
@@ -128,14 +136,13 @@ def group_conv1x1_batch_norm_forward_triton(
     means, squares = torch.empty(2, parts, geometry.out_channels, dtype=torch.float32, device=input.device)
     arguments = (input, weight, means, squares, part_pixels, *geometry.sizes)
     launch(group_conv1x1_statistics_kernel, (parts, geometry.out_blocks), *arguments, **geometry.launched)
-    mean, variance = combined_statistics(means, squares, geometry.total, part_pixels)
-    _, scale = scales(variance, gamma, eps)
+    mean, variance, scale = batch_statistics(means, squares, None, part_pixels, geometry.total, gamma, eps)
     tensors = (input, weight, mean, scale, beta)
     return _forward(tensors, geometry, groups, activation, shuffle), mean, variance
 
 
 def _sums(tensors: tuple[Tensor | None, ...], geometry: _Geometry, settings: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Gradients to shift and scale."""
+    """Gradients to shift and scale, [parts, O]."""
     device = tensors[1].device
     parts, part_pixels = geometry.parts(geometry.out_blocks, device)
     sums, products = torch.empty(2, parts, geometry.out_channels, dtype=torch.float32, device=device)
@@ -144,7 +151,7 @@ def _sums(tensors: tuple[Tensor | None, ...], geometry: _Geometry, settings: dic
     constants = {**settings, **geometry.launched}
     warps = 8 if constants["BLOCK_O"] == 64 else 4  # two sums of 32 numbers a thread spill
     launch(group_conv1x1_backward_sums_kernel, grid, *arguments, num_warps=warps, **constants)
-    return sums.sum(0), products.sum(0)
+    return sums, products
 
 
 def _convolution(
@@ -189,7 +196,7 @@ def group_conv1x1_backward_triton(
     tensors = (grad_output, input, weight, None, scale, shift)
     grad_scale = grad_shift = None
     if (wanted[2] and scale is not None) or (wanted[3] and shift is not None):
-        grad_shift, grad_scale = _sums(tensors, geometry, settings)
+        grad_shift, grad_scale = (part.sum(0) for part in _sums(tensors, geometry, settings))
     return *_convolution((*tensors, None, None), geometry, settings, wanted), grad_scale, grad_shift
 
 
@@ -210,8 +217,7 @@ def group_conv1x1_batch_norm_backward_triton(
     """Gradients to the tensors of `group_conv1x1_batch_norm`, through the statistics too."""
     geometry = _geometry(input, weight, groups)
     settings = {"ACTIVATION": activation, "SHUFFLE": shuffle}
-    inverse, scale = scales(var, gamma, eps)
-    tensors = (grad_output, input, weight, mean, scale, beta)
-    grad_beta, grad_scale = _sums(tensors, geometry, settings)
-    grad_gamma, *of_statistics = through_statistics(grad_beta, grad_scale, inverse, scale, geometry.total)
+    tensors = (grad_output, input, weight, mean, batch_scale(var, gamma, eps), beta)
+    found = batch_gradients(*_sums(tensors, geometry, settings), var, gamma, eps, geometry.total)
+    grad_gamma, grad_beta, *of_statistics = found
     return *_convolution((*tensors, *of_statistics), geometry, settings, wanted), grad_gamma, grad_beta

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -60,13 +61,19 @@ def pack(values: Any) -> dict[str, Any]:
 
 
 def unpack(packed: Mapping[str, Any]) -> Any:
-    """What was given to `pack`."""
+    """What was given to `pack`.
+
+    Raises:
+        ValueError: a tensor is larger than any that is packed: one value may stand for as many as a file asks for.
+    """
     tensors = packed["tensors"]
 
     def restore(value: Any) -> Any:
         if isinstance(value, Mapping):
             if MARK in value:
                 name, offset, shape, stride = value[MARK]
+                if math.prod(shape) > SMALL:
+                    raise ValueError(f"a packed tensor has the shape {tuple(shape)}, more than {SMALL} elements")
                 # A copy each: torch.set_rng_state reads a part of a tensor from the whole one's beginning.
                 return torch.as_strided(tensors[name], shape, stride, offset).clone()
             return {key: restore(item) for key, item in value.items()}
