@@ -102,9 +102,9 @@ def _measured_kernel(records: list[Record], key: str, name: str) -> str:
     """By the profiler; what is not ours is PyTorch's, together."""
     for record in records:
         if record["key"] == key and (found := record.get("variants", {}).get("cellops triton")):
-            of_ours = {one: kernel["seconds"] for one, kernel in found.items() if one.endswith("_kernel")}
-            others = sum(kernel["seconds"] for kernel in found.values()) - sum(of_ours.values())
-            return f"{1e6 * of_ours.get(name, 0 if name.endswith('_kernel') else others):.0f} µs"
+            others = sum(kernel["seconds"] for one, kernel in found.items() if not one.isidentifier())
+            if name in found or not name.isidentifier():
+                return f"{1e6 * (found[name]['seconds'] if name in found else others):.0f} µs"
     return "not yet"
 
 

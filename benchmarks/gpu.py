@@ -30,7 +30,7 @@ from on_gpu.progress import Budget, DeadDevice, Record, Results, Setup, failures
 
 sys.path.insert(0, str(machine.ROOT))  # this tree's cellops, installed or not
 
-STEPS = ("suite", "sanitizer", "ops", "kernels", "tuning", "threads", "zoo", "experiments")
+STEPS = ("suite", "sanitizer", "ops", "tuning", "kernels", "threads", "zoo", "experiments")
 """In their order."""
 
 FAILED, LEFT = 1, 3
@@ -172,8 +172,8 @@ def _step(name: str, setup: Setup) -> Any:
         "suite": suite.suite,
         "sanitizer": suite.sanitizer,
         "ops": ops.step,
-        "kernels": kernels.step,
         "tuning": tuning.step,
+        "kernels": kernels.step,
         "threads": programs.threads,
         "zoo": programs.zoo,
         "experiments": programs.experiments,

@@ -110,7 +110,8 @@ def test_activations_and_sizes(norm: bool, activation: str, layout: torch.memory
     ("kernel_size", "side", "layout", "training", "inference"),
     [
         (3, 7, torch.contiguous_format, 2, 2),
-        (3, 8, torch.contiguous_format, 0, 0),
+        (3, 8, torch.contiguous_format, 0, 2),
+        (3, 12, torch.contiguous_format, 0, 0),
         (3, 16, torch.contiguous_format, 0, 0),
         (5, 7, torch.contiguous_format, 0, 2),
         (5, 16, torch.contiguous_format, 0, 2),
@@ -291,7 +292,7 @@ LAST, PLANES = torch.channels_last, torch.contiguous_format
         ),
         (17, [(1, 45, 40)], 3, LAST),  # the last vector's channels are partly another thread's
         (2, [(1, height, width) for height in (1, 2, 7) for width in (5, 8, 9, 15, 16, 17, 31, 32, 33, 48)], 1, PLANES),
-        (1, [(1, 45, 50)], 3, PLANES),  # threads share a plane
+        (1, [(1, 300, 120)], 3, PLANES),  # threads share a plane, and each has several blocks of its rows
     ],
 )
 def test_windows_where_the_image_lies(

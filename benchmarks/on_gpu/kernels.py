@@ -13,8 +13,8 @@ import torch
 
 from cellops import _backend
 from on_gpu import clock, shapes
-from on_gpu.ops import call_of, runs
-from on_gpu.progress import Record, Row, Setup, Skipped, Step
+from on_gpu.ops import allow_tf32, call_of, runs
+from on_gpu.progress import Record, Row, Setup, Skipped, Step, in_a_line, is_fatal
 from on_gpu.shapes import Point
 
 DTYPE = "bfloat16"
@@ -24,6 +24,7 @@ SHOWN = 3  # kernels of each backend in the line that a row prints
 
 def step(setup: Setup) -> Step:
     """A row for every shape of the targets in bfloat16, channels_last first."""
+    allow_tf32()  # as in "ops", or other kernels would run
     rows = []
     for point in sorted(shapes.points(small=setup.small), key=lambda point: point.layout != "channels_last"):
         if not point.sweep and (point.dtype == DTYPE or setup.small):
@@ -50,12 +51,18 @@ def _measure(point: Point, setup: Setup, left: float) -> Record:
     device, factor = shapes.filled(point, setup)
     arguments = shapes.make(point, device, factor)
     variants: dict[str, Any] = {}
+    failed: dict[str, str] = {}
     for backend in (name for name in _backend.OPS[point.case.op] if runs(name, point, device)):
         function = partial(point.case.function, backend=backend)
-        variant = call_of(function, arguments, point.direction != "forward")
-        variants[f"cellops {backend}"] = by_kernel(_profiled(variant, device))
+        try:
+            variant = call_of(function, arguments, point.direction != "forward")
+            variants[f"cellops {backend}"] = by_kernel(_profiled(variant, device))
+        except Exception as error:
+            if isinstance(error, Skipped) or is_fatal(error):
+                raise
+            failed[backend] = in_a_line(error)
     text = "; ".join(f"{name}: {_slowest(kernels)}" for name, kernels in variants.items())
-    return {
+    record = {
         "kind": "kernels",
         "op": point.op,
         "shape": list(arguments["input"].shape),
@@ -63,6 +70,7 @@ def _measure(point: Point, setup: Setup, left: float) -> Record:
         "variants": variants,
         "summary": text,
     }
+    return record | ({"failed": "; ".join(f"{name}: {text}" for name, text in failed.items())} if failed else {})
 
 
 def _profiled(variant: clock.Call, device: torch.device) -> list[tuple[str, float]]:

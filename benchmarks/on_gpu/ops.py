@@ -39,7 +39,7 @@ CALLS = 200  # of a tiny tensor, for the cost of a call
 
 def step(setup: Setup) -> Step:
     """A row for every point, then the cost of a call of every op."""
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # alike for ours and the peers
+    allow_tf32()
     rows = [
         Row(point.key, 1.0 if setup.small else 40.0 if _is_compiled(point) else LEAST, partial(_measure, point, setup))
         for point in shapes.points(small=setup.small)
@@ -47,6 +47,11 @@ def step(setup: Setup) -> Step:
     timed = shapes.OPS[-1:] if setup.small else shapes.OPS
     rows += [Row(f"ops {op} overhead", 1.0 if setup.small else LEAST, partial(_overhead, op, setup)) for op in timed]
     return Step("ops", rows)
+
+
+def allow_tf32() -> None:
+    """Alike for ours and the peers."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
 
 
 def _is_compiled(point: Point) -> bool:

@@ -104,17 +104,17 @@ def _plain_is_faster(input: Tensor, conv: nn.Conv2d) -> bool:
     """Whether PyTorch's modules take less time on a CPU; on a GPU the op runs.
 
     Two cores of an AMD EPYC with AVX2, float32, maps from 7x7 to 60x80: with gradients ours take 0.3 to 1.0 of their
-    time, but 1.07 with 3x3 on 7x7; in inference 0.35 to 0.98, but in NCHW 1.2 on 7x7 (on a newer one 0.4, and 0.7 to
-    0.9 on maps from 9x9 to 14x14), and 1.1 to 2.0 with 5x5, for which oneDNN has loops of its own.
+    time, but 1.07 with 3x3 on 7x7; in inference 0.35 to 0.98, but in NCHW 1.1 to 1.3 on maps below 12x12, and 1.1 to
+    2.0 with 5x5, for which oneDNN has loops of its own.
 
     A trace holds the op: `torch.jit.trace` runs once more without gradients, and wants the same graph.
     """
     if input.device.type != "cpu" or input.dim() != 4 or torch.jit.is_tracing():  # type: ignore[attr-defined]
         return False
     pixels, wide = input.shape[2] * input.shape[3], conv.kernel_size[0] > 3
-    if wide:
-        return not torch.is_grad_enabled() and input.is_contiguous()
-    return _compiled.is_known(pixels < 64)
+    if not torch.is_grad_enabled() and input.is_contiguous():
+        return wide or _compiled.is_known(pixels < 144)
+    return not wide and _compiled.is_known(pixels < 64)
 
 
 def _compose(input: Tensor, conv: nn.Module, bn: nn.Module | None, activation: str) -> Tensor:

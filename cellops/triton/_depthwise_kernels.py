@@ -294,14 +294,15 @@ def depthwise_backward_sums_kernel(
         sums = (zero,) * (K * COLUMNS)
         held = (zero,) * (K // 2 * COLUMNS)
         ahead = _row_of(input + element, strips, known, -(K // 2), K, COLUMNS)
-        grads_ahead = _row_of(grad_output + element, strips, known, 1 - K, 1, COLUMNS)
+        grads_ahead = (zero.to(grad_output.dtype.element_ty),) * COLUMNS
         for i in range(-(K // 2), rows + K // 2):
             values, grads = ahead, grads_ahead
             ahead = _row_of(input + element, strips, known, i + 1, K, COLUMNS)
             sums = _with_row(sums, values, taps, K, COLUMNS)
             held = held + _own(values, K, COLUMNS)
             done = i - K // 2
-            grads_ahead = _row_of(grad_output + element, strips, known, done + 1, 1, COLUMNS)
+            if (done >= -1) & (done + 1 < rows):
+                grads_ahead = _row_of(grad_output + element, strips, known, done + 1, 1, COLUMNS)
             if done >= 0:
                 for b in tl.static_range(COLUMNS):
                     inside = _inside(strips, known, done, b)
@@ -370,7 +371,9 @@ def depthwise_backward_convolution_kernel(
         ahead = _row_of(input + element, strips, known, -(K // 2), K, COLUMNS)
         for i in range(-(K // 2), rows + K // 2):
             done = i - K // 2
-            grads = _row_of(grad_output + element, strips, known, done, 1, COLUMNS)  # on its way while z is added up
+            grads = (zero.to(grad_output.dtype.element_ty),) * COLUMNS
+            if done >= 0:  # on their way while z is added up
+                grads = _row_of(grad_output + element, strips, known, done, 1, COLUMNS)
             window = window + ahead
             ahead = _row_of(input + element, strips, known, i + 1, K, COLUMNS)
             sums = _with_row(sums, _from(window, (K - 1) * (COLUMNS + K - 1), COLUMNS + K - 1), taps, K, COLUMNS)
@@ -425,7 +428,7 @@ def depthwise_backward_input_kernel(
         sums = (zero,) * (K * COLUMNS)
         held = (zero,) * (K // 2 * COLUMNS)
         inputs_ahead = _row_of(input + element, strips, known, -(K // 2), K, COLUMNS)
-        grads_ahead = _row_of(grad_output + element, strips, known, 1 - K, 1, COLUMNS)
+        grads_ahead = (zero.to(grad_output.dtype.element_ty),) * COLUMNS
     ahead = _row_of(grad_convolved + element, strips, known, -(K // 2), K, COLUMNS)
     for i in range(-(K // 2), rows + K // 2):
         values = ahead
@@ -435,7 +438,8 @@ def depthwise_backward_input_kernel(
         if grad_output is not None:
             values, grads = inputs_ahead, grads_ahead
             inputs_ahead = _row_of(input + element, strips, known, i + 1, K, COLUMNS)
-            grads_ahead = _row_of(grad_output + element, strips, known, done + 1, 1, COLUMNS)
+            if (done >= -1) & (done + 1 < rows):
+                grads_ahead = _row_of(grad_output + element, strips, known, done + 1, 1, COLUMNS)
             sums = _with_row(sums, values, taps, K, COLUMNS)
             held = held + _own(values, K, COLUMNS)
         if done >= 0:

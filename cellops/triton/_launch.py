@@ -57,7 +57,8 @@ def launch(
     Args:
         kernel: a `triton.jit` function.
         grid: programs for the pixels, or the images; of two numbers the second for the channels. A kernel of two has a
-            constant AXIS: which axis the first number is on, 1 where the second is too large for that one.
+            constant AXIS: which axis the first number is on, 1 where the second is too large for that one or is to be
+            on the first.
         arguments: its tensors and sizes, in order.
         channels_together: start the programs for all channels of some pixels before those of the next pixels, as they
             lie in channels_last: memory is then read and written in one sweep, not in one of parts of lines for each
@@ -85,7 +86,7 @@ def _turned(grid: tuple[int, ...], channels_together: bool | int) -> tuple[tuple
 
     Programs that differ on the first axis alone start one after the other.
     """
-    turned = grid[1] > MOST_PROGRAMS[1] or (channels_together and grid[0] <= MOST_PROGRAMS[1])
+    turned = grid[1] > MOST_PROGRAMS[1] or (channels_together and grid[1] > 1 and grid[0] <= MOST_PROGRAMS[1])
     return (grid[::-1], 1) if turned else (grid, 0)
 
 

@@ -147,6 +147,19 @@ template <class T, class V>
 CELLOPS_INLINE void store_first(T* to, V value, int64_t count) {
   for (int64_t i = 0; i < count; ++i) from_compute(to + i, value[i]);
 }
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// All bits set in the first `count` lanes of eight.
+CELLOPS_INLINE __m256i first_lanes(int64_t count) {
+  alignas(32) static const int32_t kMask[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
+  const int64_t from = 8 - max_of(0, min_of(count, 8));
+  return _mm256_loadu_si256((const __m256i*)(kMask + from));
+}
+// Not the same for storing, which some processors with AVX2 do in microcode.
+template <>
+CELLOPS_INLINE Vec<float> load_first<float, float>(const float* from, int64_t count) {
+  return bit_cast<Vec<float>>(_mm256_maskload_ps(from, first_lanes(count)));
+}
+#endif
 #if defined(__AVX512F__)
 template <>
 CELLOPS_INLINE Vec<float> load_first<float, float>(const float* from, int64_t count) {
@@ -166,15 +179,6 @@ CELLOPS_INLINE Vec<S> keep_first(Vec<S> value, int64_t count) {
   for (int i = 0; i < kLanes<S>; ++i) lane[i] = Int(i);
   return lane < VecInt<S>{} + Int(count) ? value : Vec<S>{};
 }
-
-#if defined(__AVX2__) && !defined(__AVX512F__)
-// All bits set in the first `count` lanes of eight.
-CELLOPS_INLINE __m256i first_lanes(int64_t count) {
-  alignas(32) static const int32_t kMask[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
-  const int64_t from = 8 - max_of(0, min_of(count, 8));
-  return _mm256_loadu_si256((const __m256i*)(kMask + from));
-}
-#endif
 
 // Loads lanes [begin, end) of a vector of floats, those of them that there are, and zeros in the others. With AVX-512
 // that is a load like any other, with AVX2 one of its own, and before that one for each lane.

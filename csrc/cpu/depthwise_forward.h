@@ -244,12 +244,8 @@ class FromPlanes {
     for_blocks(index, next, [&](const Block& block, const DepthwiseTaps<3, S>& taps, PlaneAhead ahead) {
       const auto [item, row, rows] = block;
       const S* from = plane(item, input_);
-      const int64_t middle = (rows / 2 + row) * w_.width + w_.width / 2;
-      Vec<S> first = {}, sum = {}, squares = {};
-      for_plane_windows(w_, taps, from, border_, middle / w_.width, middle / w_.width + 1,
-                        [&](int64_t at, const auto&, Vec<S> z, Vec<S>) CELLOPS_INLINE_LAMBDA {
-                          if (at + w_.lanes > middle && at <= middle) first = broadcast(S(z[middle - at]));
-                        });
+      const Vec<S> first = broadcast(convolve_element(w_, taps, from, row + rows / 2, w_.width / 2));
+      Vec<S> sum = {}, squares = {};
       for_plane_windows(w_, taps, from, border_, row, row + rows,
                         [&](int64_t, const auto& only, Vec<S> z, Vec<S>) CELLOPS_INLINE_LAMBDA {
                           const Vec<S> value = only(z - first);

@@ -9,7 +9,7 @@ namespace cellops::CELLOPS_ISA {
 template <class Params>
 bool reads_planes(const Params& p) {
 #if defined(__AVX2__)
-  return p.dtype == Dtype::float32 && p.kernel == 3 && !p.channels_last && p.width > kLanes<float> / 2;
+  return p.dtype == Dtype::float32 && p.kernel == 3 && !p.channels_last;
 #else
   return (void)p, false;
 #endif
@@ -18,7 +18,7 @@ bool reads_planes(const Params& p) {
 // A row of zeros, for the rows above and below a plane.
 class PlaneBorder {
  public:
-  explicit PlaneBorder(int64_t width) : zeros_(width ? width + kLanes<float> : 0) {
+  explicit PlaneBorder(int64_t width) : zeros_(width) {
     if (!failed()) zeros_.zero();
   }
   bool failed() const { return zeros_.failed(); }
@@ -109,7 +109,20 @@ CELLOPS_INLINE void for_plane_windows(const DepthwiseWalk<float>& w, const Depth
   for_plane_rows<kRowsAtOnce>(taps, plane, w.height, w.width, border.get(), begin, end, body);
 }
 
-// Fetches what is read after some rows of a plane, a line for each vector: the item's next rows, or the next item's.
+// The convolution at one element of a plane.
+inline float convolve_element(const DepthwiseWalk<float>& w, const DepthwiseTaps<3, float>& taps, const float* plane,
+                              int64_t row, int64_t column) {
+  float sum = 0;
+  for (int64_t y = max_of(row - 1, 0); y < min_of(row + 2, w.height); ++y) {
+    for (int64_t x = max_of(column - 1, 0); x < min_of(column + 2, w.width); ++x) {
+      sum += plane[y * w.width + x] * taps.at((y - row + 1) * 3 + x - column + 1)[0];
+    }
+  }
+  return sum;
+}
+
+// Fetches what is read after some rows of a plane, as many bytes for each vector: the item's next rows, or the next
+// item's.
 class PlaneAhead {
  public:
   PlaneAhead(const DepthwiseWalk<float>& w, const DepthwiseItem& item, int64_t row, int64_t next, const float* images) {
