@@ -104,7 +104,7 @@ def _plain_is_faster(input: Tensor, conv: nn.Conv2d) -> bool:
     """Whether PyTorch's modules take less time on a CPU; on a GPU the op runs.
 
     Two cores of an AMD EPYC with AVX2, float32, maps from 7x7 to 60x80: with gradients ours take 0.3 to 1.0 of their
-    time, but 1.07 with 3x3 on 7x7; in inference 0.35 to 0.98, but in NCHW 1.1 to 1.3 on maps below 12x12, and 1.1 to
+    time, but 1.07 with 3x3 on 7x7; in inference 0.35 to 0.98, but in NCHW 0.9 to 1.3 on maps below 12x12, and 1.1 to
     2.0 with 5x5, for which oneDNN has loops of its own.
 
     A trace holds the op: `torch.jit.trace` runs once more without gradients, and wants the same graph.

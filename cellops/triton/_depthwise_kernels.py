@@ -72,6 +72,15 @@ def _row_of(pointer, strips, known, i, K: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
+def _grads_before(pointer, strips, known, zero, K: tl.constexpr, COLUMNS: tl.constexpr):
+    """The strip's row of gradients that a loop over rows begins with: with K = 1 its first, else none yet."""
+    if K == 1:
+        return _row_of(pointer, strips, known, 0, 1, COLUMNS)
+    else:
+        return (zero.to(pointer.dtype.element_ty),) * COLUMNS
+
+
+@triton.jit
 def _taps(weight, channel, known, K: tl.constexpr, TRANSPOSED: tl.constexpr):
     """The weight's taps row by row, K * K of [C, 1] in float32; from the last to the first for the transpose."""
     taps = ()
@@ -294,7 +303,7 @@ def depthwise_backward_sums_kernel(
         sums = (zero,) * (K * COLUMNS)
         held = (zero,) * (K // 2 * COLUMNS)
         ahead = _row_of(input + element, strips, known, -(K // 2), K, COLUMNS)
-        grads_ahead = (zero.to(grad_output.dtype.element_ty),) * COLUMNS
+        grads_ahead = _grads_before(grad_output + element, strips, known, zero, K, COLUMNS)
         for i in range(-(K // 2), rows + K // 2):
             values, grads = ahead, grads_ahead
             ahead = _row_of(input + element, strips, known, i + 1, K, COLUMNS)
@@ -428,7 +437,7 @@ def depthwise_backward_input_kernel(
         sums = (zero,) * (K * COLUMNS)
         held = (zero,) * (K // 2 * COLUMNS)
         inputs_ahead = _row_of(input + element, strips, known, -(K // 2), K, COLUMNS)
-        grads_ahead = (zero.to(grad_output.dtype.element_ty),) * COLUMNS
+        grads_ahead = _grads_before(grad_output + element, strips, known, zero, K, COLUMNS)
     ahead = _row_of(grad_convolved + element, strips, known, -(K // 2), K, COLUMNS)
     for i in range(-(K // 2), rows + K // 2):
         values = ahead
