@@ -303,15 +303,15 @@ def depthwise_backward_sums_kernel(
         sums = (zero,) * (K * COLUMNS)
         held = (zero,) * (K // 2 * COLUMNS)
         ahead = _row_of(input + element, strips, known, -(K // 2), K, COLUMNS)
-        grads_ahead = _grads_before(grad_output + element, strips, known, zero, K, COLUMNS)
         for i in range(-(K // 2), rows + K // 2):
-            values, grads = ahead, grads_ahead
+            done = i - K // 2
+            grads = (zero.to(grad_output.dtype.element_ty),) * COLUMNS
+            if done >= 0:  # on their way while z is added up
+                grads = _row_of(grad_output + element, strips, known, done, 1, COLUMNS)
+            values = ahead
             ahead = _row_of(input + element, strips, known, i + 1, K, COLUMNS)
             sums = _with_row(sums, values, taps, K, COLUMNS)
             held = held + _own(values, K, COLUMNS)
-            done = i - K // 2
-            if (done >= -1) & (done + 1 < rows):
-                grads_ahead = _row_of(grad_output + element, strips, known, done + 1, 1, COLUMNS)
             if done >= 0:
                 for b in tl.static_range(COLUMNS):
                     inside = _inside(strips, known, done, b)
