@@ -148,8 +148,8 @@ def test_a_wrong_variant_costs_no_other() -> None:
     assert set(skipped) == {"cellops b", "half the size", "missing"}
     assert "differs" in skipped["cellops b"] and skipped["missing"] == "ImportError"
     assert ours is one
-    assert ops._own_failures(skipped)["failed"].startswith("cellops b: AssertionError: ")
-    assert ops._own_failures({"eager": "differs"}) == {}
+    assert ops.own_failures(skipped)["failed"].startswith("cellops b: AssertionError: ")
+    assert ops.own_failures({"eager": "differs"}) == {}
     with pytest.raises(RuntimeError, match="illegal memory access"):
         ops.tried({"a": lambda: crash}, set(), one, torch.float32)
 

@@ -100,8 +100,7 @@ def touched_outside(launch: Any, monkeypatch: pytest.MonkeyPatch) -> set[str]:
             pass
 
     count, *others = (*launch.grid, 1, 1)[:3]
-    programs = [(x, *(at * (size - 1) for size in others)) for x in sorted({0, count - 1}) for at in (0, 1)]
-    programs = list(dict.fromkeys(programs))
+    programs = sorted({(x, *(at * (size - 1) for size in others)) for x in (0, count - 1) for at in (0, 1)})
     with monkeypatch.context() as patch:
         patch.setattr(interpreter_builder, "create_masked_load", load)
         patch.setattr(interpreter_builder, "create_masked_store", store)

@@ -13,7 +13,7 @@ import torch
 
 from cellops import _backend
 from on_gpu import clock, shapes
-from on_gpu.ops import allow_tf32, call_of, runs
+from on_gpu.ops import allow_tf32, call_of, own_failures, runs
 from on_gpu.progress import Record, Row, Setup, Skipped, Step, in_a_line, is_fatal
 from on_gpu.shapes import Point
 
@@ -60,17 +60,17 @@ def _measure(point: Point, setup: Setup, left: float) -> Record:
         except Exception as error:
             if isinstance(error, Skipped) or is_fatal(error):
                 raise
-            failed[backend] = in_a_line(error)
+            failed[f"cellops {backend}"] = in_a_line(error)
     text = "; ".join(f"{name}: {_slowest(kernels)}" for name, kernels in variants.items())
-    record = {
+    return {
         "kind": "kernels",
         "op": point.op,
         "shape": list(arguments["input"].shape),
         "direction": point.direction,
         "variants": variants,
         "summary": text,
+        **own_failures(failed),
     }
-    return record | ({"failed": "; ".join(f"{name}: {text}" for name, text in failed.items())} if failed else {})
 
 
 def _profiled(variant: clock.Call, device: torch.device) -> list[tuple[str, float]]:

@@ -126,10 +126,10 @@ def _measure(point: Point, setup: Setup, left: float) -> Record:
         "output_bytes": output_bytes,
         "im2col_bytes": _im2col_bytes(point, arguments),
     }
-    return record | _own_failures(skipped)
+    return record | own_failures(skipped)
 
 
-def _own_failures(skipped: dict[str, str]) -> Record:
+def own_failures(skipped: dict[str, str]) -> Record:
     """A backend that raises or differs is a defect, a peer that does is not."""
     texts = [f"{name}: {text}" for name, text in skipped.items() if name.startswith("cellops ")]
     return {"failed": "; ".join(texts)} if texts else {}
@@ -274,7 +274,7 @@ def _overhead(op: str, setup: Setup, left: float) -> Record:
             variants[label] = {"eager": eager, "in a graph": timings[label]["median"] if timings else None}
     text = ", ".join(f"{name} {1e6 * taken['eager']:.1f} us" for name, taken in variants.items())
     record = {"kind": "gpu_overhead", "op": op, "case": case.name, "variants": variants, "summary": text}
-    return record | _own_failures(skipped)
+    return record | own_failures(skipped)
 
 
 def _seconds(call: clock.Call, count: int, device: torch.device) -> float:

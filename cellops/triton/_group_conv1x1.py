@@ -16,15 +16,13 @@ import triton.language as tl
 
 from cellops.triton._activation import activated, slope
 from cellops.triton._numerics import dot, narrow
+from cellops.triton._pixels import channel_numbers
 
 
 @triton.jit
 def _row(values, out, known, ABSENT: tl.constexpr):
-    """Numbers of the output channels in float32, ABSENT for an absent tensor."""
-    if values is None:
-        return tl.full(out.shape, ABSENT, tl.float32)[None, :]
-    else:
-        return tl.load(values + out, known, ABSENT).to(tl.float32)[None, :]
+    """Numbers of the output channels as a row, ABSENT for an absent tensor."""
+    return channel_numbers(values, out, known, ABSENT)[None, :]
 
 
 @triton.jit

@@ -30,12 +30,18 @@ def tile_elements(channel, place, channel_stride):
 
 
 @triton.jit
-def channel_values(values, channel, valid, ABSENT: tl.constexpr):
-    """Numbers of the channels in float32 as a column, ABSENT for an absent tensor."""
+def channel_numbers(values, channel, valid, ABSENT: tl.constexpr):
+    """Numbers of the channels in float32, ABSENT for an absent tensor."""
     if values is None:
-        return tl.full(channel.shape, ABSENT, tl.float32)[:, None]
+        return tl.full(channel.shape, ABSENT, tl.float32)
     else:
-        return tl.load(values + channel, valid, ABSENT).to(tl.float32)[:, None]
+        return tl.load(values + channel, valid, ABSENT).to(tl.float32)
+
+
+@triton.jit
+def channel_values(values, channel, valid, ABSENT: tl.constexpr):
+    """The same as a column."""
+    return channel_numbers(values, channel, valid, ABSENT)[:, None]
 
 
 @triton.jit

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cellops.triton._launch import ceil_div, launch
+from cellops.triton._pixels import channel_numbers
 
 CONSTANTS: dict[str, Any] = {"BLOCK_C": 8, "BLOCK_N": 256}
 """Channels and parts of a tile: few of the first, or few programs would read thousands of the second."""
@@ -21,15 +22,6 @@ CONSTANTS: dict[str, Any] = {"BLOCK_C": 8, "BLOCK_N": 256}
 
 VARYING = ("parts", "part_pixels", "count")
 """Sizes that decide no address: no kernel is compiled for those that are 1 or a multiple of 16."""
-
-
-@triton.jit
-def _numbers(values, channel, known, ABSENT: tl.constexpr):
-    """Numbers of the channels in float32, ABSENT for an absent tensor."""
-    if values is None:
-        return tl.full(channel.shape, ABSENT, tl.float32)
-    else:
-        return tl.load(values + channel, known, 0.0).to(tl.float32)
 
 
 @triton.jit
@@ -77,7 +69,7 @@ def batch_statistics_kernel(
     spread = tl.sum(sum, 0) / total
     tl.store(mean + channel, center, known)
     tl.store(variance + channel, spread, known)
-    tl.store(scale + channel, tl.rsqrt(spread + eps) * _numbers(gamma, channel, known, 1.0), known)
+    tl.store(scale + channel, tl.rsqrt(spread + eps) * channel_numbers(gamma, channel, known, 1.0), known)
 
 
 @triton.jit
@@ -89,7 +81,7 @@ def batch_scale_kernel(
     channel = tl.program_id(0) * (BLOCK_N * BLOCK_C) + tl.arange(0, BLOCK_N * BLOCK_C)
     known = channel < channels
     deviation = tl.load(variance + channel, known, 1.0) + eps
-    tl.store(scale + channel, tl.rsqrt(deviation) * _numbers(gamma, channel, known, 1.0), known)
+    tl.store(scale + channel, tl.rsqrt(deviation) * channel_numbers(gamma, channel, known, 1.0), known)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -114,7 +106,7 @@ def batch_gradients_kernel(
         sum += tl.load(sums + place, exists, 0.0)
         product += tl.load(products + place, exists, 0.0)
     inverse = tl.rsqrt(tl.load(variance + channel, known, 1.0) + eps)
-    share = inverse * _numbers(gamma, channel, known, 1.0) / tl.maximum(total, 1.0)
+    share = inverse * channel_numbers(gamma, channel, known, 1.0) / tl.maximum(total, 1.0)
     to_beta, to_gamma = tl.sum(sum, 0), tl.sum(product, 0) * inverse
     tl.store(grad_beta + channel, to_beta, known)
     tl.store(grad_gamma + channel, to_gamma, known)

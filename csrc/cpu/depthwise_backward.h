@@ -142,7 +142,7 @@ template <class E>
 void sum_plane(const E& ending, const DepthwiseWalk<float>& w, const DepthwiseUnit<3, float>& unit,
                const PlaneBorder& border, const DepthwiseItem& item, int64_t row, int64_t next, const float* input,
                const float* grad_output, const DepthwiseSums& sums) {
-  const int64_t plane = (item.image * w.channels + item.unit) * w.height * w.width;
+  const int64_t plane = plane_of(w, item);
   const Vec<float> mean = unit.mean, scale = unit.scale, shift = unit.shift;
   const float* grad = grad_output + plane;
   PlaneAhead ahead(w, item, row, next, input), grad_ahead(w, item, row, next, grad_output);

@@ -34,6 +34,10 @@ struct DepthwiseMoments {
     mean()[channel] += delta * (other_count / total);
     squares()[channel] += other_squares + delta * delta * (before * other_count / total);
   }
+  // Of `other_count` values by the sums of their distances from one of them and of the distances' squares.
+  void merge_apart(int64_t channel, double other_count, double from, double sum, double sum_of_squares) const {
+    merge(channel, other_count, from + sum / other_count, sum_of_squares - sum * sum / other_count);
+  }
 
   int64_t channels;
   const Buffer<double> memory;
@@ -81,11 +85,11 @@ void add_moments(const DepthwiseWalk<S>& w, const DepthwiseTaps<Kernel, S>& taps
     if (w.channels_last) total = total_squares = 0;
     total += double(sum[i]), total_squares += double(squares[i]);
     if (w.channels_last) {
-      moments.merge(unit * lanes + i, count, double(first[i]) + total / count, total_squares - total * total / count);
+      moments.merge_apart(unit * lanes + i, count, double(first[i]), total, total_squares);
     }
   }
   if (!w.channels_last) {
-    moments.merge(unit, count, double(first[0]) + total / count, total_squares - total * total / count);
+    moments.merge_apart(unit, count, double(first[0]), total, total_squares);
   }
 }
 
@@ -217,8 +221,7 @@ class FromImages {
     for (int64_t u = 0; u < item.units; ++u) {
       const int64_t c = direct_channel(w_, item.unit + u), at = u * lanes;
       for (int64_t i = direct_overlap(w_, item.unit + u); i < lanes; ++i) {
-        const double total = sums[at + i], total_squares = squares[at + i];
-        moments.merge(c + i, count, double(first[at + i]) + total / count, total_squares - total * total / count);
+        moments.merge_apart(c + i, count, double(first[at + i]), double(sums[at + i]), double(squares[at + i]));
       }
     }
   }
@@ -243,7 +246,7 @@ class FromPlanes {
   void measure(int64_t index, int64_t next, const DepthwiseMoments& moments) const {
     for_blocks(index, next, [&](const Block& block, const DepthwiseTaps<3, S>& taps, PlaneAhead ahead) {
       const auto [item, row, rows] = block;
-      const S* from = plane(item, input_);
+      const S* from = input_ + plane_of(w_, item);
       const Vec<S> first = broadcast(convolve_element(w_, taps, from, row + rows / 2, w_.width / 2));
       Vec<S> sum = {}, squares = {};
       for_plane_windows(w_, taps, from, border_, row, row + rows,
@@ -253,10 +256,9 @@ class FromPlanes {
                           squares += value * value;
                           ahead.fetch();
                         });
-      const double count = double(rows * w_.width);
       double total = 0, total_squares = 0;
       for (int i = 0; i < w_.lanes; ++i) total += double(sum[i]), total_squares += double(squares[i]);
-      moments.merge(item.unit, count, double(first[0]) + total / count, total_squares - total * total / count);
+      moments.merge_apart(item.unit, double(rows * w_.width), double(first[0]), total, total_squares);
     });
   }
 
@@ -265,10 +267,10 @@ class FromPlanes {
       const auto [item, row, rows] = block;
       const Vec<S> m = w_.of(of_.mean.get(), item.unit), a = w_.of(of_.scale.get(), item.unit),
                    b = w_.of(of_.shift.get(), item.unit);
-      const int64_t first = row * w_.width;
+      const int64_t at_plane = plane_of(w_, item), first = row * w_.width;
       // Whole lines are streamed, and rows are none: from a block of results, where they touch as in the plane.
-      S *to = plane(item, output) + first, *result = streamed ? results_.at(0, 0) : to;
-      for_plane_windows(w_, taps, plane(item, input_), border_, row, row + rows,
+      S *to = output + at_plane + first, *result = streamed ? results_.at(0, 0) : to;
+      for_plane_windows(w_, taps, input_ + at_plane, border_, row, row + rows,
                         [&](int64_t at, const auto& only, Vec<S> z, Vec<S> value) CELLOPS_INLINE_LAMBDA {
                           only.put(result + (at - first), ending_.template value<S>(value, (z - m) * a + b));
                           ahead.fetch();
@@ -278,12 +280,7 @@ class FromPlanes {
   }
 
  private:
-  template <class T>
-  T* plane(const DepthwiseItem& item, T* images) const {
-    return images + (item.image * w_.channels + item.unit) * w_.height * w_.width;
-  }
-
-  // Some rows of an item, which in NCHW has one unit, a channel.
+  // Some rows of an item.
   struct Block {
     DepthwiseItem item;
     int64_t row, rows;

@@ -15,6 +15,11 @@ bool reads_planes(const Params& p) {
 #endif
 }
 
+// Where an item's plane begins in its images; in NCHW an item has one unit, a channel.
+CELLOPS_INLINE int64_t plane_of(const DepthwiseWalk<float>& w, const DepthwiseItem& item) {
+  return (item.image * w.channels + item.unit) * w.height * w.width;
+}
+
 // A row of zeros, for the rows above and below a plane.
 class PlaneBorder {
  public:
@@ -129,7 +134,7 @@ class PlaneAhead {
     const bool goes_on = row + w.rows < item.end;
     const DepthwiseItem then = goes_on ? item : w.item(max_of(0, min_of(next, w.items - 1)));
     const int64_t first = goes_on ? row + w.rows + 1 : then.begin;
-    at_ = images + ((then.image * w.channels + then.unit) * w.height + first) * w.width;
+    at_ = images + plane_of(w, then) + first * w.width;
   }
   CELLOPS_INLINE void fetch() {
     __builtin_prefetch(at_, 0, 2);
