@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from triton_calls import TRITON_OPS
 
 from cellops import _backend
 from cellops.testing import compile_kernels
@@ -79,16 +80,16 @@ for source, launch in {_source(launch)[0].hash(): (_source(launch)[0], launch) f
 """Compiles an op's kernels for 24 channels and an odd number of pixels: elements are loaded one by one."""
 
 
-def run_without_interpreter(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """In a process of its own, which the compiler may take down with it."""
+def run_without_interpreter(*command: str) -> subprocess.CompletedProcess[str]:
+    """Python in a process of its own, which the compiler may take down with it."""
     root = Path(__file__).parents[1]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(root), str(root / "tests"), environment.get("PYTHONPATH", "")])
-    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=environment)
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment)
 
 
 def compile_odd(arch: str, op: str, dtype: str) -> None:
-    done = run_without_interpreter(ODD, arch, op, dtype)
+    done = run_without_interpreter("-c", ODD, arch, op, dtype)
     assert done.returncode == 0, f"{done.returncode}: {done.stdout.splitlines()[-1:]}\n{done.stderr}"
     assert done.stdout
 
@@ -120,7 +121,7 @@ print(len(kernels))
 def test_images_of_many_sizes_take_few_kernels() -> None:
     """Each takes a second to compile. They differ in a width, an image's size or a plane's that is a multiple of 16,
     and one of the three kernels in whether strips reach beyond their image."""
-    done = run_without_interpreter(SIZES)
+    done = run_without_interpreter("-c", SIZES)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) <= 12
 
@@ -150,3 +151,12 @@ def test_deformable_convolution_multiplies_by_the_architectures_own_instructions
 @pytest.mark.parametrize("op", [op for op, backends in _backend.OPS.items() if "triton" in backends])
 def test_every_kernel(op: str, arch: str, dtype: str) -> None:
     check(arch, op, (dtype,))
+
+
+@pytest.mark.parametrize(
+    "op", [pytest.param(op, marks=[] if op == "eca" else pytest.mark.exhaustive) for op in TRITON_OPS]
+)
+def test_a_repeated_launch_passes_on_what_tritons_own_does(op: str) -> None:
+    done = run_without_interpreter(str(Path(__file__).with_name("triton_launch.py")), op)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("launches\n")

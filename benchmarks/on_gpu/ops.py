@@ -249,28 +249,40 @@ def call_of(function: Callable[..., Any], arguments: dict[str, Any], backward: b
 
 
 def _overhead(op: str, setup: Setup, left: float) -> Record:
-    """Microseconds of a call on about 512 elements: by the wall in eager mode, and within a CUDA graph."""
+    """Microseconds of a call on about 512 elements: by the wall in eager mode, and within a CUDA graph.
+
+    Beside the op's backends its eager composition, and PyTorch's own batch normalisation: what one op costs there.
+    """
     device = torch.device(setup.device)
     case = testing.cases(op, "small")[0]
     arguments = case.make(torch.float32, device)
     count = 3 if setup.small else CALLS
     variants: dict[str, Any] = {}
     skipped: dict[str, str] = {}
-    for name in _backend.OPS[op]:
-        if _backend.why_not(name, op, device.type, torch.float32) is not None:
-            continue
+    callers: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
+        f"cellops {name}": (partial(case.function, backend=name), arguments)
+        for name in _backend.OPS[op]
+        if _backend.why_not(name, op, device.type, torch.float32) is None
+    }
+    callers["eager"] = (peers.eager(op), peers.prepared(op, arguments))
+    channels = arguments["input"].shape[1]
+    callers["batch_norm"] = (
+        partial(peers.batch_norm, running=torch.ones(2, channels, device=device)),
+        {"input": arguments["input"], "weight": torch.ones(channels, device=device)},
+    )
+    for name, (function, given) in callers.items():
         for mode, backward in (("inference", False), ("forward and backward", True)):
             label = f"{name}, {mode}"
             try:
-                call = call_of(partial(case.function, backend=name), arguments, backward)
+                call = call_of(function, given, backward)
                 eager = _seconds(call, count, device)
             except Exception as error:
                 if is_fatal(error):
                     raise
-                skipped[f"cellops {label}"] = in_a_line(error)
+                skipped[label] = in_a_line(error)
                 continue
             timings, untimed = clock.compare({label: call}, device, 2 if setup.small else clock.ROUNDS)
-            skipped |= {f"cellops {label}": text for label, text in untimed.items()}
+            skipped |= untimed
             variants[label] = {"eager": eager, "in a graph": timings[label]["median"] if timings else None}
     text = ", ".join(f"{name} {1e6 * taken['eager']:.1f} us" for name, taken in variants.items())
     record = {"kind": "gpu_overhead", "op": op, "case": case.name, "variants": variants, "summary": text}

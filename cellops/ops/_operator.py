@@ -31,6 +31,7 @@ from cellops.ops._registration import (
     is_transformed_for_reverse_mode,
     library,
     needs_dispatch,
+    once_through_dispatcher,
     one_by_one,
     takes_formula,
     with_strides_of,
@@ -409,7 +410,8 @@ class Operator:
             for need, tensor in zip(ctx.needs_input_grad[1 : self.count + 1], tensors, strict=True)
         ]
         *settings, backend = ctx.config
-        found = iter(one_by_one(lambda one: self.backward_op(one, *saved, *settings, wanted, backend), grad_output))
+        with once_through_dispatcher():
+            found = iter(one_by_one(lambda one: self.backward_op(one, *saved, *settings, wanted, backend), grad_output))
         return tuple(next(found) if want else None for want in wanted)
 
     def _autograd(self, *arguments: Any) -> Result:

@@ -46,7 +46,9 @@ def autocast_disabled() -> torch._C._ExcludeDispatchKeyGuard:
 
 def device_of(tensor: Tensor) -> AbstractContextManager[object]:
     """A context whose current device is the tensor's: kernels are launched on the current one."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+    if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(tensor.device)
 
 
 def autocast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -70,6 +72,16 @@ def needs_dispatch() -> bool:
     gradient, and so cross from Python to the dispatcher once instead of twice (3 of 15 µs on an AMD EPYC).
     """
     return forward_ad._current_level >= 0 or _in_functorch() or _in_autocast() or _is_compiling()
+
+
+def once_through_dispatcher() -> AbstractContextManager[object]:
+    """A context for the backward op within a Function's backward: below autograd where nothing derives it again.
+
+    There its Autograd kernel, in Python, would only call the op a second time.
+    """
+    if torch.is_grad_enabled() or needs_dispatch():
+        return nullcontext()
+    return torch._C._AutoDispatchBelowAutograd()
 
 
 def is_traced() -> bool:

@@ -27,6 +27,7 @@ from cellops.ops._registration import (
     is_transformed_for_reverse_mode,
     library,
     needs_dispatch,
+    once_through_dispatcher,
     one_by_one,
     takes_formula,
 )
@@ -166,7 +167,8 @@ def _gradients(ctx: Any, grad_output: Tensor) -> Gradients:
     wanted = ctx.needs_input_grad[:5]
     sizes, backend = ctx.config[:6], ctx.config[6]
     saved = ctx.saved_tensors
-    found = iter(one_by_one(lambda one: _backward_op(one, *saved, *sizes, wanted, backend), grad_output))
+    with once_through_dispatcher():
+        found = iter(one_by_one(lambda one: _backward_op(one, *saved, *sizes, wanted, backend), grad_output))
     return tuple(next(found) if want else None for want in wanted)
 
 

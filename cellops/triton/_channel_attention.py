@@ -9,7 +9,8 @@ grad_output once, grad_output again, and writes the gradient: four passes where 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 import torch
 import triton
@@ -100,8 +101,11 @@ def _elements(channel, pixel, channel_stride, pixel_stride, WIDE: tl.constexpr):
     return channel[:, None] * channel_stride + pixel[None, :] * pixel_stride
 
 
-class _Layout(NamedTuple):
-    """How an image of [C, P] is stored, and the blocks that it is taken in."""
+@dataclass(frozen=True)
+class _Layout:
+    """How images of [C, P] are stored, the blocks that one is taken in, and the parts that it is summed in."""
+
+    batch: int
 
     channels: int
     pixels: int
@@ -109,55 +113,69 @@ class _Layout(NamedTuple):
     block_c: int
     block_p: int
     wide: bool
+    parts: int
+    part_pixels: int  # a multiple of block_p
 
-    @property
-    def channel_blocks(self) -> int:
-        return ceil_div(self.channels, self.block_c)
+    @cached_property
+    def grid(self) -> tuple[int, int]:
+        """A program for each block of each image."""
+        return self.batch * ceil_div(self.pixels, self.block_p), ceil_div(self.channels, self.block_c)
 
-    @property
+    @cached_property
+    def part_grid(self) -> tuple[int, int]:
+        """A program for each part of each image."""
+        return self.batch * self.parts, ceil_div(self.channels, self.block_c)
+
+    @cached_property
     def constants(self) -> dict[str, int]:
         return {"BLOCK_C": self.block_c, "BLOCK_P": self.block_p, "WIDE": self.wide}
 
 
-def _layout(image: Tensor) -> _Layout:
+def _layout(images: Tensor) -> _Layout:
     """Blocks of 64 bytes for each of 128 threads, in loads of 16 as far as the layout allows.
 
-    That is 16 numbers a thread in float32; of twice as many some spill.
+    That is 16 numbers a thread in float32; of twice as many some spill. An image is cut into parts where there are too
+    few images to fill the device.
     """
-    _, channels, height, width = image.shape
-    pixels, elements = height * width, 8192 // image.element_size()
+    return _layout_of(images.shape, images.is_contiguous(), images.element_size(), multiprocessors(images.device))
+
+
+@lru_cache(maxsize=4096)
+def _layout_of(shape: tuple[int, ...], nchw: bool, element_size: int, side_by_side: int) -> _Layout:
+    batch, channels, height, width = shape
+    pixels, elements = height * width, 8192 // element_size
+    if nchw:
+        strides, block_p = (pixels, 1), power_of_2(pixels, 16, 1024)
+        block_c = power_of_2(channels, 1, elements // block_p)
+    else:
+        strides, block_c = (1, channels), power_of_2(channels, 16, 128)
+        block_p = power_of_2(pixels, 1, elements // block_c)
+    parts = ceil_div(4 * side_by_side, max(batch, 1) * ceil_div(channels, block_c))
+    part_pixels = ceil_div(ceil_div(pixels, block_p), parts) * block_p
     wide = max(channels, 2) * pixels >= 2**31  # the last part may end beyond the image
-    if image.is_contiguous():
-        block_p = power_of_2(pixels, 16, 1024)
-        return _Layout(channels, pixels, (pixels, 1), power_of_2(channels, 1, elements // block_p), block_p, wide)
-    block_c = power_of_2(channels, 16, 128)
-    return _Layout(channels, pixels, (1, channels), block_c, power_of_2(pixels, 1, elements // block_c), wide)
+    parts = ceil_div(pixels, part_pixels)
+    return _Layout(batch, channels, pixels, strides, block_c, block_p, wide, parts, part_pixels)
 
 
 def channel_sums(input: Tensor, grad_output: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Sums over the parts of each image's pixels, [N, parts, C] in float32: of input, of grad_output * input.
 
-    An image is cut into parts where there are too few images to fill the device; the parts are added in their order.
+    The parts are added in their order.
     """
-    layout, batch = _layout(input), input.shape[0]
-    parts = ceil_div(4 * multiprocessors(input.device), max(batch, 1) * layout.channel_blocks)
-    part_blocks = ceil_div(ceil_div(layout.pixels, layout.block_p), parts)
-    part_pixels = part_blocks * layout.block_p
-    parts = ceil_div(layout.pixels, part_pixels)
-    sums = torch.empty(batch, parts, layout.channels, dtype=torch.float32, device=input.device)
+    layout = _layout(input)
+    sums = torch.empty(layout.batch, layout.parts, layout.channels, dtype=torch.float32, device=input.device)
     products = None if grad_output is None else torch.empty_like(sums)
-    sizes = (layout.channels, layout.pixels, parts, part_pixels, *layout.strides)
-    grid = (batch * parts, layout.channel_blocks)
+    sizes = (layout.channels, layout.pixels, layout.parts, layout.part_pixels, *layout.strides)
     # Of two float32 images a thread takes 8 numbers each. Of 16 that it loads one by one, the vectorizer of Triton
     # 3.9's LLVM dies for sm_90, and the process with it.
     warps = 8 if grad_output is not None and input.element_size() == 4 else 4
-    launch(channel_sums_kernel, grid, input, grad_output, sums, products, *sizes, **layout.constants, num_warps=warps)
+    tensors = (input, grad_output, sums, products)
+    launch(channel_sums_kernel, layout.part_grid, tensors, sizes, **layout.constants, num_warps=warps)
     return sums, products
 
 
 def scale_channels(input: Tensor, factor: Tensor, addend: Tensor | None, output: Tensor) -> None:
     """output = input * factor + addend; factor and addend are [N, C] in float32."""
     layout = _layout(input)
-    grid = (input.shape[0] * ceil_div(layout.pixels, layout.block_p), layout.channel_blocks)
     sizes = (layout.channels, layout.pixels, *layout.strides)
-    launch(scale_channels_kernel, grid, input, factor, addend, output, *sizes, **layout.constants)
+    launch(scale_channels_kernel, layout.grid, (input, factor, addend, output), sizes, **layout.constants)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,8 +24,12 @@ from cellops.triton._statistics import batch_gradients, batch_scale, batch_stati
 THREADS = 128
 
 
-class Strips(NamedTuple):
-    """How images are cut into strips for the lanes, and strips into blocks for programs and parts for sums."""
+@dataclass(frozen=True)
+class Strips:
+    """How images are cut into strips for the lanes, and strips into blocks for programs and parts for sums.
+
+    What is launched is worked out once for all calls of the same sizes.
+    """
 
     columns: int  # of a strip
     rows: int
@@ -42,29 +47,34 @@ class Strips(NamedTuple):
     parts: int
     part_strips: int  # a multiple of block_p
 
-    @property
+    @cached_property
     def sizes(self) -> tuple[int, ...]:
         """The kernels' arguments in order."""
         counts = (self.channels, self.across, self.of_image, self.total, self.rows)
         return *self.image, *counts, self.image_elements, self.channel_stride, self.pixel_stride
 
-    @property
+    @cached_property
+    def part_sizes(self) -> tuple[int, ...]:
+        """The same of kernels that sum up parts."""
+        return self.part_strips, *self.sizes
+
+    @cached_property
     def launched(self) -> dict[str, Any]:
         """What every launch is given by name."""
         constants = {"COLUMNS": self.columns, "BLOCK_C": self.block_c, "BLOCK_P": self.block_p, "WIDE": self.wide}
         return {"channels_together": self.channel_stride == 1, **constants}
 
-    @property
+    @cached_property
     def ragged(self) -> bool:
         """Whether some strips reach beyond their image."""
         return self.image[0] % self.rows > 0 or self.image[1] % self.columns > 0
 
-    @property
+    @cached_property
     def grid(self) -> tuple[int, int]:
         """A program for each block of strips."""
         return ceil_div(self.total, self.block_p), ceil_div(self.channels, self.block_c)
 
-    @property
+    @cached_property
     def part_grid(self) -> tuple[int, int]:
         """A program for each part."""
         return self.parts, ceil_div(self.channels, self.block_c)
@@ -140,7 +150,7 @@ def _output(
     output, layout = torch.empty_like(input), strips(input, weight.shape[2])
     tensors = (input, weight, mean, scale, shift, output)
     constants: dict[str, Any] = {"K": weight.shape[2], "ACTIVATION": activation, **layout.launched}
-    launch(depthwise_forward_kernel, layout.grid, *tensors, *layout.sizes, **constants)
+    launch(depthwise_forward_kernel, layout.grid, tensors, layout.sizes, **constants)
     return output
 
 
@@ -156,23 +166,23 @@ def batch_norm_forward(
     layout = strips(input, weight.shape[2])
     means, squares = torch.empty(2, layout.parts, layout.channels, dtype=torch.float32, device=input.device)
     sizes = torch.empty(layout.parts, dtype=torch.float32, device=input.device)
-    tensors = (input, weight, means, squares, sizes, layout.part_strips)
+    tensors = (input, weight, means, squares, sizes)
     constants = {"K": weight.shape[2], **layout.launched}
-    launch(depthwise_statistics_kernel, layout.part_grid, *tensors, *layout.sizes, **constants)
+    launch(depthwise_statistics_kernel, layout.part_grid, tensors, layout.part_sizes, **constants)
     total = input.shape[0] * input.shape[2] * input.shape[3]
     mean, variance, scale = batch_statistics(means, squares, sizes, layout.part_strips, total, gamma, eps)
     return _output(input, weight, mean, scale, beta, activation), mean, variance
 
 
-def _sums(arguments: tuple[Tensor | None, ...], activation: str) -> tuple[Tensor, Tensor]:
-    """Gradients to shift and scale, [parts, C]."""
+def _sums(arguments: tuple[Tensor | None, ...], activation: str) -> Tensor:
+    """Gradients to shift and scale, [2, parts, C]."""
     input, weight = arguments[1:3]
     layout = strips(input, weight.shape[2])
-    sums, products = torch.empty(2, layout.parts, layout.channels, dtype=torch.float32, device=input.device)
-    tensors = (*arguments, sums, products, layout.part_strips)
+    sums = torch.empty(2, layout.parts, layout.channels, dtype=torch.float32, device=input.device)
+    tensors = (*arguments, *sums)
     constants: dict[str, Any] = {"K": weight.shape[2], "ACTIVATION": activation, **layout.launched}
-    launch(depthwise_backward_sums_kernel, layout.part_grid, *tensors, *layout.sizes, **constants)
-    return sums, products
+    launch(depthwise_backward_sums_kernel, layout.part_grid, tensors, layout.part_sizes, **constants)
+    return sums
 
 
 def _convolution(
@@ -185,17 +195,16 @@ def _convolution(
     parts = strips(input, kernel, 2, 4) if kernel <= 3 else strips(input, kernel, 1, 2)
     grad_convolved = torch.empty_like(input, dtype=torch.float32)
     grad_weights = torch.empty(parts.parts, parts.channels, kernel * kernel, dtype=torch.float32, device=input.device)
-    tensors = (*arguments, of_mean, of_apart, grad_convolved, grad_weights, parts.part_strips)
+    tensors = (*arguments, of_mean, of_apart, grad_convolved, grad_weights)
     constants: dict[str, Any] = {"K": kernel, "ACTIVATION": activation, "RAGGED": parts.ragged, **parts.launched}
-    launch(depthwise_backward_convolution_kernel, parts.part_grid, *tensors, *parts.sizes, **constants)
+    launch(depthwise_backward_convolution_kernel, parts.part_grid, tensors, parts.part_sizes, **constants)
     layout = strips(input, kernel, 2 if funnel else 4)  # a funnel's has two windows, and rows of three tensors ahead
     grad_input = torch.empty_like(input)
     # Without a funnel nothing but the convolution's gradient reaches the input.
     tensors = arguments if funnel else (None, None, weight, None, None, None)
     constants = {"K": kernel, **layout.launched}
-    launch(
-        depthwise_backward_input_kernel, layout.grid, *tensors, grad_convolved, grad_input, *layout.sizes, **constants
-    )
+    tensors = (*tensors, grad_convolved, grad_input)
+    launch(depthwise_backward_input_kernel, layout.grid, tensors, layout.sizes, **constants)
     return grad_input, grad_weights.sum(0)
 
 
@@ -212,7 +221,7 @@ def backward(
     arguments = (grad_output, input, weight, None, scale, shift)
     grad_scale = grad_shift = None
     if (wanted[2] and scale is not None) or (wanted[3] and shift is not None):
-        grad_shift, grad_scale = (part.sum(0) for part in _sums(arguments, activation))
+        grad_shift, grad_scale = _sums(arguments, activation).sum(1)
     return *_convolution(arguments, None, None, activation), grad_scale, grad_shift
 
 
@@ -230,6 +239,6 @@ def batch_norm_backward(
     """Gradients to the tensors of `batch_norm_forward`, through the statistics too."""
     arguments = (grad_output, input, weight, mean, batch_scale(var, gamma, eps), beta)
     total = input.shape[0] * input.shape[2] * input.shape[3]
-    found = batch_gradients(*_sums(arguments, activation), var, gamma, eps, total)
-    grad_gamma, grad_beta, of_mean, of_apart = found
+    sums, products = _sums(arguments, activation)
+    grad_gamma, grad_beta, of_mean, of_apart = batch_gradients(sums, products, var, gamma, eps, total)
     return *_convolution(arguments, of_mean, of_apart, activation), grad_gamma, grad_beta

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from triton.compiler import CompiledKernel
 
 
 class Limits(NamedTuple):
@@ -37,16 +38,23 @@ class Launch(NamedTuple):
 
     kernel: Any
     grid: tuple[int, ...]
-    arguments: tuple[Any, ...]
+    tensors: tuple[Tensor | None, ...]
+    sizes: tuple[int | float, ...]
     constants: dict[str, Any]
     num_warps: int
     num_stages: int
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        return *self.tensors, *self.sizes
 
 
 def launch(
     kernel: Any,
     grid: tuple[int, ...],
-    *arguments: Any,
+    tensors: tuple[Tensor | None, ...],
+    sizes: tuple[int | float, ...],
+    *,
     channels_together: bool | int = False,
     num_warps: int = 4,
     num_stages: int = 2,
@@ -59,12 +67,13 @@ def launch(
         grid: programs for the pixels, or the images; of two numbers the second for the channels. A kernel of two has a
             constant AXIS: which axis the first number is on, 1 where the second is too large for that one or is to be
             on the first.
-        arguments: its tensors and sizes, in order.
+        tensors: its first parameters, in order.
+        sizes: those that follow, each an int in all launches of a kernel, or a float in all.
         channels_together: start the programs for all channels of some pixels before those of the next pixels, as they
             lie in channels_last: memory is then read and written in one sweep, not in one of parts of lines for each
             block of channels. Where the first number is too large for that, it is not done.
         num_warps, num_stages: Triton's.
-        constants: its `tl.constexpr` parameters.
+        constants: its `tl.constexpr` parameters, which come last.
 
     Raises:
         RuntimeError: no GPU takes as many programs.
@@ -75,10 +84,57 @@ def launch(
         grid, constants["AXIS"] = _turned(grid, channels_together)
     if grid[0] > MOST_PROGRAMS[0] or grid[1:] > MOST_PROGRAMS[1:]:
         raise RuntimeError(f"{kernel.__name__} would need {' x '.join(map(str, grid))} programs, more than a GPU takes")
+    one = Launch(kernel, grid, tensors, sizes, constants, num_warps, num_stages)
     if _notes is not None:
-        _notes.append(Launch(kernel, grid, arguments, constants, num_warps, num_stages))
+        _notes.append(one)
+    else:
+        _start(one)
+
+
+_starters: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+"""For a launch without its addresses: what starts the compiled kernel, and the constants, which it takes too."""
+
+_MOST_STARTERS = 4096
+
+
+def _start(one: Launch) -> None:
+    """Start a kernel as Triton's own `kernel[grid](...)` does, which finds it anew among the compiled ones each time.
+
+    That is most of what a launch costs: Triton looks at each argument's type and what divides it, and compares options
+    and globals. Here the sizes themselves stand for all that, beside the tensors' types and which of them begin at a
+    multiple of 16 bytes. New ones go Triton's way, and so does a GPU of which it looks at more (AMD: how large storages
+    are). Its hooks are called either way; a switch that changes what is compiled must be set before.
+    """
+    kernel, grid, tensors, sizes, constants, num_warps, num_stages = one
+    addresses: list[int | None] = []
+    dtypes: list[torch.dtype | None] = []
+    every, device = 0, -1
+    for tensor in tensors:
+        if tensor is None:
+            addresses.append(None)
+            dtypes.append(None)
+        else:
+            address = tensor.data_ptr()
+            every |= address
+            addresses.append(address)
+            dtypes.append(tensor.dtype)
+            device = tensor.get_device()
+    key = (kernel.fn, grid, sizes, device, num_warps, num_stages, *dtypes, *constants, *constants.values())
+    if every % 16:
+        key += tuple([address is not None and address % 16 == 0 for address in addresses])
+    known = _starters.get(key)
+    if known is not None:
+        starter, tail = known
+        starter(*addresses, *sizes, *tail)
         return
-    kernel[grid](*arguments, **constants, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True)
+    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+    compiled = kernel[grid](*one.arguments, **constants, **options)
+    names = kernel.arg_names[len(one.arguments) :]
+    if not isinstance(compiled, CompiledKernel) or torch.version.hip or set(names) != set(constants):
+        return
+    if len(_starters) >= _MOST_STARTERS:
+        _starters.clear()
+    _starters[key] = (compiled[(*grid, 1, 1)[:3]], tuple(constants[name] for name in names))
 
 
 def _turned(grid: tuple[int, ...], channels_together: bool | int) -> tuple[tuple[int, ...], int]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from functools import lru_cache
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 import triton
 import triton.language as tl
@@ -58,8 +58,12 @@ def with_tile(mean, square, seen, z, valid, size, DIM: tl.constexpr):
     return mean + apart * share, square, seen + size
 
 
-class Tiles(NamedTuple):
-    """How the pixels of all images are cut up: for kernels that map them, and for kernels that sum over them."""
+@dataclass(frozen=True)
+class Tiles:
+    """How the pixels of all images are cut up: for kernels that map them, and for kernels that sum over them.
+
+    What is launched is worked out once for all calls of the same sizes.
+    """
 
     channels: int
     total: int  # pixels of all images
@@ -73,21 +77,21 @@ class Tiles(NamedTuple):
     parts: int  # of the pixels, each summed by one program
     part_pixels: int  # a multiple of block_p
 
-    @property
+    @cached_property
     def sizes(self) -> tuple[int, ...]:
         """The kernels' arguments in order."""
         return self.channels, self.total, self.image_pixels, self.image_elements, self.channel_stride, self.pixel_stride
 
-    @property
+    @cached_property
     def constants(self) -> dict[str, int]:
         return {"BLOCK_C": self.block_c, "BLOCK_P": self.block_p, "WIDE": self.wide}
 
-    @property
+    @cached_property
     def grid(self) -> tuple[int, int]:
         """A program for each tile."""
         return ceil_div(self.total, self.block_p), ceil_div(self.channels, self.block_c)
 
-    @property
+    @cached_property
     def part_grid(self) -> tuple[int, int]:
         """A program for each part of the pixels."""
         return self.parts, ceil_div(self.channels, self.block_c)

@@ -137,8 +137,8 @@ def batch_statistics(
     parts, channels = means.shape
     mean, variance, scale = (means.new_empty(channels) for _ in range(3))
     tensors = (means, squares, sizes, gamma, mean, variance, scale)
-    arguments = (*tensors, parts, part_pixels, total, channels, float(total), eps)
-    launch(batch_statistics_kernel, (ceil_div(channels, CONSTANTS["BLOCK_C"]),), *arguments, **CONSTANTS)
+    numbers = (parts, part_pixels, total, channels, float(total), eps)
+    launch(batch_statistics_kernel, (ceil_div(channels, CONSTANTS["BLOCK_C"]),), tensors, numbers, **CONSTANTS)
     return mean, variance, scale
 
 
@@ -146,7 +146,7 @@ def batch_scale(variance: Tensor, gamma: Tensor | None, eps: float) -> Tensor:
     """gamma / deviation, [C] float32."""
     scale, channels = torch.empty_like(variance), variance.shape[0]
     programs = ceil_div(channels, CONSTANTS["BLOCK_N"] * CONSTANTS["BLOCK_C"])
-    launch(batch_scale_kernel, (programs,), variance, gamma, scale, channels, eps, **CONSTANTS)
+    launch(batch_scale_kernel, (programs,), (variance, gamma, scale), (channels, eps), **CONSTANTS)
     return scale
 
 
@@ -166,6 +166,6 @@ def batch_gradients(
     parts, channels = sums.shape
     grad_gamma, grad_beta, of_mean, of_apart = (sums.new_empty(channels) for _ in range(4))
     tensors = (sums, products, variance, gamma, grad_gamma, grad_beta, of_mean, of_apart)
-    arguments = (*tensors, parts, channels, float(total), eps)
-    launch(batch_gradients_kernel, (ceil_div(channels, CONSTANTS["BLOCK_C"]),), *arguments, **CONSTANTS)
+    numbers = (parts, channels, float(total), eps)
+    launch(batch_gradients_kernel, (ceil_div(channels, CONSTANTS["BLOCK_C"]),), tensors, numbers, **CONSTANTS)
     return grad_gamma, grad_beta, of_mean, of_apart

@@ -223,14 +223,14 @@ def _forward(tensors: tuple[Tensor | None, ...], geometry: _Geometry) -> None:
         block_p = 4096 // input.element_size() // block_o
         grid = (ceil_div(geometry.total, block_p), geometry.offset_groups * ceil_div(segment * group_out, block_o))
         constants = {"BLOCK_P": block_p, "BLOCK_O": block_o, **geometry.constants}
-        launch(deform_conv2d_depthwise_forward_kernel, grid, *tensors, *geometry.sizes, **constants)
+        launch(deform_conv2d_depthwise_forward_kernel, grid, tensors, geometry.sizes, **constants)
         return
     blocks = forward_blocks(group_out, segment, input.element_size(), limits_of(input.device))
     launch(
         deform_conv2d_forward_kernel,
         (ceil_div(geometry.total, blocks.p), geometry.groups * ceil_div(group_out, blocks.o)),
-        *tensors,
-        *geometry.sizes,
+        tensors,
+        geometry.sizes,
         **geometry.constants,
         SEGMENTS=weight.shape[1] // segment,
         BLOCKS=ceil_div(segment, blocks.c),
@@ -310,8 +310,8 @@ def _grad_data(tensors: tuple[Tensor | None, ...], geometry: _Geometry) -> None:
     launch(
         deform_conv2d_backward_data_kernel,
         (ceil_div(geometry.total, blocks.p), geometry.taps * geometry.offset_groups),
-        *tensors,
-        *geometry.sizes,
+        tensors,
+        geometry.sizes,
         **geometry.constants,
         SEGMENTS=geometry.channels // geometry.offset_groups // geometry.segment,
         BLOCKS=ceil_div(geometry.segment, blocks.c),
@@ -342,9 +342,8 @@ def _grad_input(tensors: tuple[Tensor | None, ...], geometry: _Geometry) -> None
         launch(
             deform_conv2d_backward_input_kernel,
             (parts[0].shape[0] * of_image, of_channels),
-            *parts,
-            *_strides(grad_input)[1:],
-            *geometry.sizes,
+            parts,
+            (*_strides(grad_input)[1:], *geometry.sizes),
             **geometry.constants,
             BLOCKS=segment_blocks,
             BLOCK_P=block_p,
@@ -374,8 +373,8 @@ def _grad_weight(
     launch(
         deform_conv2d_backward_weight_kernel,
         (parts, programs),
-        *(grad_output, input, offset, mask, grad_weights, part_pixels),
-        *geometry.sizes,
+        (grad_output, input, offset, mask, grad_weights),
+        (part_pixels, *geometry.sizes),
         **geometry.constants,
         BLOCKS=segment_blocks,
         BLOCK_P=blocks.p,

@@ -103,7 +103,7 @@ def _scale(sums: Tensor, products: Tensor | None, weight: Tensor, pixels: int) -
     grad_logits = None if products is None else torch.empty_like(scale)
     tensors = (sums, products, weight, scale, grad_logits)
     grid = (batch, ceil_div(channels, BLOCK_C))
-    launch(eca_scale_kernel, grid, *tensors, channels, pixels, parts, TAPS=weight.shape[2], BLOCK_C=BLOCK_C)
+    launch(eca_scale_kernel, grid, tensors, (channels, pixels, parts), TAPS=weight.shape[2], BLOCK_C=BLOCK_C)
     return scale, grad_logits
 
 
@@ -129,7 +129,7 @@ def eca_backward_triton(
     grad_weights = torch.empty(batch, blocks, width, dtype=torch.float32, device=input.device)
     tensors = (sums, grad_logits, weight, shares, grad_weights)
     constants = {"TAPS": taps, "WIDTH": width, "BLOCK_C": BLOCK_C}
-    launch(eca_backward_kernel, (batch, blocks), *tensors, channels, pixels, parts, **constants)
+    launch(eca_backward_kernel, (batch, blocks), tensors, (channels, pixels, parts), **constants)
     grad_input = None
     if wanted[0]:
         grad_input = torch.empty_like(grad_output)

@@ -102,7 +102,7 @@ def _forward(
     output = torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=memory_format)
     grid = (ceil_div(geometry.total, geometry.block_p), geometry.out_blocks)
     settings: dict[str, Any] = {"ACTIVATION": activation, "SHUFFLE": shuffle}
-    launch(group_conv1x1_forward_kernel, grid, *tensors, output, *geometry.sizes, **settings, **geometry.launched)
+    launch(group_conv1x1_forward_kernel, grid, (*tensors, output), geometry.sizes, **settings, **geometry.launched)
     return output
 
 
@@ -134,24 +134,23 @@ def group_conv1x1_batch_norm_forward_triton(
     geometry = _geometry(input, weight, groups)
     parts, part_pixels = geometry.parts(geometry.out_blocks, input.device)
     means, squares = torch.empty(2, parts, geometry.out_channels, dtype=torch.float32, device=input.device)
-    arguments = (input, weight, means, squares, part_pixels, *geometry.sizes)
-    launch(group_conv1x1_statistics_kernel, (parts, geometry.out_blocks), *arguments, **geometry.launched)
+    grid, sizes = (parts, geometry.out_blocks), (part_pixels, *geometry.sizes)
+    launch(group_conv1x1_statistics_kernel, grid, (input, weight, means, squares), sizes, **geometry.launched)
     mean, variance, scale = batch_statistics(means, squares, None, part_pixels, geometry.total, gamma, eps)
     tensors = (input, weight, mean, scale, beta)
     return _forward(tensors, geometry, groups, activation, shuffle), mean, variance
 
 
-def _sums(tensors: tuple[Tensor | None, ...], geometry: _Geometry, settings: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Gradients to shift and scale, [parts, O]."""
+def _sums(tensors: tuple[Tensor | None, ...], geometry: _Geometry, settings: dict[str, Any]) -> Tensor:
+    """Gradients to shift and scale, [2, parts, O]."""
     device = tensors[1].device
     parts, part_pixels = geometry.parts(geometry.out_blocks, device)
-    sums, products = torch.empty(2, parts, geometry.out_channels, dtype=torch.float32, device=device)
-    arguments = (*tensors, sums, products, part_pixels, *geometry.sizes)
-    grid = (parts, geometry.out_blocks)
+    sums = torch.empty(2, parts, geometry.out_channels, dtype=torch.float32, device=device)
+    grid, sizes = (parts, geometry.out_blocks), (part_pixels, *geometry.sizes)
     constants = {**settings, **geometry.launched}
     warps = 8 if constants["BLOCK_O"] == 64 else 4  # two sums of 32 numbers a thread spill
-    launch(group_conv1x1_backward_sums_kernel, grid, *arguments, num_warps=warps, **constants)
-    return sums, products
+    launch(group_conv1x1_backward_sums_kernel, grid, (*tensors, *sums), sizes, num_warps=warps, **constants)
+    return sums
 
 
 def _convolution(
@@ -164,7 +163,7 @@ def _convolution(
     if wanted[0]:
         grad_input = torch.empty_like(input)
         grid = (ceil_div(geometry.total, geometry.block_p), geometry.in_blocks)
-        launch(group_conv1x1_backward_input_kernel, grid, *tensors, grad_input, *geometry.sizes, **constants)
+        launch(group_conv1x1_backward_input_kernel, grid, (*tensors, grad_input), geometry.sizes, **constants)
     if wanted[1]:
         programs = geometry.in_blocks * geometry.out_blocks // geometry.sizes[4]
         # A product of 16x16 is no work for four warps, and 64 pixels of more channels, or of float32, spill.
@@ -173,8 +172,8 @@ def _convolution(
         geometry, warps = geometry._replace(block_p=constants["BLOCK_P"]), 1 if widest == 16 else 4
         parts, part_pixels = geometry.parts(programs, input.device, 4 // warps)
         grad_weights = torch.empty(parts, *weight.shape[:2], dtype=torch.float32, device=input.device)
-        arguments = (*tensors, grad_weights, part_pixels, *geometry.sizes)
-        launch(group_conv1x1_backward_weight_kernel, (parts, programs), *arguments, num_warps=warps, **constants)
+        grid, tensors, sizes = (parts, programs), (*tensors, grad_weights), (part_pixels, *geometry.sizes)
+        launch(group_conv1x1_backward_weight_kernel, grid, tensors, sizes, num_warps=warps, **constants)
         grad_weight = grad_weights.sum(0)
     return grad_input, grad_weight
 
@@ -196,7 +195,7 @@ def group_conv1x1_backward_triton(
     tensors = (grad_output, input, weight, None, scale, shift)
     grad_scale = grad_shift = None
     if (wanted[2] and scale is not None) or (wanted[3] and shift is not None):
-        grad_shift, grad_scale = (part.sum(0) for part in _sums(tensors, geometry, settings))
+        grad_shift, grad_scale = _sums(tensors, geometry, settings).sum(1)
     return *_convolution((*tensors, None, None), geometry, settings, wanted), grad_scale, grad_shift
 
 
@@ -218,6 +217,6 @@ def group_conv1x1_batch_norm_backward_triton(
     geometry = _geometry(input, weight, groups)
     settings = {"ACTIVATION": activation, "SHUFFLE": shuffle}
     tensors = (grad_output, input, weight, mean, batch_scale(var, gamma, eps), beta)
-    found = batch_gradients(*_sums(tensors, geometry, settings), var, gamma, eps, geometry.total)
-    grad_gamma, grad_beta, *of_statistics = found
+    sums, products = _sums(tensors, geometry, settings)
+    grad_gamma, grad_beta, *of_statistics = batch_gradients(sums, products, var, gamma, eps, geometry.total)
     return *_convolution((*tensors, *of_statistics), geometry, settings, wanted), grad_gamma, grad_beta

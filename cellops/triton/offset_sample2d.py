@@ -376,7 +376,7 @@ def _blocks(input: Tensor, elements: int) -> dict[str, int]:
 
 
 def _launch_points(
-    kernel: Any, tensors: Sequence[Tensor | None], input: Tensor, offset: Tensor, layout: str, elements: int
+    kernel: Any, tensors: tuple[Tensor | None, ...], input: Tensor, offset: Tensor, layout: str, elements: int
 ) -> None:
     """Launch a kernel of which each program takes the points of a tile."""
     if not input.numel():
@@ -386,8 +386,8 @@ def _launch_points(
     launch(
         kernel,
         (ceil_div(batch * height * width, blocks["BLOCK_P"]), ceil_div(channels, blocks["BLOCK_C"])),
-        *(*tensors, height, width, *_reciprocal(height * width), *_reciprocal(width)),
-        *(*_offset_strides(offset), *sizes),
+        tensors,
+        (height, width, *_reciprocal(height * width), *_reciprocal(width), *_offset_strides(offset), *sizes),
         INTERLEAVED=layout == "interleaved",
         WIDE=_wide(offset),
         **blocks,
@@ -426,8 +426,8 @@ def offset_sample2d_backward_triton(
             launch(
                 offset_sample2d_backward_input_kernel,
                 (target.shape[0] * programs, blocks.channels),
-                *(grad, points, target, *input.shape[2:], *_offset_strides(offset), *blocks.sizes[:1]),
-                *blocks.sizes[2:],
+                (grad, points, target),
+                (*input.shape[2:], *_offset_strides(offset), *blocks.sizes[:1], *blocks.sizes[2:]),
                 INTERLEAVED=layout == "interleaved",
                 WIDE=_wide(offset),
                 BLOCK_Q=block,

@@ -20,6 +20,8 @@ What else counts is instructions: 27 for an element of two bytes that is read an
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -370,16 +372,20 @@ def _blocks(image: Tensor, kernel: int, pool: bool, images: int = 1) -> tuple[Ti
         pool: whether maps are convolved.
         images: that are loaded in a pass; with 64 elements a thread, two and their sums would take 226 registers.
     """
-    layout = tiles(image)
-    if image.is_contiguous():
+    return _blocks_of(tiles(image), image.element_size(), kernel, pool, images)
+
+
+@lru_cache(maxsize=4096)
+def _blocks_of(layout: Tiles, element_size: int, kernel: int, pool: bool, images: int) -> tuple[Tiles, bool]:
+    if layout.pixel_stride == 1:
         block_p = power_of_2(layout.total, 16, MAP_PIXELS)
-        return layout._replace(block_p=block_p, block_c=power_of_2(layout.channels, 1, 1024 // block_p)), False
+        return replace(layout, block_p=block_p, block_c=power_of_2(layout.channels, 1, 1024 // block_p)), False
     if pool:
-        block_c = power_of_2(layout.channels, 16, max(128 // image.element_size() // images, 16))
-        return layout._replace(block_p=MAP_PIXELS, block_c=block_c), False
+        block_c = power_of_2(layout.channels, 16, max(128 // element_size // images, 16))
+        return replace(layout, block_p=MAP_PIXELS, block_c=block_c), False
     if kernel == 1 and layout.channels <= 512:
         block_c = power_of_2(layout.channels, 16)
-        return layout._replace(block_p=4096 // block_c, block_c=block_c), True
+        return replace(layout, block_p=4096 // block_c, block_c=block_c), True
     return layout, False
 
 
@@ -397,7 +403,7 @@ def _pooled(input: Tensor) -> Tensor:
     layout = _blocks(input, 1, False)[0] if input.is_contiguous() else tiles(input, 4096 // input.element_size())
     source = torch.empty(2, input.shape[0], *input.shape[2:], dtype=torch.float32, device=input.device)
     constants = _constants(input, layout)
-    launch(spatial_attention_pool_kernel, _pixel_grid(layout), input, source, *layout.sizes, **constants)
+    launch(spatial_attention_pool_kernel, _pixel_grid(layout), (input, source), layout.sizes, **constants)
     return source
 
 
@@ -408,8 +414,8 @@ def spatial_attention_forward_triton(input: Tensor, weight: Tensor, bias: Tensor
     source = _pooled(input) if pool else None
     tensors = (input, source, weight, bias, output)
     constants = {"K": kernel, "WHOLE": whole, **_constants(input, layout)}
-    grid = _pixel_grid(layout)
-    launch(spatial_attention_forward_kernel, grid, *tensors, *input.shape[2:], *layout.sizes, **constants)
+    sizes, grid = (*input.shape[2:], *layout.sizes), _pixel_grid(layout)
+    launch(spatial_attention_forward_kernel, grid, tensors, sizes, **constants)
     return output
 
 
@@ -425,12 +431,12 @@ def spatial_attention_backward_triton(
     constants = {"K": kernel, **_constants(input, layout)}
     sizes, grid = (*input.shape[2:], *layout.sizes), _pixel_grid(layout)
     tensors = (grad_output, input, source, weight, bias, scales, grad_logits, ties)
-    launch(spatial_attention_backward_logits_kernel, grid, *tensors, *sizes, WHOLE=whole, **constants)
+    launch(spatial_attention_backward_logits_kernel, grid, tensors, sizes, WHOLE=whole, **constants)
     grad_input = grad_weight = None
     if wanted[0]:
         grad_input = torch.empty_like(input)
         tensors = (grad_output, input, source, weight, scales, grad_logits, ties, grad_input)
-        launch(spatial_attention_backward_input_kernel, grid, *tensors, *sizes, **constants)
+        launch(spatial_attention_backward_input_kernel, grid, tensors, sizes, **constants)
     if wanted[1] and source is None:
         grad_weight = _grad_weight(input, grad_logits, kernel)
     elif wanted[1]:
@@ -441,10 +447,10 @@ def spatial_attention_backward_triton(
 def _grad_weight(input: Tensor, grad_logits: Tensor, kernel: int) -> Tensor:
     layout = tiles(input)
     grad_weights = input.new_empty(layout.parts, layout.channels, kernel, kernel, dtype=torch.float32)
-    arguments = (input, grad_logits, grad_weights, layout.part_pixels, *input.shape[2:], *layout.sizes)
+    tensors, sizes = (input, grad_logits, grad_weights), (layout.part_pixels, *input.shape[2:], *layout.sizes)
     # The taps of a part are neighbours in the grid: what one loads is in the L2 cache for the others.
     grid = (layout.parts * kernel * kernel, ceil_div(layout.channels, layout.block_c))
-    launch(spatial_attention_backward_weight_kernel, grid, *arguments, K=kernel, **_constants(input, layout))
+    launch(spatial_attention_backward_weight_kernel, grid, tensors, sizes, K=kernel, **_constants(input, layout))
     return grad_weights.sum(0)
 
 
@@ -455,8 +461,8 @@ def _grad_map_weight(source: Tensor, grad_logits: Tensor, kernel: int) -> Tensor
     part_strips = max(ceil_div(ceil_div(strips, MAP_PIXELS), programs), 1) * MAP_PIXELS
     parts = ceil_div(strips, part_strips)
     grad_weights = source.new_empty(parts, 2, kernel, kernel)
-    arguments = (source, grad_logits, grad_weights, part_strips, strips, grad_logits.numel(), height, width)
-    constants = {"K": kernel, "ROWS": STRIP_ROWS, "BLOCK_P": MAP_PIXELS}
+    tensors, sizes = (source, grad_logits, grad_weights), (part_strips, strips, grad_logits.numel(), height, width)
     wide = 2 * source.numel() >= 2**31
-    launch(spatial_attention_backward_map_weight_kernel, (parts, kernel), *arguments, **constants, WIDE=wide)
+    constants = {"K": kernel, "ROWS": STRIP_ROWS, "BLOCK_P": MAP_PIXELS, "WIDE": wide}
+    launch(spatial_attention_backward_map_weight_kernel, (parts, kernel), tensors, sizes, **constants)
     return grad_weights.sum(0)

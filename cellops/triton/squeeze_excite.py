@@ -170,7 +170,7 @@ def squeeze_excite_forward_triton(
     sums, _ = channel_sums(input)
     scale = torch.empty(sums.shape[0], channels, dtype=torch.float32, device=input.device)
     tensors, sizes = (sums, weight1, bias1, weight2, bias2, scale), (channels, hidden, pixels, sums.shape[1])
-    launch(squeeze_excite_scale_kernel, scale.shape[:1], *tensors, *sizes, **constants, num_warps=8)
+    launch(squeeze_excite_scale_kernel, tuple(scale.shape[:1]), tensors, sizes, **constants, num_warps=8)
     scale_channels(input, scale, None, output)
     return output
 
@@ -195,7 +195,7 @@ def squeeze_excite_backward_triton(
     tensors = (sums, products, weight1, bias1, weight2, bias2, of_channels, of_units)
     sizes = (batch, channels, hidden, height * width, sums.shape[1])
     constants = _constants(channels, hidden, act, gate)
-    launch(squeeze_excite_backward_kernel, (batch,), *tensors, *sizes, **constants, num_warps=8)
+    launch(squeeze_excite_backward_kernel, (batch,), tensors, sizes, **constants, num_warps=8)
     scale, share, mean, grad_logits = of_channels
     activated, grad_before = of_units
     grad_input = None
