@@ -184,11 +184,6 @@ def multiprocessors(device: torch.device) -> int:
     return limits_of(device).multiprocessors
 
 
-def needs_int64(*tensors: Tensor | None) -> bool:
-    """Whether an element of one of the tensors has an offset that a 32-bit integer may not hold."""
-    return any(tensor is not None and tensor.numel() >= 2**31 for tensor in tensors)
-
-
 def power_of_2(size: int, least: int = 1, most: int = 1 << 30) -> int:
     """The smallest power of two that is no less than `size`, kept between `least` and `most`."""
     return min(max(1 << max(size - 1, 0).bit_length(), least), most)

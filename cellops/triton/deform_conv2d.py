@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -34,7 +34,6 @@ from cellops.triton._launch import (
     launch,
     limits_of,
     multiprocessors,
-    needs_int64,
     power_of_2,
 )
 
@@ -143,31 +142,45 @@ class _Geometry(NamedTuple):
         return {"CONV": self.conv, "WIDE": self.wide}
 
 
-def _strides(tensor: Tensor | None) -> tuple[int, int, int]:
+def _strides(shape: Pair, nchw: bool) -> tuple[int, int, int]:
     """Of an image, a channel and a pixel, for a tensor that is dense in one of the two memory formats."""
-    if tensor is None:
-        return 0, 0, 0
-    channels, pixels = tensor.shape[1], tensor.shape[2] * tensor.shape[3]
-    return (channels * pixels, pixels, 1) if tensor.is_contiguous() else (channels * pixels, 1, channels)
+    channels, pixels = shape[1], shape[2] * shape[3]
+    return (channels * pixels, pixels, 1) if nchw else (channels * pixels, 1, channels)
 
 
 def _geometry(
     input: Tensor, offset: Tensor, weight: Tensor, mask: Tensor | None, output: Tensor, conv: tuple[int, ...]
 ) -> _Geometry:
-    batch, channels, height, width = input.shape
-    out_channels, group_in, *kernel = weight.shape
-    out_height, out_width = offset.shape[2:]
-    groups, offset_groups = channels // group_in, offset.shape[1] // (2 * kernel[0] * kernel[1])
+    of_offset, of_output = (offset.shape, offset.is_contiguous()), (output.shape, output.is_contiguous())
+    of_mask = None if mask is None else (mask.shape, mask.is_contiguous())
+    return _geometry_of(input.shape, weight.shape, of_offset, of_output, of_mask, conv)
+
+
+@lru_cache(maxsize=4096)
+def _geometry_of(
+    input: Pair,
+    weight: Pair,
+    offset: tuple[Pair, bool],
+    output: tuple[Pair, bool],
+    mask: tuple[Pair, bool] | None,
+    conv: tuple[int, ...],
+) -> _Geometry:
+    """The same, once for all calls of the same shapes; the others' with whether they are NCHW."""
+    batch, channels, height, width = input
+    out_channels, group_in, *kernel = weight
+    offset_shape, out_height, out_width = offset[0], *offset[0][2:]
+    groups, offset_groups = channels // group_in, offset_shape[1] // (2 * kernel[0] * kernel[1])
     offset_channels, count = channels // offset_groups, batch * out_height * out_width
     segment = offset_channels if group_in == 1 else math.gcd(group_in, offset_channels)
     sizes = (
         *(count, height, width, channels, out_height, out_width, out_channels, group_in, out_channels // groups),
         *(offset_channels, segment, channels * height * width),
-        *_strides(offset),
-        *_strides(mask),
-        *_strides(output)[1:],
+        *_strides(*offset),
+        *((0, 0, 0) if mask is None else _strides(*mask)),
+        *_strides(*output)[1:],
     )
-    wide = needs_int64(input, offset, mask, output)
+    shapes = (input, offset_shape, output[0], () if mask is None else mask[0])
+    wide = any(math.prod(shape) >= 2**31 for shape in shapes)
     group_out = out_channels // groups
     return _Geometry(
         sizes, (*kernel, *conv), count, groups, offset_groups, group_in, group_out, segment, group_in == 1, wide
@@ -207,7 +220,7 @@ def deform_conv2d_forward_triton(
     shape = (batch, weight.shape[0], *offset.shape[2:])
     output = torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=memory_format)
     weight = _channels_last(weight)
-    image_bytes = input[:1].numel() * input.element_size()
+    image_bytes = math.prod(input.shape[1:]) * input.element_size()
     for images in [slice(0, batch)] if in_place else _image_chunks(batch, image_bytes):
         given = (_channels_last(_part(input, images)), _part(offset, images), _part(mask, images))
         tensors = (*given, weight, bias, _part(output, images))
@@ -271,7 +284,7 @@ def deform_conv2d_backward_triton(
     in_place = input.is_contiguous(memory_format=torch.channels_last)
     adds_in_place = in_place and input.dtype == torch.float32
     scattered = want_input and not deterministic
-    image_bytes = input[:1].numel() * max(input.element_size(), 4 * scattered)
+    image_bytes = math.prod(input.shape[1:]) * max(input.element_size(), 4 * scattered)
     whole = in_place and (adds_in_place or not scattered)
     if want_weight and in_place:
         geometry = _geometry(input, offset, repacked, mask, grad_output, conv)
@@ -343,7 +356,7 @@ def _grad_input(tensors: tuple[Tensor | None, ...], geometry: _Geometry) -> None
             deform_conv2d_backward_input_kernel,
             (parts[0].shape[0] * of_image, of_channels),
             parts,
-            (*_strides(grad_input)[1:], *geometry.sizes),
+            (*_strides(grad_input.shape, grad_input.is_contiguous())[1:], *geometry.sizes),
             **geometry.constants,
             BLOCKS=segment_blocks,
             BLOCK_P=block_p,
