@@ -119,17 +119,20 @@ def _head(results: dict[str, Any]) -> str:
 
 
 def _by_peer(results: list[dict[str, Any]]) -> str:
-    """How many times faster than each peer an op is in float32; a column for each machine and layout."""
-    rows: dict[tuple[str, ...], list[str]] = {}
-    columns = [(one, layout) for one in results for layout in LAYOUTS]
-    for i, (one, layout) in enumerate(columns):
-        for key, ratios in _ratios(one["records"], layout).items():
-            mean = geometric_mean(ratios)
-            rows.setdefault(key, ["–"] * len(columns))[i] = "–" if mean is None else f"{mean:.2f}x"
-    head = ["op", "direction", "over", *(f"{_short_name(one)}, {layout}" for one, layout in columns)]
-    text = "Speed in float32 over each peer, geometric means over the shapes; below 1 is slower. "
-    text += "Forward is inference; forward+backward is training, with batch statistics where there are any."
-    return text + "\n\n" + pages.table([head, *([*key, *figures] for key, figures in rows.items())])
+    """How many times faster than each peer an op is in float32; a column for each machine, with both layouts."""
+    rows: dict[tuple[str, ...], list[list[str]]] = {}
+    for i, one in enumerate(results):
+        for j, layout in enumerate(LAYOUTS):
+            for key, ratios in _ratios(one["records"], layout).items():
+                figures = rows.setdefault(key, [["–"] * len(LAYOUTS) for _ in results])
+                mean = geometric_mean(ratios)
+                if mean is not None:
+                    figures[i][j] = f"{mean:.2f}x"
+    head = ["op", "direction", "over", *map(_short_name, results)]
+    text = "Speed in float32 over each peer, in NCHW and in channels_last, geometric means over the shapes; below 1 is "
+    text += "slower. Forward is inference; forward+backward is training, with batch statistics where there are any."
+    cells = [[*key, *map(", ".join, figures)] for key, figures in rows.items()]
+    return text + "\n\n" + pages.table([head, *cells])
 
 
 def _ratios(records: Results, layout: str) -> dict[tuple[str, ...], list[float]]:
