@@ -87,28 +87,28 @@ def keep(table: Table, name: str, folder: Path = RESULTS) -> Path:
 
 
 def page(tables: list[Table]) -> str:
-    """The tables of all results, in Markdown."""
+    """The tables of all results, those of all machines together, in Markdown."""
     parts = []
     for data, title in DATA.items():
-        of_data = [table for table in tables if table["data"] == data]
+        of_data = [row for table in tables if table["data"] == data for row in table["rows"]]
         if of_data:
             parts.append(f"## {title}")
-        for table in of_data:
-            protocols = dict.fromkeys(row["protocol"] for row in table["rows"])
-            commits: dict[str, dict[str, None]] = {}
-            for row in table["rows"]:
-                for origin in row["origin"]:
-                    machine, _, commit = origin.rpartition("; commit ")
-                    commits.setdefault(machine, {})[commit] = None
-            parts += [f"Trained on: {machine}; commit {', '.join(known)}." for machine, known in commits.items()]
-            for protocol in protocols:
-                parts += [SPLITS[data, protocol], _rows([row for row in table["rows"] if row["protocol"] == protocol])]
+        commits: dict[str, dict[str, None]] = {}
+        for row in of_data:
+            for origin in row["origin"]:
+                machine, _, commit = origin.rpartition("; commit ")
+                commits.setdefault(machine, {})[commit] = None
+        parts += [f"Trained on: {machine}; commit {', '.join(known)}." for machine, known in commits.items()]
+        for protocol in dict.fromkeys(row["protocol"] for row in of_data):
+            parts += [SPLITS[data, protocol], _rows([row for row in of_data if row["protocol"] == protocol])]
     return "\n\n".join(parts) + "\n"
 
 
 def _rows(rows: list[Table]) -> str:
     from cellops.models.training.tables import shown
 
+    order = {label: at for at, label in enumerate(_labels())}
+    rows = sorted(rows, key=lambda row: order.get(row["label"], len(order)))
     cells = [["network", "parameters", "folds", *COLUMNS, "training"]]
     for row in rows:
         figures = [shown(row, name) for name in COLUMNS.values()]
@@ -116,6 +116,14 @@ def _rows(rows: list[Table]) -> str:
         folds = f"{row['folds_done']} of {row['folds']}"
         cells.append([row["label"], f"{row['parameters'] / 1e6:.2f} M", folds, *figures, minutes])
     return pages.table(cells)
+
+
+def _labels() -> list[str]:
+    """Of the networks, in the order of the table `cells`."""
+    import yaml
+
+    table = yaml.safe_load((machine.ROOT / "models" / "recipes" / "tables" / "cells.yaml").read_text())
+    return [row["label"] for row in table["rows"]]
 
 
 def main() -> int:

@@ -5,6 +5,7 @@ Every kernel that an op has there is tried, not only the one that is taken by de
 
 from __future__ import annotations
 
+import copy
 import functools
 import os
 import subprocess
@@ -133,6 +134,27 @@ def test_captured_in_a_graph_and_replayed_on_new_values(
     torch.cuda.synchronize()
     for one, wanted in zip(captured, call(), strict=True):
         torch.testing.assert_close(one, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_network_captured_in_a_graph_for_training(atomics: None) -> None:
+    """By `make_graphed_callables`, which takes the launches' Python out of a training step."""
+    torch.manual_seed(0)
+    layers = (nn.Conv2d(8, 16, 3, padding=1), cellops.FReLU(16), cellops.DeformConv2dPack(16, 16, 3, padding=1))
+    network = nn.Sequential(*layers, cellops.ECA(16)).cuda()
+    nn.init.normal_(network[2].conv_offset.weight, std=0.1)
+    twin = copy.deepcopy(network)
+    samples = [torch.randn(4, 8, 14, 14, device="cuda", requires_grad=True) for _ in range(2)]
+
+    def step(module: nn.Module, input: Tensor) -> list[Tensor]:
+        output = module(input)
+        gradients = torch.autograd.grad(output.square().sum(), (input, *module.parameters()))
+        return [one.detach().clone() for one in (output, *gradients)]
+
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        graphed = torch.cuda.make_graphed_callables(network, (samples[0],))
+        pairs = list(zip(step(graphed, samples[1]), step(twin, samples[1]), strict=True))
+    for found, wanted in pairs:
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
 
 
 # Autocast

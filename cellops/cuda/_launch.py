@@ -26,7 +26,8 @@ def launch(entry: str, params: Any, *tensors: Tensor | None) -> None:
     device, stream = 0, 0
     there = next(tensor for tensor in tensors if tensor is not None)
     if there.is_cuda:
-        device, stream = there.get_device(), torch.cuda.current_stream(there.device).cuda_stream
+        device = there.get_device()
+        stream = torch._C._cuda_getCurrentRawStream(device)  # without an object for it
     getattr(_native.library(), f"{entry}_cuda")(params, device, stream, *map(_native.pointer, tensors))
 
 

@@ -7,6 +7,7 @@ results are the same from run to run.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -101,7 +102,16 @@ def _power_of_2_within(size: int) -> int:
 
 def _params(input: Tensor, weight: Tensor, backward: bool = False) -> tuple[Any, int]:
     """The library's parameters, and the number of parts."""
-    (batch, channels, height, width), kernel = input.shape, weight.shape[2]
+    memory_format = torch.contiguous_format if input.is_contiguous() else torch.channels_last
+    return _params_of(input.shape, memory_format, input.dtype, weight.shape[2], backward)
+
+
+@lru_cache(maxsize=4096)
+def _params_of(
+    shape: tuple[int, ...], memory_format: torch.memory_format, dtype: torch.dtype, kernel: int, backward: bool
+) -> tuple[Any, int]:
+    batch, channels, height, width = shape
+    input = torch.empty(shape, dtype=dtype, device="meta", memory_format=memory_format)
     tile = tile_of(input, kernel, backward)
     if tile is None:
         raise ValueError(

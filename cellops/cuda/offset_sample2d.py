@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -36,17 +37,25 @@ def _held(input: Tensor, offset: Tensor, grad_output: Tensor, layout: str) -> bo
 
 
 def _params(input: Tensor, offset: Tensor, layout: str) -> Any:
-    batch, channels, height, width = input.shape
+    formats = (not input.is_contiguous(), not offset.is_contiguous())
+    return _params_of(input.shape, formats, storage(input), storage(offset), layout)
+
+
+@lru_cache(maxsize=4096)
+def _params_of(
+    shape: tuple[int, ...], channels_last: tuple[bool, bool], dtype: int, offset_dtype: int, layout: str
+) -> Any:
+    batch, channels, height, width = shape
     return _native.library().OffsetSample2dParams(
         batch=batch,
         channels=channels,
         height=height,
         width=width,
         interleaved=layout == "interleaved",
-        dtype=storage(input),
-        offset_dtype=storage(offset),
-        channels_last=not input.is_contiguous(),
-        offset_channels_last=not offset.is_contiguous(),
+        dtype=dtype,
+        offset_dtype=offset_dtype,
+        channels_last=channels_last[0],
+        offset_channels_last=channels_last[1],
     )
 
 
