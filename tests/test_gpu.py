@@ -140,7 +140,7 @@ def test_a_network_captured_in_a_graph_for_training(atomics: None) -> None:
     """By `make_graphed_callables`, which takes the launches' Python out of a training step."""
     torch.manual_seed(0)
     layers = (nn.Conv2d(8, 16, 3, padding=1), cellops.FReLU(16), cellops.DeformConv2dPack(16, 16, 3, padding=1))
-    network = nn.Sequential(*layers, cellops.ECA(16)).cuda()
+    network = nn.Sequential(*layers, cellops.EfficientChannelAttention(16)).cuda()
     nn.init.normal_(network[2].conv_offset.weight, std=0.1)
     twin = copy.deepcopy(network)
     samples = [torch.randn(4, 8, 14, 14, device="cuda", requires_grad=True) for _ in range(2)]
@@ -150,7 +150,7 @@ def test_a_network_captured_in_a_graph_for_training(atomics: None) -> None:
         gradients = torch.autograd.grad(output.square().sum(), (input, *module.parameters()))
         return [one.detach().clone() for one in (output, *gradients)]
 
-    with torch.backends.cudnn.flags(allow_tf32=False):
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         graphed = torch.cuda.make_graphed_callables(network, (samples[0],))
         pairs = list(zip(step(graphed, samples[1]), step(twin, samples[1]), strict=True))
     for found, wanted in pairs:

@@ -279,9 +279,9 @@ def test_a_grid_that_no_gpu_takes_is_refused() -> None:
         noted_launches(),
         pytest.raises(RuntimeError, match="eca_scale_kernel would need 70001 x 70000 programs, more"),
     ):
-        launch(eca_scale_kernel, (70_000, 70_001))
+        launch(eca_scale_kernel, (70_000, 70_001), (), ())
     with noted_launches(), pytest.raises(RuntimeError, match=f"eca_scale_kernel would need {2**31} x 1 programs, more"):
-        launch(eca_scale_kernel, (2**31, 1))
+        launch(eca_scale_kernel, (2**31, 1), (), ())
 
 
 def test_addresses_outside_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,6 +290,6 @@ def test_addresses_outside_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     with noted_launches() as launches:
         call_launchers("eca", arguments_of("eca", empty(2, 8, 7, 9)), False)
     launch = launches[-1]
-    shorter = tuple(value[:1] if isinstance(value, Tensor) else value for value in launch.arguments)
+    shorter = tuple(value[:1] if isinstance(value, Tensor) else value for value in launch.tensors)
     assert not touched_outside(launch, monkeypatch)
-    assert touched_outside(launch._replace(arguments=shorter), monkeypatch)
+    assert touched_outside(launch._replace(tensors=shorter), monkeypatch)

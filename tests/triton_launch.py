@@ -112,7 +112,7 @@ def noted(op: str) -> list[_launch.Launch]:
 
 
 def moved(tensor: Tensor) -> Tensor:
-    """Its numbers 4 bytes behind a multiple of 16."""
+    """Of that shape, one number behind a multiple of 16 bytes."""
     return torch.empty(tensor.numel() + 1, dtype=tensor.dtype)[1:].view(tensor.shape)
 
 

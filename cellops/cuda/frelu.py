@@ -198,7 +198,7 @@ def frelu_backward_cuda(
 ) -> tuple[Tensor | None, ...]:
     """Gradients to the tensors of `frelu`."""
     grad_input, sums = _backward(grad_output, input, weight, (None, _wide(scale), _wide(shift)))
-    return grad_input, sums[:, :-2], sums[:, -1], sums[:, -2]
+    return grad_input, sums[:, :-2], sums[:, -1].clone(), sums[:, -2].clone()  # tensors of their own
 
 
 def frelu_batch_norm_backward_cuda(

@@ -221,7 +221,7 @@ def backward(
     arguments = (grad_output, input, weight, None, scale, shift)
     grad_scale = grad_shift = None
     if (wanted[2] and scale is not None) or (wanted[3] and shift is not None):
-        grad_shift, grad_scale = _sums(arguments, activation).sum(1)
+        grad_shift, grad_scale = (part.sum(0) for part in _sums(arguments, activation))  # tensors of their own
     return *_convolution(arguments, None, None, activation), grad_scale, grad_shift
 
 

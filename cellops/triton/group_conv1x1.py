@@ -195,7 +195,7 @@ def group_conv1x1_backward_triton(
     tensors = (grad_output, input, weight, None, scale, shift)
     grad_scale = grad_shift = None
     if (wanted[2] and scale is not None) or (wanted[3] and shift is not None):
-        grad_shift, grad_scale = _sums(tensors, geometry, settings).sum(1)
+        grad_shift, grad_scale = (part.sum(0) for part in _sums(tensors, geometry, settings))  # tensors of their own
     return *_convolution((*tensors, None, None), geometry, settings, wanted), grad_scale, grad_shift
 
 
