@@ -100,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if known.command == "doctor":
         from cellops.models import doctor
 
-        return doctor.main()
+        return report_errors(known.command, doctor.main)
     if known.command == "bench":
         try:
             return bench(others)

@@ -1,5 +1,6 @@
 """The choice of a backend: what `backend=None` takes, and that an explicit one runs or says why not."""
 
+import os
 import subprocess
 import sys
 import warnings
@@ -136,6 +137,15 @@ def test_doctor_succeeds():
     done = subprocess.run([sys.executable, "-c", CLI, "doctor"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "agrees with the reference" in done.stdout
+
+
+def test_doctor_in_front_of_a_pipe_that_closes():
+    """As `| head` does."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run([sys.executable, "-c", CLI, "doctor"], stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert done.returncode == 1 and done.stderr == ""
 
 
 def test_doctor_reports_a_wrong_result(monkeypatch, capsys):
