@@ -103,7 +103,7 @@ def _start(one: Launch) -> None:
     That is most of what a launch costs: Triton looks at each argument's type and what divides it, and compares options
     and globals. Here the sizes themselves stand for all that, beside the tensors' types and which of them begin at a
     multiple of 16 bytes. New ones go Triton's way, and so does a GPU of which it looks at more (AMD: how large storages
-    are). Its hooks are called either way; a switch that changes what is compiled counts until a launch is repeated.
+    are). Its hooks are called either way; a switch of Triton's that changes what is compiled must stay as it was.
     """
     kernel, grid, tensors, sizes, constants, num_warps, num_stages = one
     addresses: list[int | None] = []
