@@ -83,7 +83,8 @@ def export_onnx(
     Raises:
         ValueError: `input_size` is wrong.
         ModuleNotFoundError: onnx or onnxscript is not installed, or onnxruntime where it is to check.
-        ExportError: the network cannot be exported, the file cannot be written, or it computes something else.
+        ExportError: the network cannot be exported, the file cannot be written, onnxruntime lacks one of its operators,
+            or it computes something else.
     """
     _need("onnx", "onnxscript", *(["onnxruntime"] if check else []))
     example = _example(model, input_size, 2 if dynamic_batch else 1)
@@ -116,7 +117,7 @@ def export_onnx(
         operators = _operators(temporary)
         difference = None
         if check:
-            session = onnx_session(temporary)
+            session = _session_to_check(temporary)
             checked = _random_images(example, 1, dynamic_batch) + (
                 [] if images is None else _split(images, dynamic_batch)
             )
@@ -222,6 +223,19 @@ def onnx_session(file: Path | bytes, threads: int | None = None) -> Any:
     with tempfile.TemporaryDirectory() as nothing:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", nothing)
         return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+
+
+def _session_to_check(file: Path) -> Any:
+    """onnxruntime's session of a file that was just written."""
+    import onnxruntime
+
+    try:
+        return onnx_session(file)
+    except Exception as error:  # onnxruntime's own kinds
+        raise ExportError(
+            f"onnxruntime {onnxruntime.__version__} cannot run the file: {_last_line(error)}. DeformConv needs 1.25 or "
+            "newer; without a check (--no-check, check=False) the file is written for other runtimes"
+        ) from error
 
 
 def _need(*packages: str) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,11 @@ onnx = pytest.importorskip("onnx")
 for package in ("onnxruntime", "onnxscript", "timm"):
     pytest.importorskip(package)
 
+has_deform_conv = pytest.mark.skipif(
+    tuple(map(int, version("onnxruntime").split(".")[:2])) < (1, 25),
+    reason="onnxruntime has DeformConv since 1.25, which there is none of for Python 3.10",
+)
+
 SMALL: dict[str, dict[str, Any]] = {
     "hqnet_tiny": {"depths": (1, 1), "width": 8},
     "hqnet_dcn": {"depths": (1, 1), "width": 8},
@@ -34,6 +40,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "shufflenet_v1_g3": {"depths": (1, 2, 1)},
 }
 """Networks of fewer layers, which hold all that the full ones do."""
+DEFORMABLE = ("hqnet_dcn", "deform_resnet50")
 FULL = [name for name in shipped("cellops") if name != "hqnet"]  # 1.8 GiB; hqnet_tiny has its layers
 
 
@@ -85,13 +92,18 @@ def assert_exported(model: nn.Module, path: Path, size: int, real: Tensor | None
         assert written.difference is not None and float(wanted.abs().max()) > 1e-3
 
 
-@pytest.mark.parametrize("name", list(SMALL))
+def marked(names: list[str]) -> list[Any]:
+    """Names, of networks with deformable convolutions only where onnxruntime has them."""
+    return [pytest.param(name, marks=has_deform_conv if name in DEFORMABLE else ()) for name in names]
+
+
+@pytest.mark.parametrize("name", marked(list(SMALL)))
 def test_small_networks_in_onnxruntime(name: str, tmp_path: Path) -> None:
     assert_exported(drawn(name, **SMALL[name]), tmp_path / "network.onnx", 64)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", FULL)
+@pytest.mark.parametrize("name", marked(FULL))
 def test_networks_in_onnxruntime(name: str, tmp_path: Path) -> None:
     """On random images, and on real ones where they are at hand."""
     assert_exported(drawn(name), tmp_path / "network.onnx", 96, real_images(96))
@@ -134,6 +146,18 @@ class EveryRule(nn.Module):
         return self.pack(self.conv(x, offset + x[:, :1], x[:, :9].sigmoid())).flatten(1)
 
 
+def test_an_operator_that_onnxruntime_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lacking(file: Path) -> Any:
+        raise NotImplementedError("[ONNXRuntimeError] : 9 : Could not find an implementation for DeformConv(19)")
+
+    monkeypatch.setattr("cellops.models.export.onnx_session", lacking)
+    with pytest.raises(ExportError, match=r"onnxruntime \S+ cannot run the file: .*DeformConv\(19\)\. .*--no-check"):
+        export_onnx(nn.Conv2d(3, 4, 1), tmp_path / "network.onnx", (3, 8, 8))
+    assert not list(tmp_path.iterdir())
+    export_onnx(nn.Conv2d(3, 4, 1), tmp_path / "network.onnx", (3, 8, 8), check=False)
+
+
+@has_deform_conv
 def test_every_setting_of_every_op_in_onnxruntime(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = EveryRule().eval()
