@@ -99,8 +99,9 @@ def page(tables: list[Table]) -> str:
                 machine, _, commit = origin.rpartition("; commit ")
                 commits.setdefault(machine, {})[commit] = None
         parts += [f"Trained on: {machine}; commit {', '.join(known)}." for machine, known in commits.items()]
-        for protocol in dict.fromkeys(row["protocol"] for row in of_data):
-            parts += [SPLITS[data, protocol], _rows([row for row in of_data if row["protocol"] == protocol])]
+        for (of, protocol), text in SPLITS.items():
+            chosen = [row for row in of_data if of == data and row["protocol"] == protocol]
+            parts += [text, _rows(chosen)] if chosen else []
     return "\n\n".join(parts) + "\n"
 
 
