@@ -106,9 +106,9 @@ def page(tables: list[Table]) -> str:
 
 
 def _rows(rows: list[Table]) -> str:
-    from cellops.models.training.tables import shown
+    from cellops.models.training.tables import load_table, shown
 
-    order = {label: at for at, label in enumerate(_labels())}
+    order = {row.label: at for at, row in enumerate(load_table("cells").rows)}
     rows = sorted(rows, key=lambda row: order.get(row["label"], len(order)))
     cells = [["network", "parameters", "folds", *COLUMNS, "training"]]
     for row in rows:
@@ -117,14 +117,6 @@ def _rows(rows: list[Table]) -> str:
         folds = f"{row['folds_done']} of {row['folds']}"
         cells.append([row["label"], f"{row['parameters'] / 1e6:.2f} M", folds, *figures, minutes])
     return pages.table(cells)
-
-
-def _labels() -> list[str]:
-    """Of the networks, in the order of the table `cells`."""
-    import yaml
-
-    table = yaml.safe_load((machine.ROOT / "models" / "recipes" / "tables" / "cells.yaml").read_text())
-    return [row["label"] for row in table["rows"]]
 
 
 def main() -> int:

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 from triton_calls import TRITON_OPS
 
-from cellops import _backend
 from cellops.testing import compile_kernels
 from cellops.testing._compile_kernels import LIMITS
 
@@ -129,7 +128,7 @@ def test_images_of_many_sizes_take_few_kernels() -> None:
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("arch", LIMITS)
-@pytest.mark.parametrize("op", [op for op, backends in _backend.OPS.items() if "triton" in backends])
+@pytest.mark.parametrize("op", TRITON_OPS)
 def test_every_kernel_at_odd_sizes(op: str, arch: str, dtype: str) -> None:
     compile_odd(arch, op, dtype)
 
@@ -148,7 +147,7 @@ def test_deformable_convolution_multiplies_by_the_architectures_own_instructions
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("arch", LIMITS)
-@pytest.mark.parametrize("op", [op for op, backends in _backend.OPS.items() if "triton" in backends])
+@pytest.mark.parametrize("op", TRITON_OPS)
 def test_every_kernel(op: str, arch: str, dtype: str) -> None:
     check(arch, op, (dtype,))
 

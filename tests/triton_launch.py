@@ -103,11 +103,9 @@ def noted(op: str) -> list[_launch.Launch]:
         with _launch.noted_launches() as notes:
             for deterministic in (False, True):
                 call_launchers(op, in_format(arguments, memory_format), deterministic)
-        described = ((str([one if one is None else one.dtype for one in note.tensors]), note) for note in notes)
-        found.update(
-            ((note.kernel.__name__, note.grid, note.sizes, str(note.constants), dtypes), note)
-            for dtypes, note in described
-        )
+        for note in notes:
+            dtypes = str([None if tensor is None else tensor.dtype for tensor in note.tensors])
+            found[note.kernel.__name__, note.grid, note.sizes, str(note.constants), dtypes] = note
     return list(found.values())
 
 

@@ -58,14 +58,19 @@ def tile_of(input: Tensor, kernel: int, backward: bool) -> Tile | None:
 
 def refuses(shapes: Sequence[Any], dtype: torch.dtype, channels_last: bool) -> str | None:
     """Why the kernels cannot take these sizes; what backward cannot is not begun by forward."""
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    input = torch.empty(shapes[0], dtype=dtype, device="meta", memory_format=memory_format)
+    input = _without_data(shapes[0], dtype, channels_last)
     tile = tile_of(input, shapes[1][2], backward=True)
     if tile is None:
         return "with backward, the window of its weight does not fit in 48 KiB of shared memory"
     if _tiles(input, tile) * -(-shapes[0][1] // tile.channels) >= 2**31:
         return "its CUDA kernels take fewer than 2^31 tiles"
     return None
+
+
+def _without_data(shape: Sequence[int], dtype: torch.dtype, channels_last: bool) -> Tensor:
+    """For what is found from an input's sizes."""
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(shape, dtype=dtype, device="meta", memory_format=memory_format)
 
 
 def _tiles(input: Tensor, tile: Tile) -> int:
@@ -102,16 +107,15 @@ def _power_of_2_within(size: int) -> int:
 
 def _params(input: Tensor, weight: Tensor, backward: bool = False) -> tuple[Any, int]:
     """The library's parameters, and the number of parts."""
-    memory_format = torch.contiguous_format if input.is_contiguous() else torch.channels_last
-    return _params_of(input.shape, memory_format, input.dtype, weight.shape[2], backward)
+    return _params_of(input.shape, not input.is_contiguous(), input.dtype, weight.shape[2], backward)
 
 
 @lru_cache(maxsize=4096)
 def _params_of(
-    shape: tuple[int, ...], memory_format: torch.memory_format, dtype: torch.dtype, kernel: int, backward: bool
+    shape: tuple[int, ...], channels_last: bool, dtype: torch.dtype, kernel: int, backward: bool
 ) -> tuple[Any, int]:
     batch, channels, height, width = shape
-    input = torch.empty(shape, dtype=dtype, device="meta", memory_format=memory_format)
+    input = _without_data(shape, dtype, channels_last)
     tile = tile_of(input, kernel, backward)
     if tile is None:
         raise ValueError(

@@ -79,6 +79,7 @@ CASES: list[Case] = [
     frelu_case("frelu_bn_basic", "gamma and beta, sizes that differ from each other", batch_norm=True),
     frelu_case("frelu_bn_plain", "absent gamma and beta", batch_norm=True, affine=False),
     frelu_case("frelu_bn_k5", "a wider funnel that exceeds the map", batch_norm=True, kernel=5, height=4),
+    frelu_case("frelu_bn_channel", "one channel, whose sums are single numbers", batch_norm=True, channels=1),
     frelu_case("frelu_bn_pixel", "1x1 maps: the batch alone is averaged", batch_norm=True, height=1, width=1),
     frelu_case(
         "frelu_bn_batch33", "more images than threads", batch_norm=True, batch=33, channels=17, height=3, tags="edge"
