@@ -103,18 +103,15 @@ def convolve(input: Tensor, conv: nn.Conv2d, bn: nn.BatchNorm2d | None, activati
 def _plain_is_faster(input: Tensor, conv: nn.Conv2d) -> bool:
     """Whether PyTorch's modules take less time on a CPU; on a GPU the op runs.
 
-    Two cores of an AMD EPYC with AVX2, float32, maps from 7x7 to 60x80: with gradients ours take 0.3 to 1.0 of their
-    time, but 1.07 with 3x3 on 7x7; in inference 0.35 to 0.98, but in NCHW 0.9 to 1.3 on maps below 12x12, and 1.1 to
-    2.0 with 5x5, for which oneDNN has loops of its own.
+    Two cores of an AMD EPYC (Zen 4), float32, maps from 7x7 to 56x56, with AVX-512 and with AVX2: with 3x3 ours take
+    0.15 to 0.98 of their time; with 5x5, for which oneDNN has loops of its own, 1.1 to 1.2 in inference, and with
+    gradients 0.1 to 0.9, with AVX2 in channels_last up to 1.2.
 
     A trace holds the op: `torch.jit.trace` runs once more without gradients, and wants the same graph.
     """
     if input.device.type != "cpu" or input.dim() != 4 or torch.jit.is_tracing():  # type: ignore[attr-defined]
         return False
-    pixels, wide = input.shape[2] * input.shape[3], conv.kernel_size[0] > 3
-    if not torch.is_grad_enabled() and input.is_contiguous():
-        return wide or _compiled.is_known(pixels < 144)
-    return not wide and _compiled.is_known(pixels < 64)
+    return conv.kernel_size[0] > 3 and not torch.is_grad_enabled()
 
 
 def _compose(input: Tensor, conv: nn.Module, bn: nn.Module | None, activation: str) -> Tensor:

@@ -63,7 +63,7 @@ CASES: list[Case] = [
     frelu_case("frelu_channel", "one channel, where both layouts coincide", channels=1),
     frelu_case("frelu_empty", "an empty batch", batch=0, tags="edge"),
     frelu_case("frelu_batch33", "more images than threads", batch=33, channels=17, height=3, tags="edge"),
-    frelu_case("frelu_map14", "rows shorter than a vector", channels=33, height=14, width=14, tags="edge"),
+    frelu_case("frelu_map14", "rows shorter than a vector", channels=45, height=14, width=14, tags="edge"),
     frelu_case("frelu_k7", "seven taps a side, more channels than a vector", channels=20, kernel=7, tags="edge"),
     frelu_case("frelu_image", "one image for all threads", batch=1, channels=65, height=63, width=33, tags="edge"),
     frelu_case(
@@ -81,6 +81,9 @@ CASES: list[Case] = [
     frelu_case("frelu_bn_k5", "a wider funnel that exceeds the map", batch_norm=True, kernel=5, height=4),
     frelu_case("frelu_bn_channel", "one channel, whose sums are single numbers", batch_norm=True, channels=1),
     frelu_case("frelu_bn_pixel", "1x1 maps: the batch alone is averaged", batch_norm=True, height=1, width=1),
+    frelu_case(
+        "frelu_bn_map14", "rows shorter than a vector", batch_norm=True, channels=45, height=14, width=14, tags="edge"
+    ),
     frelu_case(
         "frelu_bn_batch33", "more images than threads", batch_norm=True, batch=33, channels=17, height=3, tags="edge"
     ),

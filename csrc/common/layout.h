@@ -1,9 +1,34 @@
 // Between the two memory formats, a few rows of pixels at a time.
 #pragma once
-#include "simd.h"
+#include "pairs.h"
 #include "tiles.h"
 
 namespace cellops::CELLOPS_ISA {
+
+// Turns a square of as many vectors as they have lanes: lane j of vector i becomes lane i of vector j.
+CELLOPS_INLINE void turn(Vec<float>* square) {
+  constexpr int lanes = kLanes<float>;
+#pragma GCC unroll 4
+  for (int i = 0; i < lanes; i += 4) transpose_quads(square[i], square[i + 1], square[i + 2], square[i + 3]);
+  // The square of the 16-byte parts that are turned in themselves now.
+#pragma GCC unroll 4
+  for (int i = 0; lanes > 4 && i < 4; ++i) {
+#if defined(__AVX512F__)
+    const auto at = [&](int k) { return bit_cast<__m512>(square[4 * k + i]); };
+    const __m512 even = _mm512_shuffle_f32x4(at(0), at(1), 0x88), odd = _mm512_shuffle_f32x4(at(0), at(1), 0xdd);
+    const __m512 more_even = _mm512_shuffle_f32x4(at(2), at(3), 0x88);
+    const __m512 more_odd = _mm512_shuffle_f32x4(at(2), at(3), 0xdd);
+    square[i] = bit_cast<Vec<float>>(_mm512_shuffle_f32x4(even, more_even, 0x88));
+    square[4 + i] = bit_cast<Vec<float>>(_mm512_shuffle_f32x4(odd, more_odd, 0x88));
+    square[8 + i] = bit_cast<Vec<float>>(_mm512_shuffle_f32x4(even, more_even, 0xdd));
+    square[12 + i] = bit_cast<Vec<float>>(_mm512_shuffle_f32x4(odd, more_odd, 0xdd));
+#elif defined(__AVX2__)
+    const __m256 first = bit_cast<__m256>(square[i]), second = bit_cast<__m256>(square[4 + i]);
+    square[i] = bit_cast<Vec<float>>(_mm256_permute2f128_ps(first, second, 0x20));
+    square[4 + i] = bit_cast<Vec<float>>(_mm256_permute2f128_ps(first, second, 0x31));
+#endif
+  }
+}
 
 // to[j][i] = from[i][j] for i < rows, j < columns, with conversion; strides count elements.
 template <class To, class From>

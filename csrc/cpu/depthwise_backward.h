@@ -2,62 +2,28 @@
 // block to the input's gradient by the transposed convolution, and to the weights', while all of it is in the cache.
 // Batch statistics take one reading of both tensors before that, for the two sums their gradient needs.
 #pragma once
-#include "depthwise_direct.h"
+#include "depthwise_backward_direct.h"
+#include "depthwise_block.h"
 #include "depthwise_planes.h"
 
 namespace cellops::CELLOPS_ISA {
 
-// Per channel [padded]: the centred convolution is z = conv - mean, and what follows sees z * scale + shift. The
-// convolution's gradient is then scale * through + by_value * z + by_one, with `through` the gradient to what follows
-// sees.
-template <class S>
-struct DepthwiseBackwardConstants {
-  explicit DepthwiseBackwardConstants(const DepthwiseWalk<S>& w)
-      : weights(w.kernel * w.kernel * w.padded), numbers(5 * w.padded), padded(w.padded) {
-    if (!failed()) numbers.zero();
-  }
-  bool failed() const { return weights.failed() || numbers.failed(); }
-  S* mean() const { return numbers.get(); }
-  S* scale() const { return numbers.get() + padded; }
-  S* shift() const { return numbers.get() + 2 * padded; }
-  S* by_value() const { return numbers.get() + 3 * padded; }
-  S* by_one() const { return numbers.get() + 4 * padded; }
-  const Buffer<S> weights, numbers;
-  int64_t padded;
-};
-
-// Sums per channel: of `through`, of through * z, and for each weight.
-struct DepthwiseSums {
-  DepthwiseSums(int64_t taps, int64_t padded) : padded(padded), memory((2 + taps) * padded) {
-    if (!failed()) memory.zero();
-  }
-  bool failed() const { return memory.failed(); }
-  double* through() const { return memory.get(); }
-  double* products() const { return memory.get() + padded; }
-  double* weight(int64_t tap) const { return memory.get() + (2 + tap) * padded; }
-  void add(const DepthwiseSums& other) const {
-    for (int64_t i = 0; i < memory.count(); ++i) memory.get()[i] += other.memory.get()[i];
-  }
-  void zero() const { memory.zero(); }
-  int64_t padded;
-  const Buffer<double> memory;
-};
-
 template <class S>
 struct DepthwiseBackwardScratch {
-  // directly, planes: whether sums are of windows that are read where they lie, in channels_last or NCHW.
+  // directly: images are read where they lie, and no blocks are needed; planes: so they are for the sums.
   DepthwiseBackwardScratch(const DepthwiseWalk<S>& w, bool has_direct, bool directly, bool planes)
-      : input(w, w.rows + 4 * w.half),
-        grad(w, w.rows + 2 * w.half),
-        direct(w, has_direct ? w.rows + 2 * w.half : 0),
-        convolved(w, w.rows + 2 * w.half),
+      : input(w, directly ? 0 : w.rows + 4 * w.half),
+        grad(w, directly ? 0 : w.rows + 2 * w.half),
+        direct(w, has_direct && !directly ? w.rows + 2 * w.half : 0),
+        convolved(w, directly ? 0 : w.rows + 2 * w.half),
         taps(w.kernel * w.kernel * w.lanes),
         border(directly ? w.channels : 0),
         sums(directly ? 2 * w.group * w.lanes : 0),
+        ring(w, directly, has_direct),
         plane_border(planes ? w.width : 0) {}
   bool failed() const {
     return input.failed() || grad.failed() || direct.failed() || convolved.failed() || taps.failed() ||
-           border.failed() || sums.failed() || plane_border.failed();
+           border.failed() || sums.failed() || ring.failed() || plane_border.failed();
   }
   const DepthwiseBlock<S> input;      // rows from 2 * half above the block on
   const DepthwiseBlock<S> grad;       // grad_output, the rows to be worked on; in the end the input's gradient
@@ -66,20 +32,8 @@ struct DepthwiseBackwardScratch {
   const Buffer<S> taps;
   const DirectBorder border;
   const Buffer<S> sums;  // of a group of units
+  const DirectRing ring;
   const PlaneBorder plane_border;
-};
-
-template <int Kernel, class S>
-struct DepthwiseUnit {
-  DepthwiseUnit(const DepthwiseWalk<S>& w, const DepthwiseBackwardConstants<S>& constants, int64_t unit, S* scratch)
-      : taps(w, constants.weights.get(), unit, false, scratch),
-        mean(w.of(constants.mean(), unit)),
-        scale(w.of(constants.scale(), unit)),
-        shift(w.of(constants.shift(), unit)),
-        by_value(w.of(constants.by_value(), unit)),
-        by_one(w.of(constants.by_one(), unit)) {}
-  const DepthwiseTaps<Kernel, S> taps;
-  const Vec<S> mean, scale, shift, by_value, by_one;
 };
 
 // The two sums of a unit's rows.
@@ -114,11 +68,13 @@ void sum_directly(const E& ending, const DepthwiseWalk<float>& w, const DirectBo
   float *through_sums = scratch, *products = scratch + item.units * lanes;
   for (int64_t i = 0; i < 2 * item.units * lanes; ++i) scratch[i] = 0;
   const float *mean = constants.mean(), *scale = constants.scale(), *shift = constants.shift();
+  const bool fetches = w.bytes(sizeof(float)) > kCacheBytes;
   const auto add = [&](auto place, const Vec<float>* convolved, const Vec<float>* values) CELLOPS_INLINE_LAMBDA {
     const int64_t at = place.unit * lanes, c = place.channel;
     const Vec<float> m = load(mean + c), a = load(scale + c), b = load(shift + c);
     Vec<float> sum = load(through_sums + at), product = load(products + at);
     const float* grad = grad_output + image + place.element;
+    if (fetches) fetch_below<place.count>(input + image + place.element + below, grad, below);
 #pragma GCC unroll 4
     for (int r = 0; r < place.count; ++r, grad += below) {
       const Vec<float> z = convolved[r] - m;
@@ -127,7 +83,7 @@ void sum_directly(const E& ending, const DepthwiseWalk<float>& w, const DirectBo
     }
     store(through_sums + at, sum), store(products + at, product);
   };
-  for_direct_windows(w, item, input + image, border, constants.weights.get(), add);
+  for_direct_windows(w, item, input, border, constants.weights.get(), add);
   for (int64_t u = 0; u < item.units; ++u) {
     const int64_t c = direct_channel(w, item.unit + u), at = u * lanes;
     for (int64_t i = direct_overlap(w, item.unit + u); i < lanes; ++i) {
@@ -407,7 +363,17 @@ bool run_depthwise(const Params& p, const FreluBatchNormBackward& io, int thread
     team.barrier();
     if (!io.grad_input && !io.grad_weight) return;
     sums.zero();
-    differentiate<Kernel, true>(p, team, w, grad_output, input, static_cast<T*>(io.grad_input), constants, own, &sums);
+    T* grad_input = static_cast<T*>(io.grad_input);
+    if constexpr (Kernel == 3 && sizeof(T) == sizeof(float)) {
+      if (reads_directly(p)) {
+        differentiate_directly(Ending<Params>(p), team, w, grad_output, input, grad_input, constants, own.border,
+                               own.ring, sums);
+      } else {
+        differentiate<Kernel, true>(p, team, w, grad_output, input, grad_input, constants, own, &sums);
+      }
+    } else {
+      differentiate<Kernel, true>(p, team, w, grad_output, input, grad_input, constants, own, &sums);
+    }
     team.in_order([&] { every.add(sums); });
   });
   if (failed) return false;

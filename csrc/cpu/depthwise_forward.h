@@ -2,6 +2,7 @@
 // before the result leaves it, so that an image is read once and written once; or it is read where it lies. Batch
 // statistics take one reading more.
 #pragma once
+#include "depthwise_block.h"
 #include "depthwise_direct.h"
 #include "depthwise_planes.h"
 
@@ -65,12 +66,12 @@ void add_moments(const DepthwiseWalk<S>& w, const DepthwiseTaps<Kernel, S>& taps
   DepthwiseAhead ahead = given_ahead;
   const S* corner = x + (rows / 2 - w.half) * w.pitch + (w.width / 2 - w.half) * w.step;
   Vec<S> middle, itself;
-  if (w.channels_last) {
+  if (w.by_channel) {
     convolve<Kernel>(w.kernel, w.pitch, taps, corner, Rows<1, lanes>{}, &middle, &itself);
   } else {
     convolve<Kernel>(w.kernel, w.pitch, taps, corner, Rows<1, 1>{}, &middle, &itself);
   }
-  const Vec<S> first = w.channels_last ? middle : broadcast(S(middle[0]));
+  const Vec<S> first = w.by_channel ? middle : broadcast(S(middle[0]));
   Vec<S> sum = {}, squares = {};
   for_windows(w, rows, false, taps, x, [&](int64_t, int64_t, const auto& only, Vec<S> z, Vec<S>) CELLOPS_INLINE_LAMBDA {
     const Vec<S> value = only(z - first);
@@ -82,13 +83,13 @@ void add_moments(const DepthwiseWalk<S>& w, const DepthwiseTaps<Kernel, S>& taps
   const double count = double(rows * w.width);
   double total = 0, total_squares = 0;
   for (int i = 0; i < lanes; ++i) {
-    if (w.channels_last) total = total_squares = 0;
+    if (w.by_channel) total = total_squares = 0;
     total += double(sum[i]), total_squares += double(squares[i]);
-    if (w.channels_last) {
+    if (w.by_channel) {
       moments.merge_apart(unit * lanes + i, count, double(first[i]), total, total_squares);
     }
   }
-  if (!w.channels_last) {
+  if (!w.by_channel) {
     moments.merge_apart(unit, count, double(first[0]), total, total_squares);
   }
 }
@@ -189,7 +190,7 @@ class FromImages {
         }
       }
     };
-    for_direct_windows(w_, item, input_ + at, border_, of_.weights.get(), end_pixels);
+    for_direct_windows(w_, item, input_, border_, of_.weights.get(), end_pixels);
   }
 
  private:
@@ -198,11 +199,10 @@ class FromImages {
   // As add_moments, for all units of some rows.
   void measure_rows(const DepthwiseItem& item, const DepthwiseMoments& moments) const {
     constexpr int lanes = kLanes<S>;
-    const S* from = input_ + image(item);
     S *first = sums_.get(), *sums = first + item.units * lanes, *squares = sums + item.units * lanes;
     for (int64_t u = 0; u < item.units; ++u) {
-      const int64_t row = (item.begin + item.end) / 2, c = direct_channel(w_, item.unit + u);
-      store(first + u * lanes, convolve_pixel(w_, from, row, w_.width / 2, border_, of_.weights.get(), c));
+      const int64_t row = (item.begin + item.end) / 2;
+      store(first + u * lanes, convolve_pixel(w_, item, input_, row, w_.width / 2, border_, of_.weights.get(), u));
       store(sums + u * lanes, Vec<S>{}), store(squares + u * lanes, Vec<S>{});
     }
     const auto add = [&](auto place, const Vec<S>* z, const Vec<S>*) CELLOPS_INLINE_LAMBDA {
@@ -216,7 +216,7 @@ class FromImages {
       }
       store(sums + at, sum), store(squares + at, square);
     };
-    for_direct_windows(w_, item, from, border_, of_.weights.get(), add);
+    for_direct_windows(w_, item, input_, border_, of_.weights.get(), add);
     const double count = double((item.end - item.begin) * w_.width);
     for (int64_t u = 0; u < item.units; ++u) {
       const int64_t c = direct_channel(w_, item.unit + u), at = u * lanes;

@@ -9,7 +9,7 @@ namespace cellops::CELLOPS_ISA {
 template <class Params>
 bool reads_planes(const Params& p) {
 #if defined(__AVX2__)
-  return p.dtype == Dtype::float32 && p.kernel == 3 && !p.channels_last;
+  return p.dtype == Dtype::float32 && p.kernel == 3 && !p.channels_last && !turns_planes<float>(p);
 #else
   return (void)p, false;
 #endif
