@@ -55,6 +55,18 @@ def test_build_on_one_thread_says_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the PATH")
+def test_each_architecture_is_compiled_for(tmp_path: Path) -> None:
+    """And the newest one's PTX comes with them, for GPUs that are newer still."""
+    done = configure(tmp_path, "-DCELLOPS_CUDA=ON", "-DCELLOPS_CUDA_ARCHS=80;90")
+    assert done.returncode == 0, done.stderr
+    build = (tmp_path / "build.ninja").read_text()
+    assert "sm_80, sm_90" in build
+    for code in ("compute_80,code=[sm_80]", "compute_90,code=[sm_90]", "compute_90,code=[compute_90]"):
+        assert code in build
+
+
+@pytest.mark.slow
 def test_the_nvcc_that_was_tried_is_named(tmp_path: Path) -> None:
     """Not another that lies where CMake looks for programs, but not for compilers."""
     wrong = configure(tmp_path / "wrong", "-DCELLOPS_CUDA=AUTO", CUDACXX="/nowhere/nvcc")

@@ -428,7 +428,7 @@ def built_library(repository: Path, folder: Path, **environment: str) -> tuple[P
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the PATH")
 def test_cuda_kernels_are_built_in(repository, tmp_path):
     """The runtime is linked statically and looks for a driver when a kernel is first launched, not at import."""
-    found, _ = built_library(repository, tmp_path, CELLOPS_CUDA="ON", CELLOPS_CUDA_ARCHS="80;90")
+    found, _ = built_library(repository, tmp_path, CELLOPS_CUDA="ON", CELLOPS_CUDA_ARCHS="90")
     needed = run(tool("objdump"), "-p", found, cwd=ROOT)
     assert not re.search(r"NEEDED .*(cuda|cublas|nvrtc|torch|c10)", needed)
     undefined = run(tool("nm"), "-D", "-C", "--undefined-only", found, cwd=ROOT)
@@ -446,7 +446,7 @@ if not torch.cuda.is_available():
         print("raised", error)
 """
     text = python(code, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"))
-    assert "sm_80, sm_90" in text
+    assert ": sm_90" in text
     assert "raised offset_sample2d_forward: cudaError" in text or "raised" not in text
 
 

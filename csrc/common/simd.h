@@ -10,9 +10,19 @@
 #ifndef CELLOPS_ISA
 #error "compile with -DCELLOPS_ISA=<variant>"
 #endif
+#include "../cellops.h"
 #include "dtype.h"
 #define CELLOPS_INLINE inline __attribute__((always_inline))
 #define CELLOPS_INLINE_LAMBDA __attribute__((always_inline))
+
+// A variant whose instructions are bfloat16's alone leaves the other types to the one that it names here.
+#ifdef CELLOPS_OTHER_DTYPES
+namespace cellops::CELLOPS_OTHER_DTYPES {
+#define X(name, Params, Tensors) bool name(const Params&, const Tensors&, int);
+#include "../cpu/ops.inc"
+#undef X
+}  // namespace cellops::CELLOPS_OTHER_DTYPES
+#endif
 
 namespace cellops::CELLOPS_ISA {
 
@@ -49,6 +59,7 @@ using VecInt = Vec<typename IntOf<S>::type>;
 using Half = VectorOf<uint16_t, kVectorBytes / 2>;  // as many 16-bit values as a vector has floats
 
 // Defines the entry point `name`: the template `kernel` at the storage type that the params name.
+#ifndef CELLOPS_OTHER_DTYPES
 #define CELLOPS_DISPATCH(name, kernel, Params, Tensors)                  \
   bool name(const Params& params, const Tensors& tensors, int threads) { \
     switch (params.dtype) {                                              \
@@ -63,6 +74,13 @@ using Half = VectorOf<uint16_t, kVectorBytes / 2>;  // as many 16-bit values as 
     }                                                                    \
     return false;                                                        \
   }
+#else
+#define CELLOPS_DISPATCH(name, kernel, Params, Tensors)                                                        \
+  bool name(const Params& params, const Tensors& tensors, int threads) {                                       \
+    if (params.dtype != Dtype::bfloat16) return cellops::CELLOPS_OTHER_DTYPES::name(params, tensors, threads); \
+    return kernel<bfloat16>(params, tensors, threads);                                                         \
+  }
+#endif
 
 CELLOPS_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 CELLOPS_INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
