@@ -51,10 +51,10 @@ def stands_back(op: str, input: Tensor, *others: Tensor | nn.Module | None) -> b
     if 0 in input.shape[1:]:  # some ops refuse empty images
         return False
     channels_last = not input.is_contiguous() and input.is_contiguous(memory_format=torch.channels_last)
-    return is_known(input.shape[1] * input.shape[2] * input.shape[3] < FEWEST[op][channels_last])
+    return _is_known(input.shape[1] * input.shape[2] * input.shape[3] < FEWEST[op][channels_last])
 
 
-def is_known(condition: bool | torch.SymBool) -> bool:
+def _is_known(condition: bool | torch.SymBool) -> bool:
     """Whether a condition on sizes holds; False where they are dynamic and some do not meet it.
 
     Asking would split a compiled program there: networks of many maps would have more programs than torch allows, each

@@ -82,8 +82,8 @@ bool with_window(int64_t kernel, const Work& work) {
 }
 
 // Whether the planes of an NCHW image are turned around in blocks: where rows are so short that they leave lanes empty,
-// and planes so small that what is done once for each weighs; and channels fill three quarters of their vectors. With
-// vectors of 16, rows of 28 gain in training what they lose in evaluation, a tenth.
+// and with them most planes so small that what is done once for each weighs; and channels fill three quarters of their
+// vectors. With vectors of 16, rows of 28 gain in training what they lose in evaluation, a tenth.
 template <class S, class Params>
 bool turns_planes(const Params& p) {
   constexpr int64_t widest = kVectorBytes == 64 ? 24 : 28;
@@ -151,7 +151,7 @@ struct DepthwiseWalk {
 
   int64_t batch, channels, height, width, kernel, half;
   int64_t step, pitch;           // elements from a pixel, and from a row, to the next in a block
-  int64_t result_pitch;          // from a row to the next in a block of results: in NCHW they touch, as in the image
+  int64_t result_pitch;          // from a row to the next in a block of results: planes' touch, as in the image
   int64_t units, padded;         // of an image; its channels, filled up to whole units
   int64_t group, rows;           // units and rows in a block
   int64_t groups, parts, items;  // groups of units, parts of rows, and all together
@@ -311,7 +311,7 @@ class DepthwiseAhead {
       gap_ = w.channels * int64_t(sizeof(T)) - run_;
     } else {
       const int64_t channel = item.unit * (w.turned ? w.lanes : 1),
-                    read = w.turned ? min_of(w.rows, w.height - row) : w.height;
+                    read = w.turned ? max_of(1, min_of(w.rows, w.height - row)) : w.height;
       at_ = reinterpret_cast<const char*>(images + image + channel * pixels + row * w.width);
       run_ = read * w.width * int64_t(sizeof(T));
       gap_ = pixels * int64_t(sizeof(T)) - run_;

@@ -1,6 +1,7 @@
 // Depthwise convolutions, backward. The convolution is computed again in blocks of rows; its gradient goes from one
 // block to the input's gradient by the transposed convolution, and to the weights', while all of it is in the cache.
-// Batch statistics take one reading of both tensors before that, for the two sums their gradient needs.
+// Batch statistics take one reading of both tensors before that, for the two sums their gradient needs; behind them
+// 3x3 windows in channels_last need no blocks (depthwise_backward_direct.h).
 #pragma once
 #include "depthwise_backward_direct.h"
 #include "depthwise_block.h"

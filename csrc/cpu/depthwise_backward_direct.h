@@ -185,7 +185,8 @@ template <class E>
 void differentiate_directly(const E& ending, const Team& team, const DepthwiseWalk<float>& w, const float* grad_output,
                             const float* input, float* grad_input, const DepthwiseBackwardConstants<float>& constants,
                             const DirectBorder& border, const DirectRing& ring, const DepthwiseSums& sums) {
-  const bool streamed = grad_input && w.streams(grad_input);
+  // A unit's pixels lie apart: only where each fills a line are they whole lines.
+  const bool streamed = grad_input && kVectorBytes == kLine && w.streams(grad_input);
   const bool fetches = w.bytes(sizeof(float)) > kCacheBytes;
   int64_t begin, end;
   team.share(w.items, &begin, &end);

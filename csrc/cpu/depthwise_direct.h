@@ -28,7 +28,7 @@ CELLOPS_INLINE int64_t direct_overlap(const DepthwiseWalk<float>& w, int64_t uni
   return unit * w.lanes - direct_channel(w, unit);
 }
 
-// Rows of pixels and the units of an item in them: of an image, of a block, or of a ring, in which a row takes the
+// Rows of pixels and the units of an item in them: of an image, or of a ring, in which a row takes the
 // place of the one `ring` before it.
 template <class T>
 struct PixelRows {

@@ -375,8 +375,10 @@ bool run_depthwise(const Params& p, const FreluBatchNormForward& io, int threads
 template <class T, class Params, class Tensors>
 bool depthwise_forward(const Params& p, const Tensors& io, int threads) {
   using E = Ending<Params>;
-  if (reads_directly(p)) return run_depthwise<FromImages<E>, float>(p, io, threads);
-  if (reads_planes(p)) return run_depthwise<FromPlanes<E>, float>(p, io, threads);
+  if constexpr (sizeof(T) == sizeof(float)) {
+    if (reads_directly(p)) return run_depthwise<FromImages<E>, float>(p, io, threads);
+    if (reads_planes(p)) return run_depthwise<FromPlanes<E>, float>(p, io, threads);
+  }
   return with_window<Compute<T>>(p.kernel, [&](auto window) {
     return run_depthwise<FromBlocks<decltype(window)::value, T, E>, T>(p, io, threads);
   });
