@@ -4,8 +4,8 @@
 // A vector's lanes are neighbouring pixels of a plane in NCHW and neighbouring channels of a pixel in channels_last,
 // and in NCHW too where rows are short: planes are turned around on their way into a block then. A "unit" is what one
 // vector covers of the channels, 1 or `lanes`. In a block the rows of a unit lie one behind the other with at least
-// `half` zero pixels between them, so the loops are the same for all: the neighbour of element i at (dy, dx) is i + dy
-// * pitch + dx * step.
+// `half` zero pixels between them, so that the loops are the same for all: the neighbour at (dy, dx) of element i is
+// i + dy * pitch + dx * step.
 //
 // While a block is worked on the next one is fetched into the second cache, a line for each vector: what is read and
 // what is computed takes about the same time, and the processor does not look that far ahead by itself.
