@@ -110,10 +110,7 @@ def test_forward_and_gradients(case: Case, backend: str, device: str, dtype: str
     check(case, backend, device, DTYPES[dtype], FORMATS[layout])
 
 
-@pytest.mark.parametrize(
-    ("case", "backend", "device", "dtype", "layout"),
-    [row for row in rows("real", dtypes=("float32",)) if row.values[1] != "reference"],
-)
+@pytest.mark.parametrize(("case", "backend", "device", "dtype", "layout"), rows("real", dtypes=("float32",)))
 def test_real_size(case: Case, backend: str, device: str, dtype: str, layout: str) -> None:
     check(case, backend, device, DTYPES[dtype], FORMATS[layout])
 

@@ -104,8 +104,8 @@ def _plain_is_faster(input: Tensor, conv: nn.Conv2d) -> bool:
     """Whether PyTorch's modules take less time on a CPU; on a GPU the op runs.
 
     Two cores of an AMD EPYC (Zen 4), float32, maps from 7x7 to 56x56, with AVX-512 and with AVX2: with 3x3 ours take
-    0.15 to 0.98 of their time; with 5x5, for which oneDNN has loops of its own, 1.1 to 1.2 in inference, and with
-    gradients 0.1 to 0.9, with AVX2 in channels_last up to 1.2.
+    0.26 to 0.99 of their time; with 5x5, for which oneDNN has loops of its own, 0.9 to 1.2 in inference, and with
+    gradients 0.3 to 0.8, with AVX2 in channels_last 1.05 to 1.3.
 
     A trace holds the op: `torch.jit.trace` runs once more without gradients, and wants the same graph.
     """

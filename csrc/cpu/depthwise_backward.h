@@ -235,6 +235,12 @@ template <int Kernel, bool Norm, class T, class S, class Params>
 void differentiate(const Params& p, const Team& team, const DepthwiseWalk<S>& w, const T* grad_output, const T* input,
                    T* grad_input, const DepthwiseBackwardConstants<S>& constants,
                    const DepthwiseBackwardScratch<S>& own, const DepthwiseSums* sums) {
+  if constexpr (Kernel == 3 && Norm && sizeof(T) == sizeof(float)) {
+    if (reads_directly(p)) {
+      return differentiate_directly(Ending<Params>(p), team, w, grad_output, input, grad_input, constants, own.border,
+                                    own.ring, *sums);
+    }
+  }
   constexpr bool kDirect = Ending<Params>::kDirect;
   const int64_t half = w.half;
   const auto direct_at = [&](int64_t u, int64_t row) { return kDirect ? own.direct.at(u, row) : nullptr; };
@@ -364,17 +370,7 @@ bool run_depthwise(const Params& p, const FreluBatchNormBackward& io, int thread
     team.barrier();
     if (!io.grad_input && !io.grad_weight) return;
     sums.zero();
-    T* grad_input = static_cast<T*>(io.grad_input);
-    if constexpr (Kernel == 3 && sizeof(T) == sizeof(float)) {
-      if (reads_directly(p)) {
-        differentiate_directly(Ending<Params>(p), team, w, grad_output, input, grad_input, constants, own.border,
-                               own.ring, sums);
-      } else {
-        differentiate<Kernel, true>(p, team, w, grad_output, input, grad_input, constants, own, &sums);
-      }
-    } else {
-      differentiate<Kernel, true>(p, team, w, grad_output, input, grad_input, constants, own, &sums);
-    }
+    differentiate<Kernel, true>(p, team, w, grad_output, input, static_cast<T*>(io.grad_input), constants, own, &sums);
     team.in_order([&] { every.add(sums); });
   });
   if (failed) return false;

@@ -47,8 +47,8 @@ class DirectRing {
 struct DirectImages {
   PixelRows<const float> input, grad;
   PixelRows<float> convolved, direct;  // the convolution's gradient, and what reaches the input past it
-  PixelRows<float> result;             // the input's gradient
-  bool has_result, fetches;
+  PixelRows<float> result;             // the input's gradient, or null
+  bool fetches;
 };
 
 // Rows [row, end) of the convolution's gradient.
@@ -124,7 +124,7 @@ CELLOPS_INLINE void transpose_rows(const DepthwiseWalk<float>& w, const DirectIm
     for (int r = 0; r < Count; ++r) {
       inputs[r] = images.input.at(row + r) + own;
       direct[r] = Direct ? images.direct.at(row + r) + past : nullptr;
-      results[r] = images.has_result ? images.result.at(row + r) + to : nullptr;
+      results[r] = images.result.first ? images.result.at(row + r) + to : nullptr;
     }
     for (int64_t x = 0; x < w.width; ++x, rows.go_on(1)) {
       Vec<float> values[Count], sums[Count];
@@ -144,7 +144,7 @@ CELLOPS_INLINE void transpose_rows(const DepthwiseWalk<float>& w, const DirectIm
       } else {
         transpose_columns(rows, taps, 1, 2, values, sums, totals);
       }
-      if (!images.has_result) continue;
+      if (!images.result.first) continue;
 #pragma GCC unroll 4
       for (int r = 0; r < Count; ++r) {
         float* at = results[r] + x * images.result.pixel;
@@ -197,7 +197,6 @@ void differentiate_directly(const E& ending, const Team& team, const DepthwiseWa
                         ring.convolved(w),
                         ring.direct(w),
                         {},
-                        grad_input != nullptr,
                         fetches};
     if (grad_input) images.result = PixelRows<float>::of_image(w, item, grad_input);
     // The convolution's gradient is wanted a row beyond those of the input's.

@@ -75,32 +75,31 @@ CELLOPS_INLINE void for_squares(int64_t pixels, bool whole, const Work& work) {
   }
 }
 
-// Rows [first, last) of an item's planes, all of them inside, turned around into a block from its row `to` on.
+// Pixels of rows [first, last) of an item's planes, all of them inside, turned around into a block from its row `to`
+// on.
 template <class T>
 inline void load_turned(const DepthwiseWalk<float>& w, const DepthwiseItem& item, const T* images, int64_t first,
                         int64_t last, const DepthwiseBlock<float>& block, int64_t to) {
   constexpr int lanes = kLanes<float>;
-  const int64_t plane = w.height * w.width, rows = last - first;
+  const int64_t plane = w.height * w.width;
   for (int64_t u = 0; u < item.units; ++u) {
     const int64_t channel = (item.unit + u) * lanes, count = min_of(lanes, w.channels - channel);
     const T* from = images + (item.image * w.channels + channel) * plane + first * w.width;
-    for_squares(rows * w.width, count == lanes, [&](int64_t pixel, int64_t pixels, auto whole) CELLOPS_INLINE_LAMBDA {
-      Vec<float> square[lanes];
+    for_squares((last - first) * w.width, count == lanes,
+                [&](int64_t pixel, int64_t pixels, auto whole) CELLOPS_INLINE_LAMBDA {
+                  Vec<float> square[lanes];
 #pragma GCC unroll 16
-      for (int c = 0; c < lanes; ++c) {
-        const T* at = from + c * plane + pixel;
-        square[c] = whole ? load(at) : c < count ? load_first<float>(at, pixels) : Vec<float>{};
-      }
-      turn(square);
-      DepthwisePixels<float> target(w, block.at(u, to), pixel);
+                  for (int c = 0; c < lanes; ++c) {
+                    const T* at = from + c * plane + pixel;
+                    square[c] = whole ? load(at) : c < count ? load_first<float>(at, pixels) : Vec<float>{};
+                  }
+                  turn(square);
+                  DepthwisePixels<float> target(w, block.at(u, to), pixel);
 #pragma GCC unroll 16
-      for (int i = 0; i < lanes; ++i) {
-        if (whole || i < pixels) store(target.next(), square[i]);
-      }
-    });
-    for (int64_t r = 0; r < rows; ++r) {
-      __builtin_memset(block.at(u, to + r) + w.width * lanes, 0, size_t(w.half * lanes) * sizeof(float));
-    }
+                  for (int i = 0; i < lanes; ++i) {
+                    if (whole || i < pixels) store(target.next(), square[i]);
+                  }
+                });
   }
 }
 
@@ -152,8 +151,7 @@ inline void load_rows(const DepthwiseWalk<S>& w, const DepthwiseItem& item, cons
       for (int64_t u = 0; u < item.units; ++u) __builtin_memset(row + u * stride, 0, size_t(w.pitch) * sizeof(S));
       continue;
     }
-    if (w.turned) continue;
-    if (!w.channels_last) {
+    if (!w.by_channel) {
       const T *from = image + item.unit * pixels + r * w.width, *end = image + (item.unit + 1) * pixels;
       int64_t x = 0;
       for (; x + lanes <= w.width; x += lanes) store(row + x, load(from + x));
@@ -165,12 +163,13 @@ inline void load_rows(const DepthwiseWalk<S>& w, const DepthwiseItem& item, cons
       continue;
     }
     const T* from = image + r * w.width * w.channels + item.unit * lanes;
-    for (int64_t x = 0; x < w.width; ++x, from += w.channels, row += lanes) {
-      for (int64_t u = 0; u < whole; ++u) store(row + u * stride, load(from + u * lanes));
-      if (whole < item.units) store(row + whole * stride, load_first<S>(from + whole * lanes, left % lanes));
+    S* pixel = row;
+    for (int64_t x = 0; w.channels_last && x < w.width; ++x, from += w.channels, pixel += lanes) {
+      for (int64_t u = 0; u < whole; ++u) store(pixel + u * stride, load(from + u * lanes));
+      if (whole < item.units) store(pixel + whole * stride, load_first<S>(from + whole * lanes, left % lanes));
     }
     for (int64_t u = 0; u < item.units; ++u) {
-      __builtin_memset(row + u * stride, 0, size_t(w.half * lanes) * sizeof(S));
+      __builtin_memset(row + w.width * lanes + u * stride, 0, size_t(w.half * lanes) * sizeof(S));
     }
   }
 }
