@@ -129,6 +129,7 @@ FORMULAS: dict[str, Callable[..., int]] = {
     "group_conv1x1": convolution,
     "group_conv1x1_backward": convolution_backward,
     "group_conv1x1_batch_norm": convolution,
+    "group_conv1x1_batch_norm_for_backward": convolution,
     "group_conv1x1_batch_norm_backward": convolution_backward,
     "squeeze_excite": squeeze_excite,
     "squeeze_excite_backward": squeeze_excite_backward,

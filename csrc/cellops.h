@@ -411,8 +411,9 @@ struct GroupConv1x1BatchNormForward {
   const void* gamma;  // [O], or null for 1
   const void* beta;   // [O], or null for 0
   void* output;
-  void* mean;  // [O]
-  void* var;   // [O]
+  void* mean;         // [O]
+  void* var;          // [O]
+  void* convolution;  // like the output but for the type, for backward; null where there will be none
 };
 
 struct GroupConv1x1BatchNormBackward {
@@ -423,6 +424,7 @@ struct GroupConv1x1BatchNormBackward {
   const void* beta;
   const void* mean;
   const void* var;
+  const void* convolution;  // null where it must be computed again
   // Each may be null when not wanted.
   void* grad_input;
   void* grad_weight;

@@ -120,6 +120,18 @@ def test_stands_back_where_plain_modules_are_faster(
         assert called_children(module.eval(), input) == inference
 
 
+@pytest.mark.parametrize("multiplies", [False, True])
+def test_stands_back_only_where_onednn_has_loops(multiplies: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cellops.nn._onednn.multiplies_bfloat16", lambda: multiplies)
+    module, input = DepthwiseConv2d(CHANNELS, 5).eval(), torch.randn(2, CHANNELS, 6, 6)
+    with torch.no_grad():
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert called_children(module, input) == 2 * multiplies
+        assert called_children(module, input) == 2
+        for dtype, calls in ((torch.float64, 0), (torch.float16, 0), (torch.bfloat16, 2 * multiplies)):
+            assert called_children(module.to(dtype), input.to(dtype)) == calls
+
+
 @each_layout
 def test_same_where_it_stands_back(layout: torch.memory_format) -> None:
     input = torch.randn(3, CHANNELS, 9, 7).contiguous(memory_format=layout)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import cellops
-from cellops import GroupConv1x1, group_conv1x1
+from cellops import GroupConv1x1, _native, group_conv1x1
 from cellops.ops.group_conv1x1 import group_conv1x1_batch_norm
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -117,31 +117,101 @@ def test_activation_and_shuffle(norm: bool, shuffle: bool, activation: str) -> N
     assert_same(ours, theirs, torch.contiguous_format)
 
 
+NCHW, ROWS = torch.contiguous_format, torch.channels_last
+
+
 @pytest.mark.parametrize(
-    ("sizes", "pixels", "layout", "calls"),
+    ("sizes", "pixels", "layout", "dtype", "calls"),
     [
-        ((12, 18, 3), 5, torch.contiguous_format, 0),
-        ((512, 32, 2), 3, torch.contiguous_format, 2),
-        ((128, 32, 2), 3, torch.contiguous_format, 0),
-        ((128, 32, 2), 3, torch.channels_last, 2),
-        ((12, 18, 3), 5, torch.channels_last, 2),
-        ((32, 96, 2), 5, torch.channels_last, 0),
-        ((32, 96, 2), 1, torch.contiguous_format, 0),
+        ((12, 18, 3), 5, NCHW, torch.float32, (0, 0)),
+        ((1024, 32, 2), 3, NCHW, torch.float32, (2, 2)),
+        ((512, 32, 2), 3, NCHW, torch.float32, (0, 0)),
+        ((512, 32, 2), 3, ROWS, torch.float32, (0, 0)),
+        ((20, 40, 1), 5, ROWS, torch.float32, (2, 0)),
+        ((12, 18, 3), 5, ROWS, torch.float32, (0, 0)),
+        ((32, 96, 1), 5, ROWS, torch.float32, (0, 0)),
+        ((32, 96, 2), 1, NCHW, torch.float32, (0, 0)),
+        ((96, 32, 2), 5, NCHW, torch.bfloat16, (2, 2)),
+        ((24, 32, 2), 5, NCHW, torch.bfloat16, (0, 0)),
+        ((64, 64, 2), 5, ROWS, torch.bfloat16, (2, 2)),
+        ((32, 96, 2), 5, ROWS, torch.bfloat16, (0, 0)),
+        ((1024, 32, 2), 5, ROWS, torch.float16, (0, 0)),
     ],
-    ids=["planes", "deep_groups", "less_deep", "less_deep_rows", "short_groups", "whole_groups", "pixels"],
+    ids=str,
 )
-def test_stands_back_in_training_where_plain_modules_are_faster(
-    sizes: tuple[int, int, int], pixels: int, layout: torch.memory_format, calls: int
+def test_stands_back_where_plain_modules_are_faster(
+    sizes: tuple[int, int, int],
+    pixels: int,
+    layout: torch.memory_format,
+    dtype: torch.dtype,
+    calls: tuple[int, int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("cellops.nn._onednn.multiplies_bfloat16", lambda: True)
     input = torch.randn(2, sizes[0], pixels, pixels).contiguous(memory_format=layout)
     module = GroupConv1x1(*sizes, shuffle=True)
-    assert called_children(module, input) == calls
-    assert called_children(module.eval(), input) == 0
+    with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+        assert called_children(module, input) == calls[0]
+        assert called_children(module.eval(), input) == calls[1]
+    module.to(dtype)
+    assert called_children(module, input.to(dtype)) == calls[1]
+    monkeypatch.setattr("cellops.nn._onednn.multiplies_bfloat16", lambda: False)
+    if dtype != torch.float32:
+        assert called_children(module, input.to(dtype)) == 0
 
 
 @each_layout
-def test_same_where_it_stands_back(layout: torch.memory_format) -> None:
+def test_same_where_it_stands_back(layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cellops.nn.group_conv1x1._plain_is_faster", lambda *arguments: True)
     assert_same(*pair(bias=True, shuffle=True), layout)
+
+
+# The convolution that forward saves
+
+
+def saved_call(dtype: torch.dtype, layout: torch.memory_format) -> tuple[list[Tensor], tuple[float, int, str, bool]]:
+    torch.manual_seed(0)
+    tensors = [torch.randn(3, 8, 7, 6), torch.randn(12, 4, 1, 1), torch.rand(12) + 0.5, torch.randn(12)]
+    tensors[0] = tensors[0].contiguous(memory_format=layout)
+    return [tensor.to(dtype) for tensor in tensors], (1e-5, 2, "silu", True)
+
+
+@each_layout
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.skipif(_native.error is not None, reason=f"no compiled library: {_native.error}")
+def test_the_convolution_is_saved_and_may_be_missing(dtype: torch.dtype, layout: torch.memory_format) -> None:
+    tensors, settings = saved_call(dtype, layout)
+    op = torch.ops.cellops.group_conv1x1_batch_norm
+    output, mean, var, convolution = torch.ops.cellops.group_conv1x1_batch_norm_for_backward(*tensors, *settings)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    wanted = F.channel_shuffle(F.conv2d(tensors[0].to(wide), tensors[1].to(wide), groups=2), 2)
+    assert convolution.dtype == wide and convolution.stride() == output.stride()
+    torch.testing.assert_close(convolution, wanted)
+    for one, other in zip(op(*tensors, *settings), (output, mean, var), strict=True):
+        assert torch.equal(one, other)
+    backward, wants = torch.ops.cellops.group_conv1x1_batch_norm_backward, [True] * 4
+    given = (torch.randn_like(output), *tensors, mean, var)
+    found = backward(*given, convolution, *settings, wants)
+    for one, other in zip(backward(*given, convolution.new_empty(0), *settings, wants), found, strict=True):
+        torch.testing.assert_close(one, other)
+    with pytest.raises(ValueError, match="convolution must have shape"):
+        backward(*given, convolution[:1], *settings, wants)
+    with pytest.raises(TypeError, match=f"convolution must be {wide}"):
+        backward(*given, convolution.to(torch.int32), *settings, wants)
+    with pytest.raises(ValueError, match="mean must have shape"):
+        backward(*given[:-2], mean[:1], var, convolution, *settings, wants)
+
+
+def test_other_backends_save_nothing() -> None:
+    tensors, settings = saved_call(torch.float32, torch.contiguous_format)
+    found = torch.ops.cellops.group_conv1x1_batch_norm_for_backward(*tensors, *settings, "reference")
+    assert found[3].numel() == 0
+    leaves = [tensor.requires_grad_() for tensor in tensors]
+    wanted = torch.autograd.grad(group_conv1x1_batch_norm(*leaves, *settings)[0].square().sum(), leaves)
+    raw = torch.ops.cellops.group_conv1x1_batch_norm_for_backward(*leaves, *settings)
+    assert [one.requires_grad for one in raw] == [True, False, False, False]
+    for one, other in zip(torch.autograd.grad(raw[0].square().sum(), leaves), wanted, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_children_that_were_changed_or_are_watched_are_called() -> None:

@@ -59,8 +59,8 @@ def output_of(result: Any) -> Tensor:
 
 
 def statistics_of(case: Case, tensors: list[Tensor], settings: list[Any]) -> list[Tensor]:
-    """What the raw op returns after its output: the backward op wants it after the tensors."""
-    found = OPERATORS[case.op].op(*tensors, *settings)
+    """What the op of training returns after its output: the backward op wants it after the tensors."""
+    found = OPERATORS[case.op].training_op(*tensors, *settings)
     return [one.detach() for one in found[1:]] if isinstance(found, tuple) else []
 
 
@@ -72,7 +72,8 @@ def test_opcheck(case: Case, layout: torch.memory_format, requires_grad: bool) -
     operator = OPERATORS[case.op]
     for tensor in tensors:
         tensor.requires_grad_(requires_grad)
-    torch.library.opcheck(operator.op, (*tensors, *settings))
+    for op in {operator.op, operator.training_op}:
+        torch.library.opcheck(op, (*tensors, *settings))
     grad_output = torch.randn_like(output_of(operator.op(*tensors, *settings))).requires_grad_(requires_grad)
     statistics = statistics_of(case, tensors, settings)
     torch.library.opcheck(operator.backward_op, (grad_output, *tensors, *statistics, *settings, [True] * len(tensors)))
@@ -108,8 +109,8 @@ def test_devices_without_a_kernel_take_the_reference(case: Case, layout: torch.m
     results, wanted = (
         found if isinstance(found, tuple) else (found,)
         for found in (
-            operator.forward_any_device(*tensors, *settings, "reference"),
-            operator.op(*tensors, *settings, "reference"),
+            operator.forward_any_device(*tensors, *settings, "reference", saves=True),
+            operator.training_op(*tensors, *settings, "reference"),
         )
     )
     flags = [True] * len(tensors)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from cellops.nn import _batch_norm, _children, _compiled
+from cellops.nn import _batch_norm, _children, _compiled, _onednn
 from cellops.ops._registration import integer
 from cellops.ops.depthwise_conv2d import depthwise_conv2d, depthwise_conv2d_batch_norm
 from cellops.ops.group_conv1x1 import ACTIVATION_CODES
@@ -111,7 +111,7 @@ def _plain_is_faster(input: Tensor, conv: nn.Conv2d) -> bool:
     """
     if input.device.type != "cpu" or input.dim() != 4 or torch.jit.is_tracing():  # type: ignore[attr-defined]
         return False
-    return conv.kernel_size[0] > 3 and not torch.is_grad_enabled()
+    return conv.kernel_size[0] > 3 and not torch.is_grad_enabled() and _onednn.convolves(_onednn.dtype_of(input))
 
 
 def _compose(input: Tensor, conv: nn.Module, bn: nn.Module | None, activation: str) -> Tensor:

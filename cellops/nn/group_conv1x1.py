@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from cellops.nn import _batch_norm, _children, _compiled
+from cellops.nn import _batch_norm, _children, _compiled, _onednn
 from cellops.ops._registration import integer
 from cellops.ops.group_conv1x1 import ACTIVATION_CODES, group_conv1x1, group_conv1x1_batch_norm
 from cellops.reference._activation import ACTIVATIONS
 
 _LANES = 16  # of float32 in the widest vectors
-_DEEP, _DEEP_CHANNELS_LAST = 256, 64  # channels of a group from which on PyTorch's modules train faster
+_DEEP, _DEEP_BFLOAT16 = 512, 40  # channels of a group from which on PyTorch's modules are faster
 
 
 class GroupConv1x1(nn.Module):
@@ -19,7 +20,7 @@ class GroupConv1x1(nn.Module):
 
     In training the convolution is normalised by its batch, in evaluation by the running statistics, which are folded
     into scale and shift. A child that is not what it was made as (SyncBatchNorm, a frozen one) or has hooks is called;
-    so are both where that is the faster, in training (`_plain_is_faster`) and compiled (`_compiled.stands_back`).
+    so are both where that is the faster (`_plain_is_faster`, and compiled `_compiled.stands_back`).
 
     Args:
         in_channels: C.
@@ -91,37 +92,43 @@ def convolve(
         return _compose(input, conv, bn, groups, _batch_norm.behind(bn, activation), shuffle)
     if _compiled.stands_back("group_conv1x1", input, conv) and input.shape[1] == conv.in_channels:
         return _compose(input, conv, bn, groups, _batch_norm.behind(bn, activation), shuffle)
+    of_batch = bn is not None and _batch_norm.uses_batch_statistics(bn)
+    shape = input.shape
+    if of_batch:
+        _batch_norm.check_batch(shape[:1] + conv.weight.shape[:1] + shape[2:])
+    if _plain_is_faster(input, conv, groups, of_batch):
+        return _compose(input, conv, bn, groups, _batch_norm.behind(bn, activation), shuffle)
     if bn is None:
         return group_conv1x1(input, conv.weight, None, conv.bias, groups, activation, shuffle)
-    if not _batch_norm.uses_batch_statistics(bn):
+    if not of_batch:
         scale, shift = _batch_norm.folded(bn, conv.bias)
         return group_conv1x1(input, conv.weight, scale, shift, groups, activation, shuffle)
-    shape = input.shape
-    _batch_norm.check_batch(shape[:1] + conv.weight.shape[:1] + shape[2:])
-    if _plain_is_faster(input, conv, groups):
-        return _compose(input, conv, bn, groups, _batch_norm.behind(bn, activation), shuffle)
     gamma, beta = _batch_norm.affine(bn, conv.bias)
     output, mean, var = group_conv1x1_batch_norm(input, conv.weight, gamma, beta, bn.eps, groups, activation, shuffle)
     _batch_norm.update_running_statistics(bn, mean, var, conv.bias, shape[0] * shape[2] * shape[3])
     return output
 
 
-def _plain_is_faster(input: Tensor, conv: nn.Conv2d, groups: int) -> bool:
-    """Whether PyTorch's modules take less time in training on a CPU.
+def _plain_is_faster(input: Tensor, conv: nn.Conv2d, groups: int, of_batch: bool) -> bool:
+    """Whether PyTorch's modules take less time on a CPU, with statistics of the batch or not.
 
-    Ours compute the convolution again in the backward instead of saving it. On one core of an AMD EPYC, forward and
-    backward, that takes 0.5 to 1.0 of the modules' time, but more
+    On an AMD EPYC (Zen 4) ours take 0.45 to 1.0 of the modules' time forward and backward and 0.3 to 1.0 in evaluation,
+    but more
 
-    - where products outweigh memory, in deep groups: 1.1 to 1.4 of 256 channels and more; in channels_last memory,
-      which suits PyTorch's products, 1.1 to 1.6 of 64 and more;
-    - in channels_last memory where groups do not fill vectors of channels: 1.05 to 1.6 from 20 to 80 and back.
+    - in groups of 512 channels and more, where oneDNN's products are the faster ones: 0.9 to 1.4, and 0.9 to 1.9;
+    - in training on channels_last memory, of one group that does not fill vectors of channels: 1.1 to 1.2;
+    - in bfloat16 where the CPU multiplies it, as ours multiply float32: 1.1 to 2.1, and 1.1 to 2.6, of groups of more
+      than 40 channels, and in channels_last of all but shallow ones that fill vectors.
     """
-    if input.device.type != "cpu" or input.dim() != 4:
+    dtype = _onednn.dtype_of(input)
+    if input.device.type != "cpu" or input.dim() != 4 or not _onednn.convolves(dtype):
         return False
     depth = conv.in_channels // groups
-    if input.shape[2] * input.shape[3] > 1 and input.is_contiguous():
-        return depth >= _DEEP
-    return depth >= _DEEP_CHANNELS_LAST or bool(depth % _LANES or conv.out_channels // groups % _LANES)
+    in_rows = input.shape[2] * input.shape[3] == 1 or not input.is_contiguous()  # of channels
+    fills_vectors = depth % _LANES == 0 and conv.out_channels // groups % _LANES == 0
+    if dtype == torch.bfloat16:
+        return depth > _LANES or not fills_vectors if in_rows else depth > _DEEP_BFLOAT16
+    return depth >= _DEEP or (of_batch and in_rows and groups == 1 and not fills_vectors)
 
 
 def _compose(

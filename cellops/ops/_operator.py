@@ -4,19 +4,21 @@ The op gets a kernel for the CPU and one for devices without their own, the fake
 and a backward op of the same standing. First derivatives are the backend's; higher ones, and forward mode, come from
 the formula in the reference.
 
-An op may also return statistics, which have no gradient: what a batch normalisation keeps of its batch.
+An op may also return statistics, which have no gradient: what a batch normalisation keeps of its batch. And it may
+have a second forward op, for training alone, which returns what would be dear to compute again in the backward.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from cellops import _backend, _native
+from cellops.ops._operator_arguments import Arguments, Call, Shape, Tensors, wide_type
 from cellops.ops._operator_functions import BackwardFunction, Function, FunctorchFunction, slices
 from cellops.ops._registration import (
     AUTOCAST_DEVICES,
@@ -24,8 +26,6 @@ from cellops.ops._registration import (
     autocast_disabled,
     define,
     device_of,
-    expect,
-    expect_dense,
     has_tangent,
     is_traced,
     is_transformed_for_reverse_mode,
@@ -37,20 +37,11 @@ from cellops.ops._registration import (
     with_strides_of,
 )
 
-Shape = tuple[int, ...]
-Tensors = tuple[Tensor | None, ...]
 Config = tuple[Any, ...]
 """The op's settings, then the backend."""
 
 Result = Tensor | tuple[Tensor, ...]
 """The output; the output and its statistics where the op has any."""
-
-
-class Call(NamedTuple):
-    """A call by its shapes, which may be symbolic; `None` for an absent tensor."""
-
-    shapes: tuple[Shape | None, ...]
-    settings: tuple[Any, ...]
 
 
 class _Plan(NamedTuple):
@@ -63,7 +54,7 @@ class _Plan(NamedTuple):
     wide: torch.dtype  # what the library computes in
 
 
-class Operator:
+class Operator(Arguments):
     """One op.
 
     Args:
@@ -82,6 +73,9 @@ class Operator:
             each tensor, None for an absent one. Made of differentiable ops, not of autograd: it runs under functorch.
         statistics: names of what the op returns after its output, each [output channels] in the type that the library
             computes in. Backward gets them after the tensors.
+        saves: names of what `cellops::<name>_for_backward` returns after that, for backward to get as well: each like
+            the output where the library fills it, but of the type that it computes in; without elements where another
+            backend runs.
         refuses: the reason, a constant, why no kernel can take a valid `Call`; None where one can.
     """
 
@@ -96,19 +90,11 @@ class Operator:
         formula: Callable[..., Any],
         formula_of_backward: Callable[..., Tensors],
         statistics: str = "",
+        saves: str = "",
         refuses: Callable[[Call], str | None] = lambda call: None,
     ) -> None:
         self.name = name
-        words = tensors.split()
-        self.names = tuple(word.rstrip("?+=~") for word in words)
-        self.optional = tuple("?" in word for word in words)
-        self.wide = tuple("+" in word for word in words)
-        self.widened = tuple("+" in word and "=" not in word for word in words)
-        self.own_dtype = tuple(i for i, word in enumerate(words) if "=" in word)
-        self.own_format = tuple(i for i, word in enumerate(words) if "~" in word)
-        self.count = len(self.names)
-        self.statistics = tuple(statistics.split())
-        self.check = check
+        super().__init__(tensors, statistics, saves, check)
         self.params = params
         self.refuses = refuses
         self.formula = formula
@@ -118,18 +104,11 @@ class Operator:
             f"Tensor{'?' * lacks} {word}" for word, lacks in zip(self.names, self.optional, strict=True)
         )
         settings = f"{settings}, " if settings else ""
-        result = f"({', '.join(['Tensor'] * (1 + len(self.statistics)))})" if statistics else "Tensor"
-        self.op = define(
-            f"{name}({arguments}, {settings}str? backend=None) -> {result}",
-            {
-                "CPU": self.forward_cpu,
-                "CompositeExplicitAutograd": self.forward_any_device,
-                "Fake": self.forward_fake,
-                "Autograd": self._autograd,
-                **{key: self._autocast(device_type) for key, device_type in AUTOCAST_DEVICES.items()},
-            },
-        )
-        saved = "".join(f", Tensor {name}" for name in self.statistics)
+        forward = f"({arguments}, {settings}str? backend=None)"
+        self.op = self.training_op = self._define_forward(name, forward, saves=False)
+        if self.saved:
+            self.training_op = self._define_forward(f"{name}_for_backward", forward, saves=True)
+        saved = "".join(f", Tensor {name}" for name in (*self.statistics, *self.saved))
         self.backward_op = define(
             f"{name}_backward(Tensor grad_output, {arguments}{saved}, {settings}bool[{self.count}] wanted, "
             "str? backend=None) -> Tensor[]",
@@ -142,66 +121,38 @@ class Operator:
         )
         self._arguments = len(self.op._schema.arguments)
         self._backward_arguments = len(self.backward_op._schema.arguments)
-        torch.library.register_vmap(f"cellops::{name}", self._vmap, lib=library)
         torch.library.register_vmap(f"cellops::{name}_backward", self._backward_vmap, lib=library)
+
+    def _define_forward(self, name: str, arguments: str, *, saves: bool) -> torch._ops.OpOverload:
+        """Define a forward op, which returns its output, the statistics and, with `saves`, what it saves."""
+        count = 1 + len(self.statistics) + saves * len(self.saved)
+        op = define(
+            f"{name}{arguments} -> {'Tensor' if count == 1 else '(' + ', '.join(['Tensor'] * count) + ')'}",
+            {
+                "CPU": partial(self.forward_cpu, saves=saves),
+                "CompositeExplicitAutograd": partial(self.forward_any_device, saves=saves),
+                "Fake": partial(self.forward_fake, saves=saves),
+                "Autograd": partial(self._autograd, saves=saves),
+                **{key: partial(self._autocast, device, saves=saves) for key, device in AUTOCAST_DEVICES.items()},
+            },
+        )
+        torch.library.register_vmap(f"cellops::{name}", partial(self._vmap, op), lib=library)
+        return op
 
     def __call__(self, *arguments: Any) -> Any:
         """Call the op with tensors, settings and backend, in one crossing to the dispatcher where that is enough."""
         if needs_dispatch():
             if is_transformed_for_reverse_mode():
-                return FunctorchFunction.apply(self, *arguments)
+                return self._returned(FunctorchFunction.apply(self, *arguments))
             return self.op(*arguments)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments[: self.count]) and not is_traced():
-            return Function.apply(self, *arguments)
+            return self._returned(Function.apply(self, *arguments))
         with torch._C._AutoDispatchBelowAutograd():
             return self.op(*arguments)
 
-    # Checks
-
-    def _check_devices(self, tensors: Tensors) -> None:
-        input = tensors[0]
-        assert input is not None
-        device = input.device
-        for name, tensor in zip(self.names, tensors, strict=True):
-            if tensor is None:
-                continue
-            expect_dense(name, tensor)
-            if tensor.device != device:
-                raise RuntimeError(f"{name} must be on {device} like the input, got {tensor.device}")
-
-    def _check(self, tensors: Tensors, settings: tuple[Any, ...]) -> Shape:
-        self._check_devices(tensors)
-        self._check_dtypes(tuple(None if tensor is None else tensor.dtype for tensor in tensors))
-        return self._check_shapes(tuple(None if tensor is None else tensor.shape for tensor in tensors), settings)
-
-    def _check_dtypes(self, dtypes: Sequence[torch.dtype | None]) -> None:
-        if dtypes[0] not in _native.DTYPE_CODES:
-            raise TypeError(f"input must be one of {', '.join(map(str, _native.DTYPE_CODES))}, got {dtypes[0]}")
-        for name, wide, optional, dtype in zip(self.names, self.wide, self.optional, dtypes, strict=True):
-            if dtype is None and not optional:
-                raise TypeError(f"{name} must be a tensor, got None")
-            if dtype is None or dtype == dtypes[0]:
-                continue
-            if not wide:
-                raise TypeError(f"{name} must be {dtypes[0]} like the input, got {dtype}")
-            if dtypes[0].itemsize != 2 or dtype != torch.float32:
-                either = f"{dtypes[0]} like the input" + (" or torch.float32" if dtypes[0].itemsize == 2 else "")
-                raise TypeError(f"{name} must be {either}, got {dtype}")
-
-    def _check_shapes(self, shapes: tuple[Shape | None, ...], settings: tuple[Any, ...]) -> Shape:
-        input = shapes[0]
-        assert input is not None
-        if len(input) != 4:
-            raise ValueError(f"input must have 4 dimensions, got {len(input)}: shape {tuple(input)}")
-        if input[1] < 1 or input[2] < 1 or input[3] < 1:
-            raise ValueError(f"input must have at least one channel, row and column, got shape {tuple(input)}")
-        return self.check(Call(shapes, settings))
-
-    def _check_grad_output(self, grad_output: Tensor, input: Tensor | None, shape: Shape) -> None:
-        assert input is not None
-        expect("grad_output", grad_output.shape, shape)
-        if grad_output.dtype != input.dtype:
-            raise TypeError(f"grad_output must be {input.dtype} like the input, got {grad_output.dtype}")
+    def _returned(self, result: Result) -> Result:
+        """What the op returns of what `training_op` does."""
+        return result[: 1 + len(self.statistics)] if self.saved else result
 
     def _make_plan(
         self,
@@ -225,7 +176,7 @@ class Operator:
                 more[f"{self.names[i]}_channels_last"] = flag
             params = self.params(call, dtype=codes[0], channels_last=channels_last[0], **more)
         memory_format = torch.channels_last if channels_last[0] else torch.contiguous_format
-        return _Plan(backend, params, output_shape, memory_format, _wide(dtypes[0]))
+        return _Plan(backend, params, output_shape, memory_format, wide_type(dtypes[0]))
 
     def _plan_of(self, device_type: str, tensors: Tensors, config: Config, channels_last: tuple[bool, ...]) -> _Plan:
         shapes = tuple([None if tensor is None else tensor.shape for tensor in tensors])
@@ -244,35 +195,38 @@ class Operator:
         return arguments[: self.count], arguments[self.count :]
 
     def _split_backward(self, arguments: tuple[Any, ...]) -> tuple[Tensors, Tensors, Config, Sequence[bool]]:
-        """Tensors, statistics, settings with the backend, and which gradients are wanted."""
+        """Tensors, what forward returned beside the output, settings with the backend, and the wanted gradients."""
         arguments += (None,) * (self._backward_arguments - 1 - len(arguments))
-        end = self.count + len(self.statistics)
+        end = self.count + len(self.statistics) + len(self.saved)
         *settings, wanted, backend = arguments[end:]
         return arguments[: self.count], arguments[self.count : end], (*settings, backend), wanted
 
     # Kernels
 
-    def forward_cpu(self, *arguments: Any) -> Result:
+    def forward_cpu(self, *arguments: Any, saves: bool = False) -> Result:
         """Kernel of the op for tensors on the CPU."""
         tensors, config = self._split(arguments)
         tensors, channels_last = self._dense(tensors)
         plan = self._plan_of("cpu", tensors, config, channels_last)
         if plan.params is None:
-            return self._forward_without_library(plan, tensors, config)
+            return self._forward_without_library(plan, tensors, config, saves)
         output = torch.empty(plan.output_shape, dtype=arguments[0].dtype, memory_format=plan.memory_format)
         kernel = getattr(_native.library(), f"{self.name}_forward_cpu")
         statistics = [torch.empty(plan.output_shape[1], dtype=plan.wide) for _ in self.statistics]
+        saved = [torch.empty_like(output, dtype=plan.wide) if saves else None for _ in self.saved]
         tensors = self._widened(tensors, plan.wide)
-        kernel(plan.params, torch.get_num_threads(), *map(_native.pointer, (*tensors, output, *statistics)))
-        return (output, *statistics) if statistics else output
+        kernel(plan.params, torch.get_num_threads(), *map(_native.pointer, (*tensors, output, *statistics, *saved)))
+        if not statistics:
+            return output
+        return (output, *statistics, *saved) if saves else (output, *statistics)  # type: ignore[return-value]
 
-    def forward_any_device(self, *arguments: Any) -> Result:
+    def forward_any_device(self, *arguments: Any, saves: bool = False) -> Result:
         """Kernel of the op for devices without one of their own."""
         tensors, config = self._split(arguments)
         plan = self._plan_of_any_device(arguments[0], tensors, config)
-        return self._forward_without_library(plan, tensors, config)
+        return self._forward_without_library(plan, tensors, config, saves)
 
-    def _forward_without_library(self, plan: _Plan, tensors: Tensors, config: Config) -> Result:
+    def _forward_without_library(self, plan: _Plan, tensors: Tensors, config: Config, saves: bool) -> Result:
         kernel = self.formula
         if plan.backend != "reference":
             kernel = _backend.gpu_launcher(plan.backend, self.name, "forward")
@@ -281,18 +235,25 @@ class Operator:
             found = kernel(*tensors, *config[:-1])
         if not self.statistics:
             return found.contiguous(memory_format=plan.memory_format)
-        return (found[0].contiguous(memory_format=plan.memory_format), *found[1:])
+        nothing = [found[0].new_empty(0) for _ in self.saved if saves]
+        return (found[0].contiguous(memory_format=plan.memory_format), *found[1:], *nothing)
 
-    def forward_fake(self, *arguments: Any) -> Result:
+    def forward_fake(self, *arguments: Any, saves: bool = False) -> Result:
         """What the op returns, without values: the checks and allocation of the other kernels."""
         tensors, config = self._split(arguments)
         input, shape = arguments[0], self._check(tensors, config[:-1])
         output = input.new_empty(shape).contiguous(memory_format=_native.memory_format(input))
         if not self.statistics:
             return output
-        return (output, *(input.new_empty(shape[1], dtype=_wide(input.dtype)) for _ in self.statistics))
+        statistics = [input.new_empty(shape[1], dtype=wide_type(input.dtype)) for _ in self.statistics]
+        if not saves:
+            return (output, *statistics)
+        backend = _backend.choose(self.name, input.device.type, input.dtype, config[-1]).name
+        wide = wide_type(input.dtype)
+        saved = [torch.empty_like(output, dtype=wide) if backend == "cpu" else input.new_empty(0) for _ in self.saved]
+        return (output, *statistics, *saved)
 
-    def forward_formula(self, tensors: Tensors, config: Config) -> Result:
+    def forward_formula(self, tensors: Tensors, config: Config, saves: bool) -> Result:
         """The op as differentiable PyTorch ops, for the derivatives that no kernel has."""
         self._check(tensors, config[:-1])
         with autocast_disabled():
@@ -301,7 +262,8 @@ class Operator:
         if not torch._C._are_functorch_transforms_active():  # vmap has no memory formats
             assert tensors[0] is not None
             output = output.contiguous(memory_format=_native.memory_format(tensors[0]))
-        return (output, *(one.detach() for one in statistics)) if statistics else output
+        nothing = [output.new_empty(0) for _ in self.saved if saves]
+        return (output, *(one.detach() for one in statistics), *nothing) if statistics else output
 
     def backward_cpu(self, grad_output: Tensor, *arguments: Any) -> list[Tensor]:
         """Kernel of the backward op for tensors on the CPU: the wanted gradients, in order."""
@@ -320,7 +282,8 @@ class Operator:
         kernel = getattr(_native.library(), f"{self.name}_backward_cpu")
         grad_output = grad_output.contiguous(memory_format=plan.memory_format)
         tensors = self._widened(tensors, plan.wide)
-        addresses = map(_native.pointer, (grad_output, *tensors, *statistics, *gradients))
+        of_forward = self._of_forward(statistics, plan.output_shape, plan.wide, plan.memory_format)
+        addresses = map(_native.pointer, (grad_output, *tensors, *of_forward, *gradients))
         kernel(plan.params, torch.get_num_threads(), *addresses)
         return _like(gradients, given)
 
@@ -345,7 +308,8 @@ class Operator:
         kernel = _backend.gpu_launcher(plan.backend, self.name, "backward")
         grad_output = grad_output.contiguous(memory_format=plan.memory_format)
         with autocast_disabled(), device_of(grad_output):
-            gradients = kernel(grad_output, *self._dense(tensors)[0], *statistics, *config[:-1], wanted)
+            known = statistics[: len(self.statistics)]
+            gradients = kernel(grad_output, *self._dense(tensors)[0], *known, *config[:-1], wanted)
         return _like(
             [
                 gradient if want and tensor is not None else None
@@ -378,27 +342,6 @@ class Operator:
             if want and gradient is not None
         ]
 
-    def _dense(self, tensors: Tensors) -> tuple[Tensors, tuple[bool, ...]]:
-        """The tensors as the library reads them, and which of those with a memory format are channels_last."""
-        dense, flags = [], []
-        for i, tensor in enumerate(tensors):
-            keeps = i == 0 or i in self.own_format
-            if tensor is not None and not tensor.is_contiguous():
-                tensor = _native.dense(tensor) if keeps and tensor.dim() == 4 else tensor.contiguous()
-            dense.append(tensor)
-            if keeps:
-                flags.append(tensor is not None and not tensor.is_contiguous())
-        return tuple(dense), tuple(flags)
-
-    def _widened(self, tensors: Tensors, dtype: torch.dtype) -> Tensors:
-        """The tensors, those marked "+" alone in the type that the library computes in."""
-        if tensors[0].dtype == dtype:
-            return tensors
-        return tuple(
-            tensor.to(dtype) if wide and tensor is not None else tensor
-            for tensor, wide in zip(tensors, self.widened, strict=True)
-        )
-
     # Derivatives
 
     def gradients(self, ctx: Any, grad_output: Tensor) -> Tensors:
@@ -414,15 +357,19 @@ class Operator:
             found = iter(one_by_one(lambda one: self.backward_op(one, *saved, *settings, wanted, backend), grad_output))
         return tuple(next(found) if want else None for want in wanted)
 
-    def _autograd(self, *arguments: Any) -> Result:
+    def _autograd(self, *arguments: Any, saves: bool) -> Result:
         tensors, config = self._split(arguments)
         differentiable = torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)
         if takes_formula(self.name, tensors, differentiable, config[-1]):
-            return self.forward_formula(tensors, config)
+            return self.forward_formula(tensors, config, saves)
         if differentiable:
-            return Function.apply(self, *tensors, *config)
+            result = Function.apply(self, *tensors, *config)
+            return result if saves else self._returned(result)
         with torch._C._AutoDispatchBelowAutograd():
-            return self.op(*tensors, *config)
+            return self._forward(saves)(*tensors, *config)
+
+    def _forward(self, saves: bool) -> torch._ops.OpOverload:
+        return self.training_op if saves else self.op
 
     def _backward_autograd(self, grad_output: Tensor, *arguments: Any) -> list[Tensor]:
         tensors, statistics, (*settings, backend), wanted = self._split_backward(arguments)
@@ -435,22 +382,19 @@ class Operator:
         with torch._C._AutoDispatchBelowAutograd():
             return self.backward_op(*every, *statistics, *settings, wanted, backend)
 
-    def _autocast(self, device_type: str) -> Callable[..., Result]:
-        def kernel(*arguments: Any) -> Result:
-            tensors, config = self._split(arguments)
-            dtype = torch.get_autocast_dtype(device_type)
-            with autocast_disabled():
-                cast = [
-                    tensor if wide else autocast(tensor, dtype) for tensor, wide in zip(tensors, self.wide, strict=True)
-                ]
-                return self.op(*cast, *config)
-
-        return kernel
+    def _autocast(self, device_type: str, *arguments: Any, saves: bool) -> Result:
+        tensors, config = self._split(arguments)
+        dtype = torch.get_autocast_dtype(device_type)
+        with autocast_disabled():
+            cast = [
+                tensor if wide else autocast(tensor, dtype) for tensor, wide in zip(tensors, self.wide, strict=True)
+            ]
+            return self._forward(saves)(*cast, *config)
 
     # vmap: one call for each slice
 
-    def _vmap(self, info: Any, dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
-        found = [self.op(*one) for one in slices(info.batch_size, dims, arguments)]
+    def _vmap(self, op: Any, info: Any, dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
+        found = [op(*one) for one in slices(info.batch_size, dims, arguments)]
         if not self.statistics:
             return torch.stack(found), 0
         stacked = tuple(torch.stack(each) for each in zip(*found, strict=True))
@@ -462,11 +406,6 @@ class Operator:
         found = [self.backward_op(*one) for one in slices(info.batch_size, dims, arguments)]
         stacked = [torch.stack(gradients) for gradients in zip(*found, strict=True)]
         return stacked, [0] * len(stacked)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """The type that the library computes in."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _format(tensor: Tensor) -> torch.memory_format:

@@ -1,6 +1,6 @@
 """The autograd Functions of `Operator`, and the slices that its vmap goes through.
 
-An op with statistics returns them after its output; they have no gradient and are saved for backward.
+An op may return more after its output, statistics and what it saves: they have no gradient and are saved for backward.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class Function(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, operator: Any, *arguments: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
-            result = operator.op(*arguments)
+            result = operator.training_op(*arguments)
         ctx.operator = operator
         ctx.config = arguments[operator.count :]
         statistics = _statistics(ctx, result)
@@ -38,7 +38,7 @@ class FunctorchFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(operator: Any, *arguments: Any) -> Any:
-        return operator.op(*arguments)
+        return operator.training_op(*arguments)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -85,7 +85,7 @@ class BackwardFunction(torch.autograd.Function):
             torch.autograd.grad(gradients, leaves, grad_gradients, create_graph=create_graph, allow_unused=True)
         )
         owed = [next(found) if need else None for need in needs]
-        return None, *owed, *(None for _ in ctx.operator.statistics), None
+        return None, *owed, *(None for _ in (*ctx.operator.statistics, *ctx.operator.saved)), None
 
 
 def slices(size: int, dims: tuple[int | None, ...], arguments: tuple[Any, ...]) -> list[list[Any]]:

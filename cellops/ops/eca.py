@@ -11,7 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from cellops import _native
-from cellops.ops._operator import Call, Operator
+from cellops.ops._operator import Operator
+from cellops.ops._operator_arguments import Call
 from cellops.reference import eca as reference
 
 

@@ -11,7 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from cellops import _native
-from cellops.ops._operator import Call, Operator
+from cellops.ops._operator import Operator
+from cellops.ops._operator_arguments import Call
 from cellops.ops._registration import expect, expect_eps, expect_window
 from cellops.reference import frelu as reference
 

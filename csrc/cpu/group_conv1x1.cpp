@@ -1,6 +1,6 @@
 // Grouped 1x1 convolution with what follows it, forward: tile by tile, so that the convolution's result never reaches
-// memory. With batch statistics it is computed twice, first for them and then for the output; where that takes longer
-// than to write and read it, it waits in the output's memory.
+// memory. With batch statistics it waits there for them: where backward will read it, else where the output will be. Of
+// half types, which would round it, it is computed a second time if backward will not.
 #include "group_conv1x1.h"
 #include "group_conv1x1_by_channel.h"
 #include "group_conv1x1_by_position.h"
@@ -45,36 +45,40 @@ class Moments {
   const Buffer<double> mean_, squares_, count_;
 };
 
-// Takes the moments of the convolution, which it leaves in `kept`, a tensor like the output, or nowhere if that is
-// null.
+// Takes the moments of the convolution, which it leaves in `kept` if that is not null.
 template <class Tile, class T, class S>
 void find_moments(const Tiling& t, const Team& team, Tile& tile, const T* input, const Moments& moments, S* means,
-                  S* squares, const Affine<S>& unchanged, T* kept) {
+                  S* squares, S* kept) {
   const bool streamed = kept && t.streamed(t.out, kept);
-  t.for_tiles(team, [&](int64_t first_group, int64_t position, int64_t count) {
-    tile.read(input, nullptr, first_group, position, count);
-    for (int64_t group = first_group; group < first_group + t.unit_groups; ++group) {
-      tile.convolve(group);
+  t.for_tiles(team, false, [&](const Tiling::Place& place, const Tiling::Place& next) {
+    tile.start(place, next, 1);
+    tile.read_input(input);
+    for (int64_t group = place.group; group < place.group + t.unit_groups; ++group) {
+      if (kept) {
+        tile.convolve_and_keep(group, streamed, kept);
+      } else {
+        tile.convolve(group);
+      }
       tile.find_moments(group, means, squares);
-      moments.add(group, double(count), means, squares);
-      if (kept) tile.template activate<Activation::none>(group, unchanged, streamed, kept);
+      moments.add(group, double(place.count), means, squares);
     }
   });
   if (streamed) end_streams();
 }
 
-// The output from the convolution, which is computed, or read where the output will be.
+// The output from the convolution, which is computed, or read from `kept` if that is not null; may be in its place.
 template <class Tile, class T>
-void find_output(const Tiling& t, const Team& team, Tile& tile, const T* input, bool kept, Activation activation,
-                 const Affine<Compute<T>>& affine, T* output) {
+void find_output(const Tiling& t, const Team& team, Tile& tile, const T* input, const Compute<T>* kept,
+                 Activation activation, const Affine<Compute<T>>& affine, T* output) {
   const bool streamed = t.streamed(t.out, output);
-  t.for_tiles(team, [&](int64_t first_group, int64_t position, int64_t count) {
+  t.for_tiles(team, false, [&](const Tiling::Place& place, const Tiling::Place& next) {
+    tile.start(place, next, kept ? 0 : 1);
     if (kept) {
-      tile.read_kept(output, first_group, position, count);
+      tile.read_convolution(kept);
     } else {
-      tile.read(input, nullptr, first_group, position, count);
+      tile.read_input(input);
     }
-    for (int64_t group = first_group; group < first_group + t.unit_groups; ++group) {
+    for (int64_t group = place.group; group < place.group + t.unit_groups; ++group) {
       with_activation(activation, [&](auto tag) {
         if (kept) {
           tile.template activate<tag.value>(group, affine, streamed, output);
@@ -90,7 +94,7 @@ void find_output(const Tiling& t, const Team& team, Tile& tile, const T* input, 
 template <class Tile, class T>
 bool run_forward(const GroupConv1x1Params& p, const GroupConv1x1Forward& io, int threads) {
   using S = Compute<T>;
-  const Tiling tiling = Tile::tiling(p, threads);
+  const Tiling tiling = Tile::tiling(p, {false, false}, threads);
   const Weights<S> weights(tiling);
   const Affine<S> affine(p.out_channels);
   if (weights.failed() || affine.failed()) return false;
@@ -98,10 +102,10 @@ bool run_forward(const GroupConv1x1Params& p, const GroupConv1x1Forward& io, int
   affine.set(io.scale, io.shift);
   bool failed = false;
   parallel(tiling.threads, [&](const Team& team) {
-    Tile tile(tiling, weights, false);
+    Tile tile(tiling, weights, {false, false});
     if (!team.all(!tile.failed(), &failed)) return;
-    find_output(tiling, team, tile, static_cast<const T*>(io.input), false, p.activation, affine,
-                static_cast<T*>(io.output));
+    find_output(tiling, team, tile, static_cast<const T*>(io.input), static_cast<const S*>(nullptr), p.activation,
+                affine, static_cast<T*>(io.output));
   });
   return !failed;
 }
@@ -109,25 +113,26 @@ bool run_forward(const GroupConv1x1Params& p, const GroupConv1x1Forward& io, int
 template <class Tile, class T>
 bool run_batch_norm_forward(const GroupConv1x1Params& p, const GroupConv1x1BatchNormForward& io, int threads) {
   using S = Compute<T>;
-  const Tiling tiling = Tile::tiling(p, threads);
+  const bool wide = sizeof(T) == sizeof(S);
+  S* kept = static_cast<S*>(io.convolution ? io.convolution : wide ? io.output : nullptr);
+  const Work work{false, kept != nullptr};
+  const Tiling tiling = Tile::tiling(p, work, threads);
   const Weights<S> weights(tiling);
   const Affine<S> affine(p.out_channels);
   const Moments moments(tiling);
   if (weights.failed() || affine.failed() || moments.failed()) return false;
   weights.set(static_cast<const T*>(io.weight));
   moments.zero();
-  affine.set(nullptr, nullptr);
   const T* input = static_cast<const T*>(io.input);
   T* output = static_cast<T*>(io.output);
-  const bool keeps = tiling.template keeps<T>();
   bool failed = false;
   parallel(tiling.threads, [&](const Team& team) {
-    Tile tile(tiling, weights, false);
+    Tile tile(tiling, weights, work);
     const Moments own(tiling);
     const Buffer<S> means(tiling.out.of_group), squares(tiling.out.of_group);
     if (!team.all(!tile.failed() && !own.failed() && !means.failed() && !squares.failed(), &failed)) return;
     own.zero();
-    find_moments(tiling, team, tile, input, own, means.get(), squares.get(), affine, keeps ? output : nullptr);
+    find_moments(tiling, team, tile, input, own, means.get(), squares.get(), kept);
     team.in_order([&] { moments.add(own); });
     int64_t begin, end;
     team.share(p.out_channels, &begin, &end);
@@ -138,7 +143,7 @@ bool run_batch_norm_forward(const GroupConv1x1Params& p, const GroupConv1x1Batch
     }
     affine.normalise(io.gamma, io.beta, mean, var, p.eps, begin, end);
     team.barrier();
-    find_output(tiling, team, tile, input, keeps, p.activation, affine, output);
+    find_output(tiling, team, tile, input, kept, p.activation, affine, output);
   });
   return !failed;
 }

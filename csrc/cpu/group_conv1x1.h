@@ -21,9 +21,9 @@ struct Channels {
 
 // The batch as tiles and the tiles as units of work, each for one thread.
 struct Tiling {
-  // most: positions in a tile, as long as its `channels` stay in the second cache. all_groups: whether a tile has them
-  // all, as it should where they share cache lines; the others are read and written where they lie if they end with
-  // their image.
+  // most: positions in a tile, as long as its `channels` stay in the second cache and threads have some tiles each.
+  // all_groups: whether a tile has them all, as it should where they share cache lines; the others are read and written
+  // where they lie if they end with their image.
   Tiling(const GroupConv1x1Params& p, int64_t most, int64_t channels, int64_t bytes_of_number, bool all_groups,
          int most_threads)
       : groups(p.groups),
@@ -35,39 +35,45 @@ struct Tiling {
         unit_groups(all_groups ? groups : 1),
         run(!all_groups && pixels % kWhole == 0 && pixels >= kStep ? pixels : max_of(positions, int64_t(1))) {
     constexpr int64_t kBytes = 196608;
+    const int64_t work = positions * max_of(max_of(in.count, out.count), out.count * in.of_group / 16);
+    threads = int(max_of(1, min_of(work / 16384, most_threads)));
+    most = min_of(most, max_of(int64_t(240), positions * (groups / unit_groups) / (4 * threads)));
     tile = min_of(most, kBytes / (channels * bytes_of_number)) / kStep * kStep;
     tile = max_of(kStep, min_of(tile, round_up(run, kStep)));
     run_tiles = div_up(run, tile);
     if (run != pixels) tile = round_up(div_up(run, run_tiles), kWhole);  // of one size, as there may be few
-    const int64_t work = positions * max_of(max_of(in.count, out.count), out.count * in.of_group / 16);
-    threads = int(max_of(1, min_of(work / 16384, most_threads)));
     tiles = positions / run * run_tiles;
     unit_tiles = all_groups ? 1 : max_of(1, min_of(16, tiles * groups / (8 * threads)));
     units = div_up(tiles, unit_tiles) * (groups / unit_groups);
+    fetches = positions * (in.count + out.count) * bytes_of_number > kCacheBytes / 4;
   }
 
-  // Calls body(group, position, count) for every tile of the member's units; its groups are unit_groups from `group`
-  // on.
+  // A tile: its groups are unit_groups from `group` on.
+  struct Place {
+    int64_t group, position, count;
+  };
+
+  // Calls body(tile, the one after it) for every tile of the member's units; the last has itself after it. Backwards,
+  // a pass finds in the cache what the one before it read last.
   template <class Body>
-  void for_tiles(const Team& team, const Body& body) const {
-    const int64_t parts = groups / unit_groups;
+  void for_tiles(const Team& team, bool backwards, const Body& body) const {
     int64_t begin, end;
     team.share(units, &begin, &end);
-    for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t first = unit / parts * unit_tiles, last = min_of(first + unit_tiles, tiles);
-      for (int64_t i = first; i < last; ++i) {
-        const int64_t at = i % run_tiles * tile;
-        body(unit % parts, i / run_tiles * run + at, min_of(tile, run - at));
+    if (begin == end) return;
+    int64_t unit = backwards ? end - 1 : begin, tile = backwards ? unit_size(unit) - 1 : 0;
+    for (Place now = place(unit, tile), next;; now = next) {
+      bool last = false;
+      if (backwards && --tile < 0) {
+        last = --unit < begin;
+        tile = last ? 0 : unit_size(unit) - 1;
+      } else if (!backwards && ++tile == unit_size(unit)) {
+        last = ++unit == end;
+        tile = 0;
       }
+      next = last ? now : place(unit, tile);
+      body(now, next);
+      if (last) return;
     }
-  }
-
-  // Whether the convolution of the first of two passes is better written and read than computed again: on an AMD EPYC
-  // with 2 threads a number of it costs some 14 products to write and read, and each number of input 5 to read again.
-  // Not in half types, which would round it.
-  template <class T>
-  bool keeps() const {
-    return sizeof(T) == sizeof(Compute<T>) && in.of_group + 16 * in.count / max_of(1, out.count) >= 48;
   }
 
   // Whether to write a tensor of this side past the caches; the call touches `bytes`.
@@ -86,11 +92,86 @@ struct Tiling {
   int64_t run_tiles, tiles;
   int threads;
   int64_t unit_tiles, units;
+  bool fetches;  // whether the next tile is worth asking for: in the cache it is near enough
 
  private:
   static constexpr int64_t kStep = 48;   // positions in a panel of the product
   static constexpr int64_t kWhole = 16;  // in the longest vector
+
+  int64_t first_tile(int64_t unit) const { return unit / (groups / unit_groups) * unit_tiles; }
+  int64_t unit_size(int64_t unit) const { return min_of(unit_tiles, tiles - first_tile(unit)); }
+  Place place(int64_t unit, int64_t tile_of_unit) const {
+    const int64_t i = first_tile(unit) + tile_of_unit, at = i % run_tiles * tile;
+    return {unit % (groups / unit_groups), i / run_tiles * run + at, min_of(tile, run - at)};
+  }
 };
+
+// Asks for the memory of the tile after this one while this one's products run, which leave memory idle: a few lines
+// for each block of a product. Into the second cache, as a tile with the next one outgrows the first.
+class Ahead {
+ public:
+  // Begins a tile of which products of `work` multiply-adds in all are to come.
+  void start(int64_t work) {
+    count_ = next_ = 0, at_ = lines_ = asked_ = done_ = 0;
+    work_ = work;
+  }
+  // `rows` pieces of `bytes` each, `step` bytes apart.
+  void add(const void* first, int64_t rows, int64_t bytes, int64_t step) {
+    if (work_ == 0) return;
+    runs_[count_++] = {static_cast<const char*>(first), rows, div_up(bytes, kLine), step};
+    lines_ += rows * div_up(bytes, kLine);
+  }
+  bool asks() const { return count_ > 0; }
+  // Before a block of `work` multiply-adds.
+  CELLOPS_INLINE void during(int64_t work) {
+    if (next_ == count_) return;
+    done_ += work;
+    ask(int64_t(double(lines_) * double(done_) / double(work_)) - asked_);
+  }
+
+ private:
+  struct Run {
+    const char* row;
+    int64_t rows, lines, step;
+  };
+  void ask(int64_t lines) {
+    asked_ += lines;
+    while (lines > 0 && next_ < count_) {
+      Run& run = runs_[next_];
+      const int64_t some = min_of(lines, run.lines - at_);
+      for (int64_t i = at_; i < at_ + some; ++i) __builtin_prefetch(run.row + i * kLine, 0, 2);
+      lines -= some, at_ += some;
+      if (at_ < run.lines) return;
+      at_ = 0, run.row += run.step;
+      if (--run.rows == 0) ++next_;
+    }
+  }
+
+  Run runs_[3];
+  int count_ = 0, next_ = 0;
+  int64_t at_ = 0;  // lines of the row that were asked for
+  int64_t lines_ = 0, asked_ = 0, work_ = 1, done_ = 0;
+};
+
+// The product of A and B as multiply_blocks has it, in blocks between which the next tile is asked for.
+template <class S, int Rows, int Vectors, class Finish>
+CELLOPS_INLINE void multiply_ahead(Ahead& ahead, int64_t rows, int64_t columns, int64_t depth, const S* a,
+                                   int64_t a_row, int64_t a_step, const S* b, int64_t b_step, const Finish& finish) {
+  if (!ahead.asks()) {
+    multiply_blocks<S, Rows, Vectors>(rows, columns, depth, a, a_row, a_step, b, b_step, finish);
+    return;
+  }
+  constexpr int64_t panel = Vectors * kLanes<S>;
+  for (int64_t n = 0; n < columns; n += panel) {
+    const int64_t width = min_of(panel, columns - n);
+    for (int64_t r = 0; r < rows; r += Rows) {
+      const int64_t height = min_of(int64_t(Rows), rows - r);
+      ahead.during(height * width * depth);
+      multiply_blocks<S, Rows, Vectors>(height, width, depth, a + r * a_row, a_row, a_step, b + n, b_step, finish, r,
+                                        n);
+    }
+  }
+}
 
 // The weight [O][C / G], and each group's block transposed.
 template <class S>
@@ -150,6 +231,11 @@ struct Chain {
   bool failed() const { return affine.failed() || of_apart.failed() || constant.failed(); }
   const Affine<S> affine;
   const Buffer<S> of_apart, constant;
+};
+
+// What a thread's tiles are for, and whether they find the convolution kept by an earlier pass.
+struct Work {
+  bool backward, kept;
 };
 
 // Sums over positions per channel: of grad' and of grad' * (z - centre).

@@ -1,7 +1,6 @@
 // Grouped 1x1 convolution with what follows it, backward. Tile by tile the convolution is computed again, with it the
 // activation's slope and the gradient to the convolution; from that the gradients to input and weight. With batch
-// statistics two sums over the batch are needed first: a pass of its own, which leaves the convolution in the memory of
-// the gradient to the input where it has room and is dear to compute.
+// statistics two sums over the batch are needed first, in a pass of its own, and forward kept the convolution for both.
 #include "group_conv1x1.h"
 #include "group_conv1x1_by_channel.h"
 #include "group_conv1x1_by_position.h"
@@ -12,17 +11,36 @@ namespace {
 // What a pass is for: the sums, the gradients to input and weight (each may be null), or both.
 enum class Pass { sum, apply, both };
 
-// One pass by one thread. Only what the activation is part of is compiled for each. `kept`: null, or the gradient to
-// the input, where a pass for the sums leaves the convolution for that which applies them.
+// The tensors that both ops have; both gradients may be null, and so is the convolution where it was not kept.
+template <class T>
+struct Tensors {
+  template <class Io>
+  explicit Tensors(const Io& io, const void* kept)
+      : weight(static_cast<const T*>(io.weight)),
+        input(static_cast<const T*>(io.input)),
+        grad_output(static_cast<const T*>(io.grad_output)),
+        convolution(static_cast<const Compute<T>*>(kept)),
+        grad_input(static_cast<T*>(io.grad_input)),
+        grad_weight(static_cast<T*>(io.grad_weight)) {}
+  const T *weight, *input, *grad_output;
+  const Compute<T>* convolution;
+  T *grad_input, *grad_weight;
+};
+
+// One pass by one thread. Only what the activation is part of is compiled for each.
 template <class Tile, class T>
-void run_pass(Pass pass, const Tiling& t, const Team& team, Tile& tile, Activation activation, const T* grad_output,
-              const T* input, const Chain<Compute<T>>& chain, const Sums& sums, T* kept, T* grad_input,
-              Compute<T>* grad_weight) {
-  const bool streamed = t.streamed(t.in, grad_input);
-  t.for_tiles(team, [&](int64_t first_group, int64_t position, int64_t count) {
-    tile.read(input, grad_output, first_group, position, count);
-    for (int64_t group = first_group; group < first_group + t.unit_groups; ++group) {
-      tile.convolve_again(group, kept, pass == Pass::apply);
+void run_pass(Pass pass, const Tiling& t, const Team& team, Tile& tile, Activation activation, const Tensors<T>& io,
+              const Chain<Compute<T>>& chain, const Sums& sums, Compute<T>* grad_weight) {
+  const bool streamed = t.streamed(t.in, io.grad_input);
+  const bool backwards = pass == Pass::apply;
+  const int products = !io.convolution + (pass != Pass::sum) * ((grad_weight != nullptr) + (io.grad_input != nullptr));
+  t.for_tiles(team, backwards, [&](const Tiling::Place& place, const Tiling::Place& next) {
+    tile.start(place, next, products);
+    tile.read_gradient(io.grad_output);
+    if (io.convolution) tile.read_convolution(io.convolution);
+    if (pass != Pass::sum || !io.convolution) tile.read_input(io.input);
+    for (int64_t group = place.group; group < place.group + t.unit_groups; ++group) {
+      if (!io.convolution) tile.convolve(group);
       with_activation(activation, [&](auto tag) {
         if (pass == Pass::sum) return tile.template chain<tag.value, true, false>(group, chain, sums);
         if (pass == Pass::apply) return tile.template chain<tag.value, false, true>(group, chain, sums);
@@ -30,25 +48,11 @@ void run_pass(Pass pass, const Tiling& t, const Team& team, Tile& tile, Activati
       });
       if (pass == Pass::sum) continue;
       if (grad_weight) tile.add_grad_weight(group, grad_weight + group * t.out.of_group * t.in.of_group);
-      if (grad_input) tile.convolve_back(group, streamed, grad_input);
+      if (io.grad_input) tile.convolve_back(group, streamed, io.grad_input);
     }
   });
   if (streamed) end_streams();
 }
-
-// The tensors that both ops have; both gradients may be null.
-template <class T>
-struct Tensors {
-  template <class Io>
-  explicit Tensors(const Io& io)
-      : weight(static_cast<const T*>(io.weight)),
-        input(static_cast<const T*>(io.input)),
-        grad_output(static_cast<const T*>(io.grad_output)),
-        grad_input(static_cast<T*>(io.grad_input)),
-        grad_weight(static_cast<T*>(io.grad_weight)) {}
-  const T *weight, *input, *grad_output;
-  T *grad_input, *grad_weight;
-};
 
 // What stands between the pass for the sums and the one for the gradients where the statistics are the batch's.
 template <class S>
@@ -76,26 +80,24 @@ template <class Tile, class T>
 bool with_tiles(const GroupConv1x1Params& p, const Tensors<T>& io, const Chain<Compute<T>>& chain, const Sums& total,
                 const ThroughStatistics<Compute<T>>* statistics, int threads) {
   using S = Compute<T>;
-  const Tiling tiling = Tile::tiling(p, threads);
+  const Work work{true, io.convolution != nullptr};
+  const Tiling tiling = Tile::tiling(p, work, threads);
   const Weights<S> weights(tiling);
   const Buffer<S> grad_weight(io.grad_weight ? weights.rows.count() : 0);
   if (weights.failed() || grad_weight.failed()) return false;
   weights.set(io.weight);
   grad_weight.zero();
   total.zero();
-  T* kept =
-      statistics && tiling.out.of_group <= tiling.in.of_group && tiling.template keeps<T>() ? io.grad_input : nullptr;
   bool failed = false;
   parallel(tiling.threads, [&](const Team& team) {
-    Tile tile(tiling, weights, true);
+    Tile tile(tiling, weights, work);
     const Sums sums(p.out_channels);
     const Buffer<S> own(grad_weight.count());
     if (!team.all(!tile.failed() && !sums.failed() && !own.failed(), &failed)) return;
     sums.zero();
     own.zero();
     const auto pass = [&](Pass what) {
-      run_pass(what, tiling, team, tile, p.activation, io.grad_output, io.input, chain, sums, kept, io.grad_input,
-               own.get());
+      run_pass(what, tiling, team, tile, p.activation, io, chain, sums, own.get());
       if (what != Pass::apply) team.in_order([&] { total.add(sums); });
     };
     pass(statistics ? Pass::sum : Pass::both);
@@ -129,7 +131,7 @@ bool backward(const GroupConv1x1Params& p, const GroupConv1x1Backward& io, int t
   chain.affine.set(io.scale, io.shift);
   chain.of_apart.zero();
   chain.constant.zero();
-  if (!run_backward<T>(p, Tensors<T>(io), chain, total, nullptr, threads)) return false;
+  if (!run_backward<T>(p, Tensors<T>(io, nullptr), chain, total, nullptr, threads)) return false;
   const auto give = [&](const Buffer<double>& sums, void* to) {
     for (int64_t o = 0; to && o < p.out_channels; ++o) static_cast<S*>(to)[o] = S(sums.get()[o]);
   };
@@ -150,7 +152,7 @@ bool batch_norm_backward(const GroupConv1x1Params& p, const GroupConv1x1BatchNor
   chain.constant.zero();
   const ThroughStatistics<S> statistics{var, p.eps, double(p.batch * p.pixels), static_cast<S*>(io.grad_gamma),
                                         static_cast<S*>(io.grad_beta)};
-  return run_backward<T>(p, Tensors<T>(io), chain, total, &statistics, threads);
+  return run_backward<T>(p, Tensors<T>(io, io.convolution), chain, total, &statistics, threads);
 }
 
 }  // namespace

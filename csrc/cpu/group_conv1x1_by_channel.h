@@ -38,17 +38,20 @@ __attribute__((noinline)) void chain_row(const ChainLanes<S>& given, const S* ro
   if constexpr (Sum) *grad_sum += sum_of<S>(grads), *product_sum += sum_of<S>(products);
 }
 
+// Numbers between the rows of a tile: an odd number of cache lines, so that rows do not meet in the same sets of it.
+inline int64_t row_stride(const Tiling& t) { return (div_up(t.tile, 16) | 1) * 16; }
+
 // Reads and writes one thread's tiles of one side of the convolution.
 template <class T>
 class PlaneAccess {
  public:
   using S = Compute<T>;
-  PlaneAccess(const Tiling& t, const Channels& side)
+  PlaneAccess(const Tiling& t, const Channels& side, bool used = true)
       : t_(t),
         side_(side),
-        stride_(t.tile + 16),  // so that rows do not meet in one set of the first cache
-        tile_((t.rows_of_memory ? side.count : side.of_group) * stride_),
-        staging_(t.rows_of_memory ? kRowsAtOnce * side.count : 0) {}
+        stride_(row_stride(t)),
+        tile_(used ? (t.rows_of_memory ? side.count : side.of_group) * stride_ : 0),
+        staging_(used && t.rows_of_memory ? kRowsAtOnce * side.count : 0) {}
   bool failed() const { return tile_.failed() || staging_.failed(); }
 
   // Where the rows of a group are written, and how far they lie apart.
@@ -99,32 +102,19 @@ class PlaneAccess {
   }
   int64_t place_step() const { return side_.step * t_.pixels; }
 
-  // Asks for some columns of rows [first, last) of a tile that is read where it lies.
-  CELLOPS_INLINE void prefetch(int64_t from, int64_t columns, int64_t first, int64_t last) const {
-    if (!direct_) return;
-    const S* row = direct_ + first * place_step() + from;
-    for (int64_t j = first; j < min_of(last, side_.of_group); ++j, row += place_step()) {
-      for (int64_t i = 0; i < columns; i += 64 / int64_t(sizeof(S))) __builtin_prefetch(row + i);
+  // Has a tile asked for.
+  void fetch(const T* tensor, const Tiling::Place& tile, Ahead& ahead) const {
+    if (t_.rows_of_memory) {
+      ahead.add(tensor + tile.position * side_.count, 1, tile.count * side_.count * int64_t(sizeof(T)), 0);
+    } else {
+      const int64_t image = tile.position / t_.pixels, pixel = tile.position % t_.pixels;
+      ahead.add(plane(tensor, image, tile.group) + pixel, side_.of_group,
+                min_of(tile.count, t_.pixels - pixel) * int64_t(sizeof(T)), place_step() * int64_t(sizeof(T)));
     }
   }
 
-  // Copies rows of numbers into the places that the group's first rows have in a tensor of planes, or from there.
-  void put_rows(int64_t rows, const S* from, int64_t step, int64_t group, int64_t position, int64_t count,
-                S* tensor) const {
-    for_images(position, count, [&](int64_t image, int64_t pixel, int64_t offset, int64_t length) {
-      S* to = plane(tensor, image, group) + pixel;
-      for (int64_t j = 0; j < rows; ++j) store_run(length, from + j * step + offset, to + j * place_step(), false);
-    });
-  }
-  void take_rows(int64_t rows, S* to, int64_t step, int64_t group, int64_t position, int64_t count,
-                 const S* tensor) const {
-    for_images(position, count, [&](int64_t image, int64_t pixel, int64_t offset, int64_t length) {
-      const S* from = plane(tensor, image, group) + pixel;
-      for (int64_t j = 0; j < rows; ++j) store_run(length, from + j * place_step(), to + j * step + offset, false);
-    });
-  }
-
-  void write(int64_t group, int64_t position, int64_t count, bool streamed, T* tensor) const {
+  template <class Number>
+  void write(int64_t group, int64_t position, int64_t count, bool streamed, Number* tensor) const {
     if (t_.rows_of_memory) {
       for (int64_t i = 0; i < count; i += kRowsAtOnce) {
         const int64_t some = min_of(kRowsAtOnce, count - i);
@@ -134,7 +124,7 @@ class PlaneAccess {
       return;
     }
     for_images(position, count, [&](int64_t image, int64_t pixel, int64_t offset, int64_t length) {
-      T* to = plane(tensor, image, group) + pixel;
+      Number* to = plane(tensor, image, group) + pixel;
       for (int64_t j = 0; j < side_.of_group; ++j) {
         store_run(length, tile_.get() + j * stride_ + offset, to + j * side_.step * t_.pixels, streamed);
       }
@@ -172,35 +162,58 @@ class ByChannel {
  public:
   using S = Compute<T>;
 
-  static Tiling tiling(const GroupConv1x1Params& p, int threads) {
+  // Long rows backward, as sums over lanes and the first lines of a row cost as much for short ones.
+  static Tiling tiling(const GroupConv1x1Params& p, Work work, int threads) {
     const bool all = p.channels_last || p.pixels == 1;
-    return Tiling(p, 240, (p.in_channels + p.out_channels) / (all ? 1 : p.groups), sizeof(S), all, threads);
+    return Tiling(p, work.backward ? 816 : 240, (p.in_channels + p.out_channels) / (all ? 1 : p.groups), sizeof(S), all,
+                  threads);
   }
 
-  ByChannel(const Tiling& t, const Weights<S>& weights, bool backward)
+  ByChannel(const Tiling& t, const Weights<S>& weights, Work work)
       : t_(t),
         weights_(weights),
+        work_(work),
         in_(t, t.in),
         out_(t, t.out),
-        stride_(t.tile + 16),
-        convolution_(backward ? t.out.of_group * stride_ : 0),
-        transposed_(backward && t.out.of_group >= 64 && t.in.of_group % kLanes<S> == 0 ? t.tile * t.in.of_group : 0) {}
-  bool failed() const { return in_.failed() || out_.failed() || convolution_.failed() || transposed_.failed(); }
-
-  void read(const T* input, const T* grad_output, int64_t group, int64_t position, int64_t count) {
-    group_ = group, position_ = position, count_ = count;
-    in_.read(input, group, position, count);
-    if (grad_output) out_.read(grad_output, group, position, count);
+        kept_(t, t.out, work.kept),
+        stride_(row_stride(t)),
+        convolution_(work.backward && !work.kept ? t.out.of_group * stride_ : 0),
+        by_channels_(t.in.of_group % kLanes<S> == 0 && (t.out.of_group >= 64 || t.tile < 128)),
+        transposed_(work.backward && by_channels_ && !lies_in_channels(t) ? t.tile * t.in.of_group : 0) {}
+  bool failed() const {
+    return in_.failed() || out_.failed() || kept_.failed() || convolution_.failed() || transposed_.failed();
   }
 
-  // Takes a tile of the convolution that is kept where the output will be, instead of computing it.
-  void read_kept(const T* output, int64_t group, int64_t position, int64_t count) {
-    group_ = group, position_ = position, count_ = count;
-    out_.read(output, group, position, count);
+  // Begins a tile, of which the tensors that are wanted are read next; `products` are to be made of it.
+  void start(const Tiling::Place& tile, const Tiling::Place& next, int products) {
+    group_ = tile.group, position_ = tile.position, count_ = tile.count, next_ = next, found_ = false;
+    ahead_.start(t_.fetches ? products * round_up(count_, kLanes<S>) * t_.out.of_group * t_.unit_groups * t_.in.of_group
+                            : 0);
   }
+  void read_input(const T* input) { take(input, in_), x_ = input; }
+  void read_gradient(const T* grad_output) { take(grad_output, out_); }
+  // The convolution, instead of computing it.
+  void read_convolution(const S* convolution) { take(convolution, kept_), found_ = true; }
 
-  // Forward: the convolution of a group, in the place of its output.
-  void convolve(int64_t group) { multiply_to(group, out_.row_of(group), out_.row_step(), false); }
+  // The convolution of a group: forward in the place of its output.
+  void convolve(int64_t group) {
+    multiply(group, by_vector<S>([to = work_.backward ? convolution_.get() : out_.row_of(group),
+                                  step = work_.backward ? stride_ : out_.row_step()](int64_t j, int64_t n, Vec<S> z)
+                                     CELLOPS_INLINE_LAMBDA { store(to + j * step + n, z); }));
+  }
+  // And in its place in memory.
+  void convolve_and_keep(int64_t group, bool streamed, S* kept) {
+    if (S* place = kept_.place(kept, group, position_, count_)) {
+      multiply(group, by_vector<S>([=, place_step = kept_.place_step(), to = out_.row_of(group),
+                                    step = out_.row_step()](int64_t j, int64_t n, Vec<S> z) CELLOPS_INLINE_LAMBDA {
+                 store(to + j * step + n, z);
+                 put(place + j * place_step + n, z, streamed);
+               }));
+      return;
+    }
+    convolve(group);
+    if (is_last(group)) out_.write(group_, position_, count_, streamed, kept);
+  }
 
   // Forward: the convolution of a group and what follows it, while it is in registers where that is short enough.
   template <Activation A>
@@ -209,7 +222,7 @@ class ByChannel {
       const int64_t first = group * t_.out.of_group;
       if (T* place = out_.place(output, group, position_, count_)) {
         const int64_t step = out_.place_step();
-        multiply(group, false, by_vector<S>([=, &affine](int64_t j, int64_t n, Vec<S> z) CELLOPS_INLINE_LAMBDA {
+        multiply(group, by_vector<S>([=, &affine](int64_t j, int64_t n, Vec<S> z) CELLOPS_INLINE_LAMBDA {
                    put(place + j * step + n, lanes_of(affine, first + j).template activated<A>(z), streamed);
                  }));
         return;
@@ -240,79 +253,70 @@ class ByChannel {
     T* place = out_.place(output, group, position_, count_);
     for (int64_t j = 0; j < t_.out.of_group; ++j) {
       const AffineLanes<S> lanes = lanes_of(affine, group * t_.out.of_group + j);
+      const S* row = row_of(group) + j * row_step();
       if (place) {
-        const S* row = out_.read_row_of(group) + j * out_.read_row_step();
         T* to = place + j * out_.place_step();
         for (int64_t i = 0; i < count_; i += kLanes<S>)
           put(to + i, lanes.template activated<A>(load(row + i)), streamed);
       } else {
-        S* row = out_.row_of(group) + j * out_.row_step();
-        for (int64_t i = 0; i < count_; i += kLanes<S>) store(row + i, lanes.template activated<A>(load(row + i)));
+        S* to = out_.row_of(group) + j * out_.row_step();
+        for (int64_t i = 0; i < count_; i += kLanes<S>) store(to + i, lanes.template activated<A>(load(row + i)));
       }
     }
     if (!place && is_last(group)) out_.write(group_, position_, count_, streamed, output);
   }
 
-  // Backward: the convolution again. It is left in the tile's part of `kept`, which is null or like the input and has
-  // room for it, or found there.
-  void convolve_again(int64_t group, T* kept, bool found) {
-    convolution_row_ = convolution_.get(), convolution_step_ = stride_;
-    bool copied = false;
-    if constexpr (sizeof(T) == sizeof(S)) {
-      if (kept && in_.place(kept, group, position_, count_)) {
-        convolution_row_ = in_.place(kept, group, position_, count_), convolution_step_ = in_.place_step();
-      } else if (kept && t_.rows_of_memory && count_ % kLanes<S> == 0) {  // rows of positions, as nobody else reads it
-        convolution_row_ = kept + position_ * t_.in.count + group * t_.out.of_group * count_,
-        convolution_step_ = count_;
-      } else {
-        copied = kept && !t_.rows_of_memory;
-      }
-      if (copied && found) {
-        in_.take_rows(t_.out.of_group, convolution_row_, convolution_step_, group, position_, count_, kept);
-        return;
-      }
-    }
-    if (found && (copied || convolution_row_ != convolution_.get())) return;
-    multiply_to(group, convolution_row_, convolution_step_, true);
-    if constexpr (sizeof(T) == sizeof(S)) {
-      if (copied) in_.put_rows(t_.out.of_group, convolution_row_, convolution_step_, group, position_, count_, kept);
-    }
-  }
-
   // The sums and, with Apply, the gradient to the convolution.
   template <Activation A, bool Sum, bool Apply>
   void chain(int64_t group, const Chain<S>& chain, const Sums& sums) {
-    const S* grads = out_.read_row_of(group);
+    const S *grads = out_.read_row_of(group), *rows = row_of(group);
+    const int64_t step = row_step();
     for (int64_t j = 0; j < t_.out.of_group; ++j) {
       const int64_t o = group * t_.out.of_group + j;
       const ChainLanes<S> lanes{lanes_of(chain.affine, o), broadcast(chain.of_apart.get()[o]),
                                 broadcast(chain.constant.get()[o])};
-      chain_row<A, Sum, Apply>(lanes, convolution_row_ + j * convolution_step_, grads + j * out_.read_row_step(),
-                               count_, out_.row_of(group) + j * out_.row_step(), sums.grad.get() + o,
-                               sums.product.get() + o);
+      chain_row<A, Sum, Apply>(lanes, rows + j * step, grads + j * out_.read_row_step(), count_,
+                               out_.row_of(group) + j * out_.row_step(), sums.grad.get() + o, sums.product.get() + o);
     }
   }
 
-  // As products of rows, whose sums over lanes take a third of the time of 240 positions; in tiles of many channels,
-  // which have fewer positions, the input is transposed instead.
-  void add_grad_weight(int64_t group, S* grad_weight) const {
-    const int64_t outs = t_.out.of_group, ins = t_.in.of_group;
-    if (transposed_.count() == 0) {
-      multiply_dots(outs, ins, round_up(count_, kLanes<S>), out_.row_of(group), out_.row_step(), in_.read_row_of(group),
-                    in_.read_row_step(), grad_weight, ins);
+  // From rows of channels of the input, where groups or tiles make the sums over lanes of its rows of positions dear.
+  void add_grad_weight(int64_t group, S* grad_weight) {
+    const int64_t outs = t_.out.of_group, ins = t_.in.of_group, depth = round_up(count_, kLanes<S>);
+    const S *rows = out_.row_of(group), *columns = in_.read_row_of(group);
+    const int64_t row_step = out_.row_step(), column_step = in_.read_row_step();
+    if (by_channels_) {
+      const S* x = transposed_.get();
+      int64_t x_step = ins;
+      if (lies_in_channels(t_)) {
+        x = reinterpret_cast<const S*>(x_) + position_ * t_.in.count + t_.in.first(group), x_step = t_.in.count;
+      } else {
+        transpose(ins, count_, columns, column_step, transposed_.get(), ins);
+      }
+      multiply_ahead<S, kTileRows, kTileVectors>(
+          ahead_, outs, ins, count_, rows, row_step, 1, x, x_step,
+          by_vector<S>([=](int64_t j, int64_t c, Vec<S> value) CELLOPS_INLINE_LAMBDA {
+            S* to = grad_weight + j * ins + c;
+            store(to, load(to) + value);
+          }));
       return;
     }
-    transpose(ins, count_, in_.read_row_of(group), in_.read_row_step(), transposed_.get(), ins);
-    add_product<S, kTileRows, kTileVectors>(outs, ins, count_, out_.row_of(group), out_.row_step(), 1,
-                                            transposed_.get(), ins, grad_weight, ins);
+    for (int64_t j = 0; j < outs; j += kDotRows) {
+      for (int64_t c = 0; c < ins; c += kDotColumns) {
+        const int64_t height = min_of(int64_t(kDotRows), outs - j), width = min_of(int64_t(kDotColumns), ins - c);
+        ahead_.during(height * width * depth);
+        multiply_dots(height, width, depth, rows + j * row_step, row_step, columns + c * column_step, column_step,
+                      grad_weight + j * ins + c, ins);
+      }
+    }
   }
 
   // The gradient to the input; may take the input's place.
   void convolve_back(int64_t group, bool streamed, T* grad_input) {
     const int64_t ins = t_.in.of_group, columns = round_up(count_, kLanes<S>);
     const auto product = [&](const auto& finish) {
-      multiply_blocks<S, kTileRows, kTileVectors>(ins, columns, t_.out.of_group, weights_.of(group), 1, ins,
-                                                  out_.row_of(group), out_.row_step(), by_vector<S>(finish));
+      multiply_ahead<S, kTileRows, kTileVectors>(ahead_, ins, columns, t_.out.of_group, weights_.of(group), 1, ins,
+                                                 out_.row_of(group), out_.row_step(), by_vector<S>(finish));
     };
     if (T* place = in_.place(grad_input, group, position_, count_)) {
       const int64_t step = in_.place_step();
@@ -327,31 +331,31 @@ class ByChannel {
   }
 
  private:
+  // Whether the input lies in memory as rows of channels of the type that is computed in.
+  static bool lies_in_channels(const Tiling& t) { return sizeof(T) == sizeof(S) && t.rows_of_memory; }
+
   // A tile is written when it has all its groups.
   bool is_last(int64_t group) const { return group + 1 == group_ + t_.unit_groups; }
 
-  // The product of a group's weights and its positions in blocks. Meanwhile it asks for the input of the panel after
-  // the next, and for the gradient where that is wanted after this.
-  template <class Finish>
-  CELLOPS_INLINE void multiply(int64_t group, bool with_gradient, const Finish& finish) const {
-    constexpr int64_t kPanel = kTileVectors * kLanes<S>;
-    const int64_t columns = round_up(count_, kLanes<S>), depth = t_.in.of_group, outs = t_.out.of_group;
-    const int64_t share = div_up(depth * kTileRows, round_up(outs, kTileRows));  // rows of input to a block of output
-    for (int64_t n = 0; n < columns; n += kPanel) {
-      const int64_t some = min_of(kPanel, columns - n);
-      for (int64_t r = 0, c = 0; r < outs; r += kTileRows, c += share) {
-        in_.prefetch(n + 2 * kPanel, kPanel, c, c + share);
-        if (with_gradient) out_.prefetch(n, some, r, r + kTileRows);
-        multiply_blocks<S, kTileRows, kTileVectors>(min_of(kTileRows, outs - r), some, depth,
-                                                    weights_.of(group) + r * depth, depth, 1,
-                                                    in_.read_row_of(group) + n, in_.read_row_step(), finish, r, n);
-      }
-    }
+  // A group's convolution, that was read or else computed last.
+  const S* row_of(int64_t group) const {
+    return found_ ? kept_.read_row_of(group) : work_.backward ? convolution_.get() : out_.row_of(group);
   }
-  void multiply_to(int64_t group, S* to, int64_t to_step, bool with_gradient) const {
-    multiply(group, with_gradient, by_vector<S>([=](int64_t j, int64_t n, Vec<S> z) CELLOPS_INLINE_LAMBDA {
-               store(to + j * to_step + n, z);
-             }));
+  int64_t row_step() const { return found_ ? kept_.read_row_step() : work_.backward ? stride_ : out_.row_step(); }
+
+  template <class Number>
+  void take(const Number* tensor, PlaneAccess<Number>& access) {
+    access.fetch(tensor, next_, ahead_);
+    access.read(tensor, group_, position_, count_);
+  }
+
+  // The product of a group's weights and its positions.
+  template <class Finish>
+  CELLOPS_INLINE void multiply(int64_t group, const Finish& finish) {
+    const int64_t depth = t_.in.of_group;
+    multiply_ahead<S, kTileRows, kTileVectors>(ahead_, t_.out.of_group, round_up(count_, kLanes<S>), depth,
+                                               weights_.of(group), depth, 1, in_.read_row_of(group),
+                                               in_.read_row_step(), finish);
   }
 
   static AffineLanes<S> lanes_of(const Affine<S>& affine, int64_t channel) {
@@ -361,12 +365,18 @@ class ByChannel {
 
   const Tiling& t_;
   const Weights<S>& weights_;
+  const Work work_;
   PlaneAccess<T> in_, out_;
+  PlaneAccess<S> kept_;
   const int64_t stride_;
-  const Buffer<S> convolution_, transposed_;
-  S* convolution_row_ = nullptr;
-  int64_t convolution_step_ = 0;
+  const Buffer<S> convolution_;
+  const bool by_channels_;  // how the weights' gradient is summed
+  const Buffer<S> transposed_;
+  const T* x_ = nullptr;
   int64_t group_ = 0, position_ = 0, count_ = 0;
+  bool found_ = false;  // whether the tile's convolution was read
+  Tiling::Place next_ = {};
+  Ahead ahead_;
 };
 
 }  // namespace cellops::CELLOPS_ISA

@@ -5,10 +5,11 @@
 namespace cellops::CELLOPS_ISA {
 
 // A column of `count` positions of as many channels as a vector has, `step` numbers apart: adds to the channels' sums
-// and, with Apply, puts the gradient to the convolution into its place. Compiled for the compute type.
+// and, with Apply, writes the gradient to the convolution, which may take its place. Compiled for the compute type.
 template <Activation A, bool Sum, bool Apply, class S>
-__attribute__((noinline)) void chain_column(const ChainLanes<S>& given, S* column, int64_t step, const S* grads,
-                                            int64_t grad_step, int64_t count, double* grad_sums, double* product_sums) {
+__attribute__((noinline)) void chain_column(const ChainLanes<S>& given, const S* column, int64_t step, const S* grads,
+                                            int64_t grad_step, int64_t count, S* result, int64_t result_step,
+                                            double* grad_sums, double* product_sums) {
   const ChainLanes<S> lanes = given;
   Vec<S> grad_sum{}, product_sum{};
   for (int64_t i = 0; i < count; ++i, column += step, grads += grad_step) {
@@ -18,7 +19,7 @@ __attribute__((noinline)) void chain_column(const ChainLanes<S>& given, S* colum
       grad_sum += grad;
       product_sum += grad * apart;
     }
-    if constexpr (Apply) store(column, lanes.template through_affine<!Sum>(grad, apart));
+    if constexpr (Apply) store(result + i * result_step, lanes.template through_affine<!Sum>(grad, apart));
   }
   for (int k = 0; Sum && k < kLanes<S>; ++k) grad_sums[k] += grad_sum[k], product_sums[k] += product_sum[k];
 }
@@ -34,41 +35,46 @@ class ByPosition {
            out % kLanes<S> == 0;
   }
 
-  static Tiling tiling(const GroupConv1x1Params& p, int threads) {
+  static Tiling tiling(const GroupConv1x1Params& p, Work, int threads) {
     return Tiling(p, 48, p.in_channels + p.out_channels, sizeof(S), true, threads);
   }
 
-  ByPosition(const Tiling& t, const Weights<S>& weights, bool backward)
+  ByPosition(const Tiling& t, const Weights<S>& weights, Work work)
       : t_(t),
         weights_(weights),
-        in_(sizeof(T) == sizeof(S) ? 0 : t.tile * t.in.count),
-        grads_(sizeof(T) == sizeof(S) || !backward ? 0 : t.tile * t.out.count),
-        convolution_(t.tile * t.out.of_group) {}
-  bool failed() const { return in_.failed() || grads_.failed() || convolution_.failed(); }
+        in_(kWide ? 0 : t.tile * t.in.count),
+        grads_(kWide || !work.backward ? 0 : t.tile * t.out.count),
+        block_(t.tile * t.out.of_group) {}
+  bool failed() const { return in_.failed() || grads_.failed() || block_.failed(); }
 
-  void read(const T* input, const T* grad_output, int64_t, int64_t position, int64_t count) {
-    position_ = position, count_ = count, kept_ = nullptr;
-    x_ = take(input + position * t_.in.count, t_.in.count, in_);
-    next_in_ = reinterpret_cast<const char*>(input + min_of(position + count, t_.positions) * t_.in.count);
-    next_in_bytes_ = min_of(count, t_.positions - position - count) * t_.in.count * int64_t(sizeof(T));
-    if (!grad_output) return;
-    g_ = take(grad_output + position * t_.out.count, t_.out.count, grads_);
-    next_out_ = reinterpret_cast<const char*>(grad_output + min_of(position + count, t_.positions) * t_.out.count);
-    next_out_bytes_ = min_of(count, t_.positions - position - count) * t_.out.count * int64_t(sizeof(T));
+  // Begins a tile, of which the tensors that are wanted are read next; `products` are to be made of it.
+  void start(const Tiling::Place& tile, const Tiling::Place& next, int products) {
+    position_ = tile.position, count_ = tile.count, next_ = next;
+    x_ = g_ = z_ = nullptr;
+    ahead_.start(t_.fetches ? products * count_ * t_.out.count * t_.in.of_group : 0);
+  }
+  void read_input(const T* input) { x_ = take(input, t_.in.count, in_); }
+  void read_gradient(const T* grad_output) { g_ = take(grad_output, t_.out.count, grads_); }
+  // The convolution, instead of computing it.
+  void read_convolution(const S* convolution) {
+    fetch(convolution, t_.out.count);
+    z_ = convolution + position_ * t_.out.count;
   }
 
-  // Takes a tile of the convolution that is kept where the output will be, instead of computing it.
-  void read_kept(const S* output, int64_t, int64_t position, int64_t count) {
-    position_ = position, count_ = count, kept_ = output + position * t_.out.count;
-  }
-  template <class Half>
-  void read_kept(const Half*, int64_t, int64_t, int64_t) {}  // half types are not kept
-
+  // The convolution of a group, into the block.
   void convolve(int64_t group) {
-    const int64_t outs = t_.out.of_group;
-    S* to = convolution_.get();
-    multiply(group,
-             by_vector<S>([=](int64_t i, int64_t j, Vec<S> z) CELLOPS_INLINE_LAMBDA { store(to + i * outs + j, z); }));
+    multiply(group, by_vector<S>([to = block_.get(), step = t_.out.of_group](int64_t i, int64_t j, Vec<S> z)
+                                     CELLOPS_INLINE_LAMBDA { store(to + i * step + j, z); }));
+  }
+  // And into its place in memory.
+  void convolve_and_keep(int64_t group, bool streamed, S* kept) {
+    const int64_t step = t_.out.count;
+    S* place = kept + position_ * step + group * t_.out.of_group;
+    multiply(group, by_vector<S>([=, to = block_.get(), outs = t_.out.of_group](int64_t i, int64_t j, Vec<S> z)
+                                     CELLOPS_INLINE_LAMBDA {
+                                       store(to + i * outs + j, z);
+                                       put(place + i * step + j, z, streamed);
+                                     }));
   }
 
   // Forward: the convolution of a group and what follows it, while it is in registers where that is short enough.
@@ -91,31 +97,10 @@ class ByPosition {
     }
   }
 
-  // Backward: the convolution again. It is left in the places that the group's first channels have in `kept`, which is
-  // null or like the input, or found there.
-  void convolve_again(int64_t group, T* kept, bool found) {
-    if (!kept || !found) convolve(group);
-    if constexpr (sizeof(T) == sizeof(S)) {
-      if (!kept) return;
-      const int64_t outs = t_.out.of_group;
-      S* place = kept + position_ * t_.in.count + t_.in.first(group);
-      for (int64_t i = 0; i < count_; ++i, place += t_.in.count) {
-        S* row = convolution_.get() + i * outs;
-        for (int64_t j = 0; j < outs; j += kLanes<S>) {
-          if (found) {
-            store(row + j, load(place + j));
-          } else {
-            store(place + j, load(row + j));
-          }
-        }
-      }
-    }
-  }
-
   void find_moments(int64_t, S* means, S* squares) const {
     const int64_t outs = t_.out.of_group;
     for (int64_t j = 0; j < outs; j += kLanes<S>) {
-      const S* column = convolution_.get() + j;
+      const S* column = block_.get() + j;
       Vec<S> sum{}, square{};
       for (int64_t i = 0; i < count_; ++i) sum += load(column + i * outs);
       const Vec<S> mean = sum / S(count_);
@@ -133,8 +118,8 @@ class ByPosition {
     const int64_t outs = t_.out.of_group;
     for (int64_t j = 0; j < outs; j += kLanes<S>) {
       const AffineLanes<S> lanes = lanes_of(affine, group * outs + j);
-      const S* column = kept_ ? kept_ + group * outs + j : convolution_.get() + j;
-      const int64_t step = kept_ ? t_.out.count : outs;
+      const S* column = column_of(group) + j;
+      const int64_t step = column_step();
       T* to = output + position_ * t_.out.count + group * outs + j;
       for (int64_t i = 0; i < count_; ++i) {
         put(to + i * t_.out.count, lanes.template activated<A>(load(column + i * step)), streamed);
@@ -142,6 +127,7 @@ class ByPosition {
     }
   }
 
+  // Backward: the sums and, with Apply, the gradient to the convolution, in the block.
   template <Activation A, bool Sum, bool Apply>
   void chain(int64_t group, const Chain<S>& chain, const Sums& sums) {
     const int64_t outs = t_.out.of_group;
@@ -149,29 +135,42 @@ class ByPosition {
       const int64_t o = group * outs + j;
       const ChainLanes<S> lanes{lanes_of(chain.affine, o), load(chain.of_apart.get() + o),
                                 load(chain.constant.get() + o)};
-      chain_column<A, Sum, Apply>(lanes, convolution_.get() + j, outs, g_ + o, t_.out.count, count_,
-                                  sums.grad.get() + o, sums.product.get() + o);
+      chain_column<A, Sum, Apply>(lanes, column_of(group) + j, column_step(), g_ + o, t_.out.count, count_,
+                                  block_.get() + j, outs, sums.grad.get() + o, sums.product.get() + o);
     }
   }
 
-  void add_grad_weight(int64_t group, S* grad_weight) const {
+  void add_grad_weight(int64_t group, S* grad_weight) {
     const int64_t outs = t_.out.of_group, ins = t_.in.of_group;
-    add_product<S, kTileRows, kTileVectors>(outs, ins, count_, convolution_.get(), 1, outs, x_ + t_.in.first(group),
-                                            t_.in.count, grad_weight, ins);
+    multiply_ahead<S, kTileRows, kTileVectors>(
+        ahead_, outs, ins, count_, block_.get(), 1, outs, x_ + t_.in.first(group), t_.in.count,
+        by_vector<S>([=](int64_t j, int64_t c, Vec<S> value) CELLOPS_INLINE_LAMBDA {
+          S* to = grad_weight + j * ins + c;
+          store(to, load(to) + value);
+        }));
   }
 
   void convolve_back(int64_t group, bool streamed, T* grad_input) {
     const int64_t outs = t_.out.of_group, ins = t_.in.of_group, step = t_.in.count;
     T* to = grad_input + position_ * step + t_.in.first(group);
-    multiply_blocks<S, kRows, kPanelVectors>(
-        count_, ins, outs, convolution_.get(), outs, 1, weights_.of(group), ins,
-        by_vector<S>([=](int64_t i, int64_t c, Vec<S> value)
-                         CELLOPS_INLINE_LAMBDA { put(to + i * step + c, value, streamed); }));
+    multiply_ahead<S, kRows, kPanelVectors>(ahead_, count_, ins, outs, block_.get(), outs, 1, weights_.of(group), ins,
+                                            by_vector<S>([=](int64_t i, int64_t c, Vec<S> value) CELLOPS_INLINE_LAMBDA {
+                                              put(to + i * step + c, value, streamed);
+                                            }));
   }
 
  private:
-  const S* take(const T* rows, int64_t channels, const Buffer<S>& buffer) const {
-    if constexpr (sizeof(T) == sizeof(S)) {
+  static constexpr bool kWide = sizeof(T) == sizeof(S);
+
+  template <class Number>
+  void fetch(const Number* tensor, int64_t channels) {
+    ahead_.add(tensor + next_.position * channels, 1, next_.count * channels * int64_t(sizeof(Number)), 0);
+  }
+  // A tile of a tensor; the next one's is asked for.
+  const S* take(const T* tensor, int64_t channels, const Buffer<S>& buffer) {
+    fetch(tensor, channels);
+    const T* rows = tensor + position_ * channels;
+    if constexpr (kWide) {
       return rows;
     } else {
       convert_row(count_ * channels, rows, buffer.get());
@@ -179,29 +178,17 @@ class ByPosition {
     }
   }
 
-  // The product of a group's positions and its weights in blocks, while the next tile is fetched.
+  // The product of a group's positions and its weights.
   template <class Finish>
-  CELLOPS_INLINE void multiply(int64_t group, const Finish& finish) const {
-    constexpr int64_t kSome = 2 * kRows;
+  CELLOPS_INLINE void multiply(int64_t group, const Finish& finish) {
     const int64_t outs = t_.out.of_group, ins = t_.in.of_group;
-    for (int64_t i = 0; i < count_; i += kSome) {
-      prefetch(group * count_ + i, min_of(kSome, count_ - i));
-      multiply_blocks<S, kRows, kPanelVectors>(min_of(kSome, count_ - i), outs, ins,
-                                               x_ + i * t_.in.count + t_.in.first(group), t_.in.count, 1,
-                                               weights_.transposed_of(group), outs, finish, i);
-    }
+    multiply_ahead<S, kRows, kPanelVectors>(ahead_, count_, outs, ins, x_ + t_.in.first(group), t_.in.count, 1,
+                                            weights_.transposed_of(group), outs, finish);
   }
 
-  // Asks for a part of the next tile, `share` of group count * tile of them, from `at` on.
-  CELLOPS_INLINE void prefetch(int64_t at, int64_t share) const {
-    const int64_t parts = t_.groups * count_;
-    for (int64_t i = next_in_bytes_ * at / parts; i < next_in_bytes_ * (at + share) / parts; i += 64) {
-      __builtin_prefetch(next_in_ + i);
-    }
-    for (int64_t i = next_out_bytes_ * at / parts; i < next_out_bytes_ * (at + share) / parts; i += 64) {
-      __builtin_prefetch(next_out_ + i);
-    }
-  }
+  // A group's convolution, that was read or else computed last.
+  const S* column_of(int64_t group) const { return z_ ? z_ + group * t_.out.of_group : block_.get(); }
+  int64_t column_step() const { return z_ ? t_.out.count : t_.out.of_group; }
 
   static AffineLanes<S> lanes_of(const Affine<S>& affine, int64_t channel) {
     return {load(affine.centre.get() + channel), load(affine.scale.get() + channel),
@@ -210,11 +197,12 @@ class ByPosition {
 
   const Tiling& t_;
   const Weights<S>& weights_;
-  const Buffer<S> in_, grads_, convolution_;
-  const S *x_ = nullptr, *g_ = nullptr, *kept_ = nullptr;
-  const char *next_in_ = nullptr, *next_out_ = nullptr;
-  int64_t next_in_bytes_ = 0, next_out_bytes_ = 0;
+  const Buffer<S> in_, grads_;  // tiles of the tensors, of half types
+  const Buffer<S> block_;       // a group's convolution, or its gradient
+  const S *x_ = nullptr, *g_ = nullptr, *z_ = nullptr;
   int64_t position_ = 0, count_ = 0;
+  Tiling::Place next_ = {};
+  Ahead ahead_;
 };
 
 }  // namespace cellops::CELLOPS_ISA

@@ -1,0 +1,31 @@
+"""The types that oneDNN has fast loops for behind PyTorch's convolutions: modules stand back in those alone."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from cellops import _native
+
+
+def dtype_of(input: Tensor) -> torch.dtype:
+    """The type that a convolution of this input on the CPU gets, under autocast too."""
+    if torch.is_autocast_enabled("cpu") and input.dtype != torch.float64:
+        return torch.get_autocast_dtype("cpu")
+    return input.dtype
+
+
+def convolves(dtype: torch.dtype) -> bool:
+    """Whether oneDNN does: float32, and bfloat16 where the CPU multiplies it.
+
+    Else PyTorch takes 3 to 50 times as long as ours (a Zen 4; bfloat16 with AVX2), 1x1 or depthwise.
+    """
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and multiplies_bfloat16())
+
+
+@cache
+def multiplies_bfloat16() -> bool:
+    """Whether the CPU has instructions for products of bfloat16, as the variant of the library tells."""
+    return _native.error is None and _native.library().isa() in ("avx512_bf16", "amx_bf16")
