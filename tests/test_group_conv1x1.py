@@ -191,15 +191,16 @@ def test_the_convolution_is_saved_and_may_be_missing(dtype: torch.dtype, layout:
         assert torch.equal(one, other)
     backward, wants = torch.ops.cellops.group_conv1x1_batch_norm_backward, [True] * 4
     given = (torch.randn_like(output), *tensors, mean, var)
-    found = backward(*given, convolution, *settings, wants)
-    for one, other in zip(backward(*given, convolution.new_empty(0), *settings, wants), found, strict=True):
-        torch.testing.assert_close(one, other)
+    found = backward(*given, *settings, wants, None, convolution)
+    for missing in ((), (None, None), ("cpu", convolution.new_empty(0))):
+        for one, other in zip(backward(*given, *settings, wants, *missing), found, strict=True):
+            torch.testing.assert_close(one, other)
     with pytest.raises(ValueError, match="convolution must have shape"):
-        backward(*given, convolution[:1], *settings, wants)
+        backward(*given, *settings, wants, None, convolution[:1])
     with pytest.raises(TypeError, match=f"convolution must be {wide}"):
-        backward(*given, convolution.to(torch.int32), *settings, wants)
+        backward(*given, *settings, wants, None, convolution.to(torch.int32))
     with pytest.raises(ValueError, match="mean must have shape"):
-        backward(*given[:-2], mean[:1], var, convolution, *settings, wants)
+        backward(*given[:-2], mean[:1], var, *settings, wants)
 
 
 def test_other_backends_save_nothing() -> None:

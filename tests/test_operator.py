@@ -58,10 +58,12 @@ def output_of(result: Any) -> Tensor:
     return result[0] if isinstance(result, tuple) else result
 
 
-def statistics_of(case: Case, tensors: list[Tensor], settings: list[Any]) -> list[Tensor]:
-    """What the op of training returns after its output: the backward op wants it after the tensors."""
-    found = OPERATORS[case.op].training_op(*tensors, *settings)
-    return [one.detach() for one in found[1:]] if isinstance(found, tuple) else []
+def beside_output(case: Case, tensors: list[Tensor], settings: list[Any]) -> tuple[list[Tensor], list[Tensor]]:
+    """The statistics, which the backward op wants after the tensors, and what is saved, which it gets last."""
+    operator = OPERATORS[case.op]
+    found = operator.training_op(*tensors, *settings)
+    rest = [one.detach() for one in found[1:]] if isinstance(found, tuple) else []
+    return rest[: len(operator.statistics)], rest[len(operator.statistics) :]
 
 
 @each_op
@@ -75,8 +77,9 @@ def test_opcheck(case: Case, layout: torch.memory_format, requires_grad: bool) -
     for op in {operator.op, operator.training_op}:
         torch.library.opcheck(op, (*tensors, *settings))
     grad_output = torch.randn_like(output_of(operator.op(*tensors, *settings))).requires_grad_(requires_grad)
-    statistics = statistics_of(case, tensors, settings)
-    torch.library.opcheck(operator.backward_op, (grad_output, *tensors, *statistics, *settings, [True] * len(tensors)))
+    statistics, saved = beside_output(case, tensors, settings)
+    arguments = (grad_output, *tensors, *statistics, *settings, [True] * len(tensors), None, *saved)
+    torch.library.opcheck(operator.backward_op, arguments)
 
 
 @each_op
@@ -114,9 +117,10 @@ def test_devices_without_a_kernel_take_the_reference(case: Case, layout: torch.m
         )
     )
     flags = [True] * len(tensors)
-    output, *statistics = results
-    found = operator.backward_any_device(output, *tensors, *statistics, *settings, flags, "reference")
-    expected = operator.backward_op(output, *tensors, *statistics, *settings, flags, "reference")
+    output, *rest = results
+    statistics, saved = rest[: len(operator.statistics)], rest[len(operator.statistics) :]
+    found = operator.backward_any_device(output, *tensors, *statistics, *settings, flags, "reference", *saved)
+    expected = operator.backward_op(output, *tensors, *statistics, *settings, flags, "reference", *saved)
     for one, other in zip((*results, *found), (*wanted, *expected), strict=True):
         assert torch.equal(one, other) and one.stride() == other.stride()
 
@@ -126,11 +130,11 @@ def test_devices_without_a_kernel_take_the_reference(case: Case, layout: torch.m
 def test_only_wanted_gradients_are_computed(case: Case) -> None:
     tensors, settings = split(case, case.make())
     operator = OPERATORS[case.op]
-    statistics = statistics_of(case, tensors, settings)
+    statistics, saved = beside_output(case, tensors, settings)
     grad_output = torch.randn_like(output_of(operator.op(*tensors, *settings)))
 
     def backward(wanted: list[bool]) -> list[Tensor]:
-        return operator.backward_op(grad_output, *tensors, *statistics, *settings, wanted, "cpu")
+        return operator.backward_op(grad_output, *tensors, *statistics, *settings, wanted, "cpu", *saved)
 
     every = backward([True] * len(tensors))
     for bits in range(1, 2 ** len(tensors)):

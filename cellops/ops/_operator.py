@@ -108,10 +108,11 @@ class Operator(Arguments):
         self.op = self.training_op = self._define_forward(name, forward, saves=False)
         if self.saved:
             self.training_op = self._define_forward(f"{name}_for_backward", forward, saves=True)
-        saved = "".join(f", Tensor {name}" for name in (*self.statistics, *self.saved))
+        known = "".join(f", Tensor {name}" for name in self.statistics)
+        saved = "".join(f", Tensor? {name}=None" for name in self.saved)  # last and optional: older graphs lack them
         self.backward_op = define(
-            f"{name}_backward(Tensor grad_output, {arguments}{saved}, {settings}bool[{self.count}] wanted, "
-            "str? backend=None) -> Tensor[]",
+            f"{name}_backward(Tensor grad_output, {arguments}{known}, {settings}bool[{self.count}] wanted, "
+            f"str? backend=None{saved}) -> Tensor[]",
             {
                 "CPU": self.backward_cpu,
                 "CompositeExplicitAutograd": self.backward_any_device,
@@ -197,9 +198,16 @@ class Operator(Arguments):
     def _split_backward(self, arguments: tuple[Any, ...]) -> tuple[Tensors, Tensors, Config, Sequence[bool]]:
         """Tensors, what forward returned beside the output, settings with the backend, and the wanted gradients."""
         arguments += (None,) * (self._backward_arguments - 1 - len(arguments))
-        end = self.count + len(self.statistics) + len(self.saved)
-        *settings, wanted, backend = arguments[end:]
-        return arguments[: self.count], arguments[self.count : end], (*settings, backend), wanted
+        first, last = self.count + len(self.statistics), len(arguments) - len(self.saved)
+        *settings, wanted, backend = arguments[first:last]
+        of_forward = arguments[self.count : first] + arguments[last:]
+        return arguments[: self.count], of_forward, (*settings, backend), wanted
+
+    def call_backward(self, tensors: Tensors, of_forward: Tensors, config: Config, wanted: Sequence[bool]) -> Any:
+        """The backward op of grad_output and the tensors, and of what forward returned beside its output."""
+        *settings, backend = config
+        count = len(self.statistics)
+        return self.backward_op(*tensors, *of_forward[:count], *settings, wanted, backend, *of_forward[count:])
 
     # Kernels
 
@@ -267,12 +275,12 @@ class Operator(Arguments):
 
     def backward_cpu(self, grad_output: Tensor, *arguments: Any) -> list[Tensor]:
         """Kernel of the backward op for tensors on the CPU: the wanted gradients, in order."""
-        given, statistics, config, wanted = self._split_backward(arguments)
+        given, of_forward, config, wanted = self._split_backward(arguments)
         tensors, channels_last = self._dense(given)
         plan = self._plan_of("cpu", tensors, config, channels_last)
         self._check_grad_output(grad_output, tensors[0], plan.output_shape)
         if plan.params is None:
-            return self._backward_without_library(plan, grad_output, given, statistics, config, wanted)
+            return self._backward_without_library(plan, grad_output, given, of_forward, config, wanted)
         gradients = [
             _empty_gradient(tensor, plan.wide if wide else tensor.dtype, i == 0 or i in self.own_format)
             if want and tensor is not None
@@ -282,24 +290,24 @@ class Operator(Arguments):
         kernel = getattr(_native.library(), f"{self.name}_backward_cpu")
         grad_output = grad_output.contiguous(memory_format=plan.memory_format)
         tensors = self._widened(tensors, plan.wide)
-        of_forward = self._of_forward(statistics, plan.output_shape, plan.wide, plan.memory_format)
+        of_forward = self._of_forward(of_forward, plan.output_shape, plan.wide, plan.memory_format)
         addresses = map(_native.pointer, (grad_output, *tensors, *of_forward, *gradients))
         kernel(plan.params, torch.get_num_threads(), *addresses)
         return _like(gradients, given)
 
     def backward_any_device(self, grad_output: Tensor, *arguments: Any) -> list[Tensor]:
         """Kernel of the backward op for devices without one of their own."""
-        tensors, statistics, config, wanted = self._split_backward(arguments)
+        tensors, of_forward, config, wanted = self._split_backward(arguments)
         plan = self._plan_of_any_device(arguments[0], tensors, config)
         self._check_grad_output(grad_output, tensors[0], plan.output_shape)
-        return self._backward_without_library(plan, grad_output, tensors, statistics, config, wanted)
+        return self._backward_without_library(plan, grad_output, tensors, of_forward, config, wanted)
 
     def _backward_without_library(
         self,
         plan: _Plan,
         grad_output: Tensor,
         tensors: Tensors,
-        statistics: Tensors,
+        of_forward: Tensors,
         config: Config,
         wanted: Sequence[bool],
     ) -> list[Tensor]:
@@ -308,7 +316,7 @@ class Operator(Arguments):
         kernel = _backend.gpu_launcher(plan.backend, self.name, "backward")
         grad_output = grad_output.contiguous(memory_format=plan.memory_format)
         with autocast_disabled(), device_of(grad_output):
-            known = statistics[: len(self.statistics)]
+            known = of_forward[: len(self.statistics)]
             gradients = kernel(grad_output, *self._dense(tensors)[0], *known, *config[:-1], wanted)
         return _like(
             [
@@ -352,9 +360,11 @@ class Operator(Arguments):
             need and tensor is not None
             for need, tensor in zip(ctx.needs_input_grad[1 : self.count + 1], tensors, strict=True)
         ]
-        *settings, backend = ctx.config
+        of_forward = saved[self.count :]
         with once_through_dispatcher():
-            found = iter(one_by_one(lambda one: self.backward_op(one, *saved, *settings, wanted, backend), grad_output))
+            found = iter(
+                one_by_one(lambda one: self.call_backward((one, *tensors), of_forward, ctx.config, wanted), grad_output)
+            )
         return tuple(next(found) if want else None for want in wanted)
 
     def _autograd(self, *arguments: Any, saves: bool) -> Result:
@@ -372,15 +382,15 @@ class Operator(Arguments):
         return self.training_op if saves else self.op
 
     def _backward_autograd(self, grad_output: Tensor, *arguments: Any) -> list[Tensor]:
-        tensors, statistics, (*settings, backend), wanted = self._split_backward(arguments)
+        tensors, of_forward, config, wanted = self._split_backward(arguments)
         every = (grad_output, *tensors)
         differentiable = torch.is_grad_enabled() and torch._C._any_requires_grad(*every)
         if has_tangent(every) or (differentiable and torch._C._are_functorch_transforms_active()):
-            return self.backward_formula(grad_output, tensors, tuple(settings), wanted)
+            return self.backward_formula(grad_output, tensors, config[:-1], wanted)
         if differentiable:
-            return list(BackwardFunction.apply(self, *every, *statistics, (*settings, wanted, backend)))
+            return list(BackwardFunction.apply(self, *every, *of_forward, (config, wanted)))
         with torch._C._AutoDispatchBelowAutograd():
-            return self.backward_op(*every, *statistics, *settings, wanted, backend)
+            return self.call_backward(every, of_forward, config, wanted)
 
     def _autocast(self, device_type: str, *arguments: Any, saves: bool) -> Result:
         tensors, config = self._split(arguments)

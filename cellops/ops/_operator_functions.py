@@ -65,11 +65,12 @@ class BackwardFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, operator: Any, *arguments: Any) -> tuple[Tensor, ...]:
-        *tensors, (*settings, wanted, backend) = arguments
-        ctx.operator, ctx.settings, ctx.wanted = operator, tuple(settings), wanted
+        *tensors, (config, wanted) = arguments
+        ctx.operator, ctx.settings, ctx.wanted = operator, config[:-1], wanted
+        count = 1 + operator.count
         with torch._C._AutoDispatchBelowAutograd():
-            gradients = operator.backward_op(*tensors, *settings, wanted, backend)
-        ctx.save_for_backward(*tensors[: 1 + operator.count])  # the formula finds the statistics again
+            gradients = operator.call_backward(tensors[:count], tensors[count:], config, wanted)
+        ctx.save_for_backward(*tensors[:count])  # the formula finds the statistics again
         return tuple(gradients)
 
     @staticmethod
