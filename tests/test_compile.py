@@ -203,6 +203,28 @@ def test_compiled_autograd() -> None:
         model.zero_grad()
 
 
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+@pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        lambda: cellops.GroupConv1x1(96, 32, 1),
+        lambda: cellops.GroupConv1x1(24, 32, 2),
+        lambda: cellops.DepthwiseConv2d(24, 5),
+    ],
+    ids=["deep", "shallow", "depthwise"],
+)
+def test_bfloat16_compiles_as_one_graph(module: Callable[[], nn.Module], training: bool, autocast: bool) -> None:
+    torch._dynamo.reset()
+    ours = module().train(training)
+    input = torch.randn(2, next(ours.parameters()).shape[1] * getattr(ours, "groups", 24), 5, 5)
+    if not autocast:
+        ours, input = ours.bfloat16(), input.bfloat16()
+    with torch.set_grad_enabled(training), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found = torch.compile(ours, fullgraph=True, backend="eager")(input)
+        torch.testing.assert_close(found, ours(input), rtol=0.05, atol=0.05)
+
+
 @pytest.mark.parametrize("name", list(MODULES))
 def test_eager_mode_calls_the_op(name: str) -> None:
     op, build = MODULES[name]

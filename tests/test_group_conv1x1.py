@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import cellops
-from cellops import GroupConv1x1, _native, group_conv1x1
+from cellops import GroupConv1x1, _native, group_conv1x1, testing
+from cellops.nn import _onednn
 from cellops.ops.group_conv1x1 import group_conv1x1_batch_norm
+from cellops.reference import group_conv1x1 as reference
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda x: x,
@@ -156,6 +158,8 @@ def test_stands_back_where_plain_modules_are_faster(
         assert called_children(module.eval(), input) == calls[1]
     module.to(dtype)
     assert called_children(module, input.to(dtype)) == calls[1]
+    with pytest.raises(ValueError, match="weight must have shape"):
+        module(input[:, : -sizes[2]].to(dtype))
     monkeypatch.setattr("cellops.nn._onednn.multiplies_bfloat16", lambda: False)
     if dtype != torch.float32:
         assert called_children(module, input.to(dtype)) == 0
@@ -202,6 +206,50 @@ def test_the_convolution_is_saved_and_may_be_missing(dtype: torch.dtype, layout:
         backward(*given, *settings, wants, None, convolution.to(torch.int32))
     with pytest.raises(ValueError, match="mean must have shape"):
         backward(*given[:-2], mean[:1], var, *settings, wants)
+
+
+@pytest.mark.skipif(_native.error is not None, reason=f"no compiled library: {_native.error}")
+def test_autograd_saves_the_convolution_and_backward_reads_it() -> None:
+    tensors, settings = saved_call(torch.float32, torch.contiguous_format)
+    leaves = [tensor.requires_grad_() for tensor in tensors]
+    output, mean, var = group_conv1x1_batch_norm(*leaves, *settings)
+    saved = [one for one in output.grad_fn.saved_tensors if one is not None and one.shape == output.shape]
+    assert len(saved) == 1
+    given = (torch.ones_like(output), *(leaf.detach() for leaf in leaves), mean, var, *settings, [True] * 4, None)
+    backward = torch.ops.cellops.group_conv1x1_batch_norm_backward
+    found, other = backward(*given, saved[0]), backward(*given, saved[0] + 1)
+    wanted = torch.autograd.grad(output.sum(), leaves, retain_graph=True)
+    assert all(torch.equal(one, two) for one, two in zip(found, wanted, strict=True))
+    assert not any(torch.allclose(one, two) for one, two in zip(found, other, strict=True))
+    assert torch.autograd.grad(mean.sum() + output.sum(), leaves[0])[0].shape == leaves[0].shape
+
+
+def test_which_variants_multiply_bfloat16() -> None:
+    library = _native.error is None and _native.library()
+    assert _onednn.multiplies_bfloat16() == (bool(library) and "bf16" in library.isa())
+
+
+@each_layout
+@pytest.mark.parametrize("shuffle", [False, True], ids=["", "shuffle"])
+@pytest.mark.parametrize(("sizes", "side"), [((96, 128, 2), 56), ((128, 64, 4), 56), ((64, 256, 4), 14)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_calls_larger_than_a_cache(
+    dtype: torch.dtype, sizes: tuple[int, int, int], side: int, shuffle: bool, layout: torch.memory_format
+) -> None:
+    """The kernels on the CPU fetch ahead then, and with half as much again write past the caches."""
+    torch.manual_seed(0)
+    channels, outputs, groups = sizes
+    batch = 7 if side == 56 else 64
+    input = torch.randn(batch, channels, side, side).contiguous(memory_format=layout).to(dtype)
+    weight = (torch.randn(outputs, channels // groups, 1, 1) / 8).to(dtype)
+    arguments = {"input": input, "weight": weight, "gamma": torch.rand(outputs) + 0.5, "beta": torch.randn(outputs)}
+    settings = {"eps": 1e-5, "groups": groups, "activation": "silu", "shuffle": shuffle}
+    found = testing.forward_and_gradients(group_conv1x1_batch_norm, {**arguments, **settings})
+    wide = {name: tensor.double() for name, tensor in arguments.items()}
+    wanted = testing.forward_and_gradients(reference.group_conv1x1_batch_norm, {**wide, **settings}, grad_dtype=dtype)
+    for name, tensor in found.items():
+        error = (tensor.double() - wanted[name]).norm() / wanted[name].norm()
+        assert error < (1e-5 if dtype == torch.float32 else 1e-3), name
 
 
 def test_other_backends_save_nothing() -> None:

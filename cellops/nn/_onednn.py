@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 from torch import Tensor
 
@@ -25,7 +23,9 @@ def convolves(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or (dtype == torch.bfloat16 and multiplies_bfloat16())
 
 
-@cache
+_MULTIPLIES_BFLOAT16 = _native.error is None and _native.library().isa() in ("avx512_bf16", "amx_bf16")
+
+
 def multiplies_bfloat16() -> bool:
     """Whether the CPU has instructions for products of bfloat16, as the variant of the library tells."""
-    return _native.error is None and _native.library().isa() in ("avx512_bf16", "amx_bf16")
+    return _MULTIPLIES_BFLOAT16  # a constant, as a compiler traces this

@@ -111,6 +111,8 @@ def _plain_is_faster(input: Tensor, conv: nn.Conv2d) -> bool:
     """
     if input.device.type != "cpu" or input.dim() != 4 or torch.jit.is_tracing():  # type: ignore[attr-defined]
         return False
+    if input.shape[1] != conv.in_channels:
+        return False  # the op's error says more
     return conv.kernel_size[0] > 3 and not torch.is_grad_enabled() and _onednn.convolves(_onednn.dtype_of(input))
 
 

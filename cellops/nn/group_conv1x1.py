@@ -6,13 +6,15 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
+from cellops import _native
 from cellops.nn import _batch_norm, _children, _compiled, _onednn
 from cellops.ops._registration import integer
 from cellops.ops.group_conv1x1 import ACTIVATION_CODES, group_conv1x1, group_conv1x1_batch_norm
 from cellops.reference._activation import ACTIVATIONS
 
 _LANES = 16  # of float32 in the widest vectors
-_DEEP, _DEEP_BFLOAT16 = 512, 40  # channels of a group from which on PyTorch's modules are faster
+_DEEP = 512  # channels of a group, from which on PyTorch's modules are faster
+_SHALLOW = 40  # up to which ours are in bfloat16
 
 
 class GroupConv1x1(nn.Module):
@@ -116,19 +118,27 @@ def _plain_is_faster(input: Tensor, conv: nn.Conv2d, groups: int, of_batch: bool
     but more
 
     - in groups of 512 channels and more, where oneDNN's products are the faster ones: 0.9 to 1.4, and 0.9 to 1.9;
-    - in training on channels_last memory, of one group: 0.8 to 1.3, and in whole networks of small maps 1.1 to 1.2;
+    - in training on channels_last memory and 1x1 maps, of one group: 0.8 to 1.3, and in whole networks of small maps
+      1.1 to 1.2;
     - in bfloat16 where the CPU multiplies it, as ours multiply float32: 1.1 to 2.1, and 1.1 to 2.6, of groups of more
       than 40 channels, and in channels_last of all but shallow ones that fill vectors.
     """
     dtype = _onednn.dtype_of(input)
     if input.device.type != "cpu" or input.dim() != 4 or not _onednn.convolves(dtype):
         return False
+    if input.shape[1] != conv.in_channels:
+        return False  # the op's error says more
     depth = conv.in_channels // groups
-    in_rows = input.shape[2] * input.shape[3] == 1 or not input.is_contiguous()  # of channels
-    fills_vectors = depth % _LANES == 0 and conv.out_channels // groups % _LANES == 0
     if dtype == torch.bfloat16:
-        return depth > _LANES or not fills_vectors if in_rows else depth > _DEEP_BFLOAT16
-    return depth >= _DEEP or (of_batch and in_rows and groups == 1)
+        if not _in_rows(input):
+            return depth > _SHALLOW
+        return depth > _LANES or bool(depth % _LANES or conv.out_channels // groups % _LANES)
+    return depth >= _DEEP or (of_batch and groups == 1 and _in_rows(input))
+
+
+def _in_rows(input: Tensor) -> bool:
+    """Whether the op finds rows of channels in memory: channels_last, or maps of one pixel."""
+    return input.shape[2] * input.shape[3] == 1 or _native.is_channels_last(input)
 
 
 def _compose(

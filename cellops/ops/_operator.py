@@ -74,8 +74,7 @@ class Operator(Arguments):
         statistics: names of what the op returns after its output, each [output channels] in the type that the library
             computes in. Backward gets them after the tensors.
         saves: names of what `cellops::<name>_for_backward` returns after that, for backward to get as well: each like
-            the output where the library fills it, but of the type that it computes in; without elements where another
-            backend runs.
+            the output on the CPU, whose library fills it, but of the type that it computes in; else without elements.
         refuses: the reason, a constant, why no kernel can take a valid `Call`; None where one can.
     """
 
@@ -221,7 +220,7 @@ class Operator(Arguments):
         output = torch.empty(plan.output_shape, dtype=arguments[0].dtype, memory_format=plan.memory_format)
         kernel = getattr(_native.library(), f"{self.name}_forward_cpu")
         statistics = [torch.empty(plan.output_shape[1], dtype=plan.wide) for _ in self.statistics]
-        saved = [torch.empty_like(output, dtype=plan.wide) if saves else None for _ in self.saved]
+        saved = self._saved(output, config) if saves else [None] * len(self.saved)
         tensors = self._widened(tensors, plan.wide)
         kernel(plan.params, torch.get_num_threads(), *map(_native.pointer, (*tensors, output, *statistics, *saved)))
         if not statistics:
@@ -243,8 +242,8 @@ class Operator(Arguments):
             found = kernel(*tensors, *config[:-1])
         if not self.statistics:
             return found.contiguous(memory_format=plan.memory_format)
-        nothing = [found[0].new_empty(0) for _ in self.saved if saves]
-        return (found[0].contiguous(memory_format=plan.memory_format), *found[1:], *nothing)
+        output = found[0].contiguous(memory_format=plan.memory_format)
+        return (output, *found[1:], *(one.zero_() for one in self._saved(output, config) if saves))
 
     def forward_fake(self, *arguments: Any, saves: bool = False) -> Result:
         """What the op returns, without values: the checks and allocation of the other kernels."""
@@ -256,10 +255,15 @@ class Operator(Arguments):
         statistics = [input.new_empty(shape[1], dtype=wide_type(input.dtype)) for _ in self.statistics]
         if not saves:
             return (output, *statistics)
-        backend = _backend.choose(self.name, input.device.type, input.dtype, config[-1]).name
-        wide = wide_type(input.dtype)
-        saved = [torch.empty_like(output, dtype=wide) if backend == "cpu" else input.new_empty(0) for _ in self.saved]
-        return (output, *statistics, *saved)
+        return (output, *statistics, *self._saved(output, config))
+
+    def _saved(self, output: Tensor, config: Config) -> list[Tensor]:
+        """Room for what is saved: its shape follows from the device and the backend that was asked for alone, as what
+        was compiled is kept in caches, which know no more. Elsewhere than in the library nobody fills or reads it.
+        """
+        if output.device.type != "cpu" or config[-1] not in (None, "cpu"):
+            return [output.new_empty(0) for _ in self.saved]
+        return [torch.empty_like(output, dtype=wide_type(output.dtype)) for _ in self.saved]
 
     def forward_formula(self, tensors: Tensors, config: Config, saves: bool) -> Result:
         """The op as differentiable PyTorch ops, for the derivatives that no kernel has."""
@@ -270,8 +274,13 @@ class Operator(Arguments):
         if not torch._C._are_functorch_transforms_active():  # vmap has no memory formats
             assert tensors[0] is not None
             output = output.contiguous(memory_format=_native.memory_format(tensors[0]))
-        nothing = [output.new_empty(0) for _ in self.saved if saves]
-        return (output, *(one.detach() for one in statistics), *nothing) if statistics else output
+        if not statistics:
+            return output
+        return (
+            output,
+            *(one.detach() for one in statistics),
+            *(one.zero_() for one in self._saved(output, config) if saves),
+        )
 
     def backward_cpu(self, grad_output: Tensor, *arguments: Any) -> list[Tensor]:
         """Kernel of the backward op for tensors on the CPU: the wanted gradients, in order."""

@@ -20,6 +20,9 @@ class Function(torch.autograd.Function):
     def forward(ctx: Any, operator: Any, *arguments: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
             result = operator.training_op(*arguments)
+        ctx.set_materialize_grads(
+            False
+        )  # no zeros for what has no gradient, one of which may be as large as the output
         ctx.operator = operator
         ctx.config = arguments[operator.count :]
         statistics = _statistics(ctx, result)
@@ -27,7 +30,9 @@ class Function(torch.autograd.Function):
         return result
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor, *_: Any) -> Tensors:
+    def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> Tensors:
+        if grad_output is None:
+            return (None,) * len(ctx.needs_input_grad)
         return None, *ctx.operator.gradients(ctx, grad_output), *(None for _ in ctx.config)
 
 

@@ -2,7 +2,7 @@
 
 Fused: x is read once and y written once, and the convolution is not stored. With batch statistics it must wait for
 them. On the CPU it waits in memory, y's or, in training, its own: saved for backward, which reads it twice, it costs a
-tensor like y, as it does in PyTorch, and less than half of the products. On a GPU, where products cost less than
+tensor like y, in float32 or wider, and spares half of the products. On a GPU, where products cost less than
 memory, it is computed again each time. Saved besides: the arguments, and the batch's mean and variance.
 """
 

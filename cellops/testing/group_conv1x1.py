@@ -145,7 +145,7 @@ CASES: list[Case] = [
     ),
     *_both(
         "kept",
-        "images that are whole tiles, of groups that are dear to compute twice",
+        "images that are whole tiles, of groups with more channels in than out",
         batch=2,
         in_channels=72,
         out_channels=24,

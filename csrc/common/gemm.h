@@ -184,15 +184,13 @@ CELLOPS_INLINE auto by_vector(const Finish& finish) {
              CELLOPS_INLINE_LAMBDA { each_vector<S>(row, column, sum, finish); };
 }
 
-// The product added to C[rows][columns], whose rows lie c_row apart.
-template <class S, int Rows, int Vectors>
-inline void add_product(int64_t rows, int64_t columns, int64_t depth, const S* a, int64_t a_row, int64_t a_step,
-                        const S* b, int64_t b_step, S* c, int64_t c_row) {
-  multiply_blocks<S, Rows, Vectors>(rows, columns, depth, a, a_row, a_step, b, b_step,
-                                    by_vector<S>([=](int64_t r, int64_t n, Vec<S> value) CELLOPS_INLINE_LAMBDA {
-                                      S* to = c + r * c_row + n;
-                                      store(to, load(to) + value);
-                                    }));
+// What multiply_blocks calls to add the product to C, whose rows lie c_row apart.
+template <class S>
+CELLOPS_INLINE auto adding_to(S* c, int64_t c_row) {
+  return by_vector<S>([=](int64_t r, int64_t n, Vec<S> value) CELLOPS_INLINE_LAMBDA {
+    S* to = c + r * c_row + n;
+    store(to, load(to) + value);
+  });
 }
 
 // C[r][j] += the product of row r of A and row j of B, each `depth` numbers long, a multiple of the lanes.

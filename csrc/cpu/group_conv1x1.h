@@ -21,7 +21,7 @@ struct Channels {
 
 // The batch as tiles and the tiles as units of work, each for one thread.
 struct Tiling {
-  // most: positions in a tile, as long as its `channels` stay in the second cache and threads have some tiles each.
+  // most: positions in a tile, as long as its `channels` stay in half of the second cache, and threads have some tiles.
   // all_groups: whether a tile has them all, as it should where they share cache lines; the others are read and written
   // where they lie if they end with their image.
   Tiling(const GroupConv1x1Params& p, int64_t most, int64_t channels, int64_t bytes_of_number, bool all_groups,
@@ -41,7 +41,7 @@ struct Tiling {
     tile = min_of(most, kBytes / (channels * bytes_of_number)) / kStep * kStep;
     tile = max_of(kStep, min_of(tile, round_up(run, kStep)));
     run_tiles = div_up(run, tile);
-    if (run != pixels) tile = round_up(div_up(run, run_tiles), kWhole);  // of one size, as there may be few
+    tile = round_up(div_up(run, run_tiles), run == pixels ? kStep : kWhole);  // of one size, as there may be few
     tiles = positions / run * run_tiles;
     unit_tiles = all_groups ? 1 : max_of(1, min_of(16, tiles * groups / (8 * threads)));
     units = div_up(tiles, unit_tiles) * (groups / unit_groups);

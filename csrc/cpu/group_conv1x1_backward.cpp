@@ -38,7 +38,7 @@ void run_pass(Pass pass, const Tiling& t, const Team& team, Tile& tile, Activati
     tile.start(place, next, products);
     tile.read_gradient(io.grad_output);
     if (io.convolution) tile.read_convolution(io.convolution);
-    if (pass != Pass::sum || !io.convolution) tile.read_input(io.input);
+    if (!io.convolution || (pass != Pass::sum && grad_weight)) tile.read_input(io.input);
     for (int64_t group = place.group; group < place.group + t.unit_groups; ++group) {
       if (!io.convolution) tile.convolve(group);
       with_activation(activation, [&](auto tag) {

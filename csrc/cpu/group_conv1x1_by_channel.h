@@ -39,7 +39,11 @@ __attribute__((noinline)) void chain_row(const ChainLanes<S>& given, const S* ro
 }
 
 // Numbers between the rows of a tile: an odd number of cache lines, so that rows do not meet in the same sets of it.
-inline int64_t row_stride(const Tiling& t) { return (div_up(t.tile, 16) | 1) * 16; }
+template <class S>
+int64_t row_stride(const Tiling& t) {
+  constexpr int64_t line = kLine / int64_t(sizeof(S));
+  return (div_up(t.tile, line) | 1) * line;
+}
 
 // Reads and writes one thread's tiles of one side of the convolution.
 template <class T>
@@ -49,7 +53,7 @@ class PlaneAccess {
   PlaneAccess(const Tiling& t, const Channels& side, bool used = true)
       : t_(t),
         side_(side),
-        stride_(row_stride(t)),
+        stride_(row_stride<S>(t)),
         tile_(used ? (t.rows_of_memory ? side.count : side.of_group) * stride_ : 0),
         staging_(used && t.rows_of_memory ? kRowsAtOnce * side.count : 0) {}
   bool failed() const { return tile_.failed() || staging_.failed(); }
@@ -102,14 +106,19 @@ class PlaneAccess {
   }
   int64_t place_step() const { return side_.step * t_.pixels; }
 
-  // Has a tile asked for.
+  // Has a tile asked for; of images that are parts of it all that it has channels of, where they lie in one piece.
   void fetch(const T* tensor, const Tiling::Place& tile, Ahead& ahead) const {
     if (t_.rows_of_memory) {
       ahead.add(tensor + tile.position * side_.count, 1, tile.count * side_.count * int64_t(sizeof(T)), 0);
     } else {
       const int64_t image = tile.position / t_.pixels, pixel = tile.position % t_.pixels;
-      ahead.add(plane(tensor, image, tile.group) + pixel, side_.of_group,
-                min_of(tile.count, t_.pixels - pixel) * int64_t(sizeof(T)), place_step() * int64_t(sizeof(T)));
+      const int64_t size = t_.pixels * int64_t(sizeof(T)), images = div_up(pixel + tile.count, t_.pixels);
+      if (images > 1 && side_.step == 1) {
+        ahead.add(plane(tensor, image, tile.group), images, side_.of_group * size, side_.count * size);
+      } else {
+        ahead.add(plane(tensor, image, tile.group) + pixel, side_.of_group,
+                  min_of(tile.count, t_.pixels - pixel) * int64_t(sizeof(T)), place_step() * int64_t(sizeof(T)));
+      }
     }
   }
 
@@ -176,7 +185,7 @@ class ByChannel {
         in_(t, t.in),
         out_(t, t.out),
         kept_(t, t.out, work.kept),
-        stride_(row_stride(t)),
+        stride_(row_stride<S>(t)),
         convolution_(work.backward && !work.kept ? t.out.of_group * stride_ : 0),
         by_channels_(t.in.of_group % kLanes<S> == 0 && (t.out.of_group >= 64 || t.tile < 128)),
         transposed_(work.backward && by_channels_ && !lies_in_channels(t) ? t.tile * t.in.of_group : 0) {}
@@ -190,7 +199,14 @@ class ByChannel {
     ahead_.start(t_.fetches ? products * round_up(count_, kLanes<S>) * t_.out.of_group * t_.unit_groups * t_.in.of_group
                             : 0);
   }
-  void read_input(const T* input) { take(input, in_), x_ = input; }
+  void read_input(const T* input) {
+    x_ = input;
+    if (work_.kept && work_.backward && by_channels_ && lies_in_channels(t_)) {
+      in_.fetch(input, next_, ahead_);  // where it lies is enough for the weight's gradient
+    } else {
+      take(input, in_);
+    }
+  }
   void read_gradient(const T* grad_output) { take(grad_output, out_); }
   // The convolution, instead of computing it.
   void read_convolution(const S* convolution) { take(convolution, kept_), found_ = true; }
@@ -293,12 +309,8 @@ class ByChannel {
       } else {
         transpose(ins, count_, columns, column_step, transposed_.get(), ins);
       }
-      multiply_ahead<S, kTileRows, kTileVectors>(
-          ahead_, outs, ins, count_, rows, row_step, 1, x, x_step,
-          by_vector<S>([=](int64_t j, int64_t c, Vec<S> value) CELLOPS_INLINE_LAMBDA {
-            S* to = grad_weight + j * ins + c;
-            store(to, load(to) + value);
-          }));
+      multiply_ahead<S, kTileRows, kTileVectors>(ahead_, outs, ins, count_, rows, row_step, 1, x, x_step,
+                                                 adding_to(grad_weight, ins));
       return;
     }
     for (int64_t j = 0; j < outs; j += kDotRows) {

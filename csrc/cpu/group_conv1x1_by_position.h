@@ -116,6 +116,7 @@ class ByPosition {
   template <Activation A>
   void activate(int64_t group, const Affine<S>& affine, bool streamed, T* output) {
     const int64_t outs = t_.out.of_group;
+    streamed = streamed && kWide;  // a column of half types is half of a line, whose other half comes too late
     for (int64_t j = 0; j < outs; j += kLanes<S>) {
       const AffineLanes<S> lanes = lanes_of(affine, group * outs + j);
       const S* column = column_of(group) + j;
@@ -142,12 +143,8 @@ class ByPosition {
 
   void add_grad_weight(int64_t group, S* grad_weight) {
     const int64_t outs = t_.out.of_group, ins = t_.in.of_group;
-    multiply_ahead<S, kTileRows, kTileVectors>(
-        ahead_, outs, ins, count_, block_.get(), 1, outs, x_ + t_.in.first(group), t_.in.count,
-        by_vector<S>([=](int64_t j, int64_t c, Vec<S> value) CELLOPS_INLINE_LAMBDA {
-          S* to = grad_weight + j * ins + c;
-          store(to, load(to) + value);
-        }));
+    multiply_ahead<S, kTileRows, kTileVectors>(ahead_, outs, ins, count_, block_.get(), 1, outs,
+                                               x_ + t_.in.first(group), t_.in.count, adding_to(grad_weight, ins));
   }
 
   void convolve_back(int64_t group, bool streamed, T* grad_input) {
