@@ -384,7 +384,7 @@ class ByChannel {
   const Buffer<S> convolution_;
   const bool by_channels_;  // how the weights' gradient is summed
   const Buffer<S> transposed_;
-  const T* x_ = nullptr;
+  const T* x_ = nullptr;  // the whole input
   int64_t group_ = 0, position_ = 0, count_ = 0;
   bool found_ = false;  // whether the tile's convolution was read
   Tiling::Place next_ = {};
