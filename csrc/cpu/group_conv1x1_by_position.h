@@ -113,19 +113,15 @@ class ByPosition {
     }
   }
 
+  // As many vectors of a row at a time as fill a line of the cache, whose parts are streamed together.
   template <Activation A>
   void activate(int64_t group, const Affine<S>& affine, bool streamed, T* output) {
+    constexpr int vectors = int(kLine / (kLanes<S> * sizeof(T)));
+    constexpr int64_t line = vectors * kLanes<S>;
     const int64_t outs = t_.out.of_group;
-    streamed = streamed && kWide;  // a column of half types is half of a line, whose other half comes too late
-    for (int64_t j = 0; j < outs; j += kLanes<S>) {
-      const AffineLanes<S> lanes = lanes_of(affine, group * outs + j);
-      const S* column = column_of(group) + j;
-      const int64_t step = column_step();
-      T* to = output + position_ * t_.out.count + group * outs + j;
-      for (int64_t i = 0; i < count_; ++i) {
-        put(to + i * t_.out.count, lanes.template activated<A>(load(column + i * step)), streamed);
-      }
-    }
+    int64_t j = 0;
+    for (; j + line <= outs; j += line) activate_columns<A, vectors>(group, j, affine, streamed, output);
+    for (; j < outs; j += kLanes<S>) activate_columns<A, 1>(group, j, affine, false, output);
   }
 
   // Backward: the sums and, with Apply, the gradient to the convolution, in the block.
@@ -157,6 +153,20 @@ class ByPosition {
   }
 
  private:
+  template <Activation A, int Vectors>
+  void activate_columns(int64_t group, int64_t first, const Affine<S>& affine, bool streamed, T* output) const {
+    const int64_t channel = group * t_.out.of_group + first, step = column_step();
+    const S* column = column_of(group) + first;
+    T* to = output + position_ * t_.out.count + channel;
+    AffineLanes<S> lanes[Vectors];
+    for (int v = 0; v < Vectors; ++v) lanes[v] = lanes_of(affine, channel + v * kLanes<S>);
+    for (int64_t i = 0; i < count_; ++i, column += step, to += t_.out.count) {
+      for (int v = 0; v < Vectors; ++v) {
+        put(to + v * kLanes<S>, lanes[v].template activated<A>(load(column + v * kLanes<S>)), streamed);
+      }
+    }
+  }
+
   static constexpr bool kWide = sizeof(T) == sizeof(S);
 
   template <class Number>
