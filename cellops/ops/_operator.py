@@ -220,12 +220,11 @@ class Operator(Arguments):
         output = torch.empty(plan.output_shape, dtype=arguments[0].dtype, memory_format=plan.memory_format)
         kernel = getattr(_native.library(), f"{self.name}_forward_cpu")
         statistics = [torch.empty(plan.output_shape[1], dtype=plan.wide) for _ in self.statistics]
-        saved = self._saved(output, config) if saves else [None] * len(self.saved)
+        saved = self._saved(output, config, saves)
         tensors = self._widened(tensors, plan.wide)
-        kernel(plan.params, torch.get_num_threads(), *map(_native.pointer, (*tensors, output, *statistics, *saved)))
-        if not statistics:
-            return output
-        return (output, *statistics, *saved) if saves else (output, *statistics)  # type: ignore[return-value]
+        written = (output, *statistics, *(saved or [None] * len(self.saved)))
+        kernel(plan.params, torch.get_num_threads(), *map(_native.pointer, (*tensors, *written)))
+        return (output, *statistics, *saved) if statistics else output
 
     def forward_any_device(self, *arguments: Any, saves: bool = False) -> Result:
         """Kernel of the op for devices without one of their own."""
@@ -243,7 +242,7 @@ class Operator(Arguments):
         if not self.statistics:
             return found.contiguous(memory_format=plan.memory_format)
         output = found[0].contiguous(memory_format=plan.memory_format)
-        return (output, *found[1:], *(one.zero_() for one in self._saved(output, config) if saves))
+        return (output, *found[1:], *(one.zero_() for one in self._saved(output, config, saves)))
 
     def forward_fake(self, *arguments: Any, saves: bool = False) -> Result:
         """What the op returns, without values: the checks and allocation of the other kernels."""
@@ -253,14 +252,16 @@ class Operator(Arguments):
         if not self.statistics:
             return output
         statistics = [input.new_empty(shape[1], dtype=wide_type(input.dtype)) for _ in self.statistics]
-        if not saves:
-            return (output, *statistics)
-        return (output, *statistics, *self._saved(output, config))
+        return (output, *statistics, *self._saved(output, config, saves))
 
-    def _saved(self, output: Tensor, config: Config) -> list[Tensor]:
-        """Room for what is saved: its shape follows from the device and the backend that was asked for alone, as what
-        was compiled is kept in caches, which know no more. Elsewhere than in the library nobody fills or reads it.
+    def _saved(self, output: Tensor, config: Config, saves: bool) -> list[Tensor]:
+        """Room for what is saved, if it is.
+
+        Its shape follows from the device and the backend that was asked for alone, as what was compiled is kept in
+        caches, which know no more. Elsewhere than in the library nobody fills or reads it.
         """
+        if not saves:
+            return []
         if output.device.type != "cpu" or config[-1] not in (None, "cpu"):
             return [output.new_empty(0) for _ in self.saved]
         return [torch.empty_like(output, dtype=wide_type(output.dtype)) for _ in self.saved]
@@ -279,7 +280,7 @@ class Operator(Arguments):
         return (
             output,
             *(one.detach() for one in statistics),
-            *(one.zero_() for one in self._saved(output, config) if saves),
+            *(one.zero_() for one in self._saved(output, config, saves)),
         )
 
     def backward_cpu(self, grad_output: Tensor, *arguments: Any) -> list[Tensor]:

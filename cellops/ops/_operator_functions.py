@@ -20,9 +20,7 @@ class Function(torch.autograd.Function):
     def forward(ctx: Any, operator: Any, *arguments: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
             result = operator.training_op(*arguments)
-        ctx.set_materialize_grads(
-            False
-        )  # no zeros for what has no gradient, one of which may be as large as the output
+        ctx.set_materialize_grads(False)  # what has no gradient may be as large as the output: no zeros for it
         ctx.operator = operator
         ctx.config = arguments[operator.count :]
         statistics = _statistics(ctx, result)
