@@ -413,7 +413,7 @@ struct GroupConv1x1BatchNormForward {
   void* output;
   void* mean;         // [O]
   void* var;          // [O]
-  void* convolution;  // like the output but for the type, for backward; null where there will be none
+  void* convolution;  // of the compute type, in an order that backward knows; null where there will be none
 };
 
 struct GroupConv1x1BatchNormBackward {

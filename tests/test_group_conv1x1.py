@@ -124,21 +124,22 @@ NCHW, ROWS = torch.contiguous_format, torch.channels_last
 
 @pytest.mark.parametrize(
     ("sizes", "pixels", "layout", "dtype", "calls"),
-    [
-        ((12, 18, 3), 5, NCHW, torch.float32, (0, 0)),
-        ((1024, 32, 2), 3, NCHW, torch.float32, (2, 2)),
-        ((512, 32, 2), 3, NCHW, torch.float32, (0, 0)),
-        ((512, 32, 2), 3, ROWS, torch.float32, (0, 0)),
-        ((20, 40, 1), 5, ROWS, torch.float32, (2, 0)),
-        ((12, 18, 3), 5, ROWS, torch.float32, (0, 0)),
-        ((32, 96, 1), 5, ROWS, torch.float32, (2, 0)),
-        ((32, 96, 1), 5, NCHW, torch.float32, (0, 0)),
-        ((32, 96, 2), 1, NCHW, torch.float32, (0, 0)),
-        ((96, 32, 2), 5, NCHW, torch.bfloat16, (2, 2)),
-        ((24, 32, 2), 5, NCHW, torch.bfloat16, (0, 0)),
-        ((64, 64, 2), 5, ROWS, torch.bfloat16, (2, 2)),
-        ((32, 96, 2), 5, ROWS, torch.bfloat16, (0, 0)),
-        ((1024, 32, 2), 5, ROWS, torch.float16, (0, 0)),
+    [  # children that are called in training, in evaluation, and there without gradients
+        ((12, 18, 3), 5, NCHW, torch.float32, (0, 0, 0)),
+        ((1024, 32, 2), 3, NCHW, torch.float32, (2, 2, 2)),
+        ((512, 32, 2), 3, NCHW, torch.float32, (0, 0, 0)),
+        ((512, 32, 2), 3, ROWS, torch.float32, (0, 0, 0)),
+        ((20, 40, 1), 5, ROWS, torch.float32, (2, 0, 0)),
+        ((12, 18, 3), 5, ROWS, torch.float32, (0, 0, 0)),
+        ((32, 96, 1), 5, ROWS, torch.float32, (2, 0, 0)),
+        ((32, 96, 1), 5, NCHW, torch.float32, (0, 0, 0)),
+        ((32, 96, 2), 1, NCHW, torch.float32, (0, 0, 0)),
+        ((96, 32, 2), 5, NCHW, torch.bfloat16, (0, 0, 0)),
+        ((1024, 32, 2), 5, NCHW, torch.bfloat16, (2, 2, 2)),
+        ((32, 96, 1), 5, NCHW, torch.bfloat16, (2, 2, 0)),
+        ((64, 64, 2), 5, ROWS, torch.bfloat16, (0, 0, 0)),
+        ((24, 64, 2), 5, ROWS, torch.bfloat16, (2, 2, 0)),
+        ((1024, 32, 2), 5, ROWS, torch.float16, (0, 0, 0)),
     ],
     ids=str,
 )
@@ -147,15 +148,18 @@ def test_stands_back_where_plain_modules_are_faster(
     pixels: int,
     layout: torch.memory_format,
     dtype: torch.dtype,
-    calls: tuple[int, int],
+    calls: tuple[int, int, int],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("cellops.nn._onednn.multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr("cellops.nn._onednn.multiplies_in_tiles", lambda: False)
     input = torch.randn(2, sizes[0], pixels, pixels).contiguous(memory_format=layout)
-    module = GroupConv1x1(*sizes, shuffle=True)
+    module = GroupConv1x1(*sizes)
     with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
         assert called_children(module, input) == calls[0]
         assert called_children(module.eval(), input) == calls[1]
+        with torch.no_grad():
+            assert called_children(module, input) == calls[2]
     module.to(dtype)
     assert called_children(module, input.to(dtype)) == calls[1]
     with pytest.raises(ValueError, match="weight must have shape"):
@@ -163,6 +167,26 @@ def test_stands_back_where_plain_modules_are_faster(
     monkeypatch.setattr("cellops.nn._onednn.multiplies_bfloat16", lambda: False)
     if dtype != torch.float32:
         assert called_children(module, input.to(dtype)) == 0
+
+
+@pytest.mark.parametrize(
+    ("sizes", "layout", "calls"), [((64, 64, 2), ROWS, 2), ((96, 32, 2), NCHW, 2), ((24, 32, 2), NCHW, 0)], ids=str
+)
+def test_leaves_deep_groups_to_tiles(
+    sizes: tuple[int, int, int], layout: torch.memory_format, calls: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("multiplies_bfloat16", "multiplies_in_tiles"):
+        monkeypatch.setattr(f"cellops.nn._onednn.{name}", lambda: True)
+    input = torch.randn(2, sizes[0], 5, 5).contiguous(memory_format=layout).bfloat16()
+    assert called_children(GroupConv1x1(*sizes).bfloat16(), input) == calls
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_shuffled_channels_are_ours(shuffle: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cellops.nn._onednn.multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr("cellops.nn._onednn.multiplies_in_tiles", lambda: False)
+    input = torch.randn(2, 24, 5, 5).contiguous(memory_format=ROWS).bfloat16()
+    assert called_children(GroupConv1x1(24, 64, 2, shuffle=shuffle).bfloat16(), input) == (0 if shuffle else 2)
 
 
 @each_layout
@@ -190,8 +214,8 @@ def test_the_convolution_is_saved_and_may_be_missing(dtype: torch.dtype, layout:
     output, mean, var, convolution = torch.ops.cellops.group_conv1x1_batch_norm_for_backward(*tensors, *settings)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     wanted = F.channel_shuffle(F.conv2d(tensors[0].to(wide), tensors[1].to(wide), groups=2), 2)
-    assert convolution.dtype == wide and convolution.stride() == output.stride()
-    torch.testing.assert_close(convolution, wanted)
+    assert convolution.dtype == wide and convolution.shape == (output.numel(),)
+    torch.testing.assert_close(convolution, wanted.flatten())  # in planes, as channels are shuffled
     for one, other in zip(op(*tensors, *settings), (output, mean, var), strict=True):
         assert torch.equal(one, other)
     backward, wants = torch.ops.cellops.group_conv1x1_batch_norm_backward, [True] * 4
@@ -213,7 +237,7 @@ def test_autograd_saves_the_convolution_and_backward_reads_it() -> None:
     tensors, settings = saved_call(torch.float32, torch.contiguous_format)
     leaves = [tensor.requires_grad_() for tensor in tensors]
     output, mean, var = group_conv1x1_batch_norm(*leaves, *settings)
-    saved = [one for one in output.grad_fn.saved_tensors if one is not None and one.shape == output.shape]
+    saved = [one for one in output.grad_fn.saved_tensors if one is not None and one.shape == (output.numel(),)]
     assert len(saved) == 1
     given = (torch.ones_like(output), *(leaf.detach() for leaf in leaves), mean, var, *settings, [True] * 4, None)
     backward = torch.ops.cellops.group_conv1x1_batch_norm_backward
@@ -227,6 +251,7 @@ def test_autograd_saves_the_convolution_and_backward_reads_it() -> None:
 def test_which_variants_multiply_bfloat16() -> None:
     library = _native.error is None and _native.library()
     assert _onednn.multiplies_bfloat16() == (bool(library) and "bf16" in library.isa())
+    assert _onednn.multiplies_in_tiles() == (bool(library) and "amx" in library.isa())
 
 
 @each_layout

@@ -23,9 +23,15 @@ def convolves(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or (dtype == torch.bfloat16 and multiplies_bfloat16())
 
 
-_MULTIPLIES_BFLOAT16 = _native.error is None and _native.library().isa() in ("avx512_bf16", "amx_bf16")
+_ISA = _native.library().isa() if _native.error is None else ""  # constants, as a compiler traces what reads them
+_MULTIPLIES_BFLOAT16, _MULTIPLIES_IN_TILES = _ISA in ("avx512_bf16", "amx_bf16"), _ISA == "amx_bf16"
 
 
 def multiplies_bfloat16() -> bool:
     """Whether the CPU has instructions for products of bfloat16, as the variant of the library tells."""
-    return _MULTIPLIES_BFLOAT16  # a constant, as a compiler traces this
+    return _MULTIPLIES_BFLOAT16
+
+
+def multiplies_in_tiles() -> bool:
+    """Whether it has those for whole tiles, AMX."""
+    return _MULTIPLIES_IN_TILES

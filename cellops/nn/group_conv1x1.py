@@ -14,7 +14,7 @@ from cellops.reference._activation import ACTIVATIONS
 
 _LANES = 16  # of float32 in the widest vectors
 _DEEP = 512  # channels of a group, from which on PyTorch's modules are faster
-_SHALLOW = 40  # up to which ours are in bfloat16
+_SHALLOW = 40  # up to which ours are, where oneDNN multiplies bfloat16 in tiles
 
 
 class GroupConv1x1(nn.Module):
@@ -98,7 +98,7 @@ def convolve(
     shape = input.shape
     if of_batch:
         _batch_norm.check_batch(shape[:1] + conv.weight.shape[:1] + shape[2:])
-    if _plain_is_faster(input, conv, groups, of_batch):
+    if _plain_is_faster(input, conv, groups, shuffle, of_batch):
         return _compose(input, conv, bn, groups, _batch_norm.behind(bn, activation), shuffle)
     if bn is None:
         return group_conv1x1(input, conv.weight, None, conv.bias, groups, activation, shuffle)
@@ -111,7 +111,7 @@ def convolve(
     return output
 
 
-def _plain_is_faster(input: Tensor, conv: nn.Conv2d, groups: int, of_batch: bool) -> bool:
+def _plain_is_faster(input: Tensor, conv: nn.Conv2d, groups: int, shuffle: bool, of_batch: bool) -> bool:
     """Whether PyTorch's modules take less time on a CPU, with statistics of the batch or not.
 
     On an AMD EPYC (Zen 4) ours take 0.45 to 1.0 of the modules' time forward and backward and 0.3 to 1.0 in evaluation,
@@ -120,20 +120,24 @@ def _plain_is_faster(input: Tensor, conv: nn.Conv2d, groups: int, of_batch: bool
     - in groups of 512 channels and more, where oneDNN's products are the faster ones: 0.9 to 1.4, and 0.9 to 1.9;
     - in training on channels_last memory and 1x1 maps, of one group: 0.8 to 1.3, and in whole networks of small maps
       1.1 to 1.2;
-    - in bfloat16 where the CPU multiplies it, as ours multiply float32: 1.1 to 2.1, and 1.1 to 2.6, of groups of more
-      than 40 channels, and in channels_last of all but shallow ones that fill vectors.
+    - in bfloat16 where the CPU multiplies it, if there are gradients, of one group in NCHW too, 0.85 to 1.4, and in
+      channels_last and unshuffled of groups that fill no vectors, 1.0 to 1.6;
+    - and where it multiplies in tiles (AMX), which ours do not: of groups of more than 40 channels, and in
+      channels_last of all but shallow ones that fill vectors; this was measured beside oneDNN without tiles.
     """
     dtype = _onednn.dtype_of(input)
     if input.device.type != "cpu" or input.dim() != 4 or not _onednn.convolves(dtype):
         return False
     if input.shape[1] != conv.in_channels:
         return False  # the op's error says more
-    depth = conv.in_channels // groups
-    if dtype == torch.bfloat16:
-        if not _in_rows(input):
-            return depth > _SHALLOW
-        return depth > _LANES or bool(depth % _LANES or conv.out_channels // groups % _LANES)
-    return depth >= _DEEP or (of_batch and groups == 1 and _in_rows(input))
+    depth, rows = conv.in_channels // groups, _in_rows(input)
+    if dtype != torch.bfloat16:
+        return depth >= _DEEP or (of_batch and groups == 1 and rows)
+    uneven = bool(depth % _LANES or conv.out_channels // groups % _LANES)
+    if _onednn.multiplies_in_tiles():
+        return depth > _LANES or uneven if rows else depth > _SHALLOW
+    trains = of_batch or torch.is_grad_enabled()
+    return depth >= _DEEP or (trains and (groups == 1 or (rows and uneven and not shuffle)))
 
 
 def _in_rows(input: Tensor) -> bool:

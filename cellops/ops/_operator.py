@@ -255,7 +255,7 @@ class Operator(Arguments):
         return (output, *statistics, *self._saved(output, config, saves))
 
     def _saved(self, output: Tensor, config: Config, saves: bool) -> list[Tensor]:
-        """Room for what is saved, if it is.
+        """Room for what is saved, if it is: as many numbers as the output has, in an order that only the library knows.
 
         Its shape follows from the device and the backend that was asked for alone, as what was compiled is kept in
         caches, which know no more. Elsewhere than in the library nobody fills or reads it.
@@ -264,7 +264,7 @@ class Operator(Arguments):
             return []
         if output.device.type != "cpu" or config[-1] not in (None, "cpu"):
             return [output.new_empty(0) for _ in self.saved]
-        return [torch.empty_like(output, dtype=wide_type(output.dtype)) for _ in self.saved]
+        return [output.new_empty(output.numel(), dtype=wide_type(output.dtype)) for _ in self.saved]
 
     def forward_formula(self, tensors: Tensors, config: Config, saves: bool) -> Result:
         """The op as differentiable PyTorch ops, for the derivatives that no kernel has."""
@@ -300,7 +300,7 @@ class Operator(Arguments):
         kernel = getattr(_native.library(), f"{self.name}_backward_cpu")
         grad_output = grad_output.contiguous(memory_format=plan.memory_format)
         tensors = self._widened(tensors, plan.wide)
-        of_forward = self._of_forward(of_forward, plan.output_shape, plan.wide, plan.memory_format)
+        of_forward = self._of_forward(of_forward, plan.output_shape, plan.wide)
         addresses = map(_native.pointer, (grad_output, *tensors, *of_forward, *gradients))
         kernel(plan.params, torch.get_num_threads(), *addresses)
         return _like(gradients, given)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -83,9 +84,7 @@ class Arguments:
         if grad_output.dtype != input.dtype:
             raise TypeError(f"grad_output must be {input.dtype} like the input, got {grad_output.dtype}")
 
-    def _of_forward(
-        self, found: Tensors, output: Shape, wide: torch.dtype, memory_format: torch.memory_format
-    ) -> Tensors:
+    def _of_forward(self, found: Tensors, output: Shape, wide: torch.dtype) -> Tensors:
         """Statistics and saved tensors as the library reads them: None where nothing was saved."""
         dense: list[Tensor | None] = []
         for i, (name, one) in enumerate(zip((*self.statistics, *self.saved), found, strict=True)):
@@ -93,10 +92,10 @@ class Arguments:
             if one is None or (not of_channels and one.numel() == 0):
                 dense.append(None)
                 continue
-            expect(name, one.shape, output[1:2] if of_channels else output)
+            expect(name, one.shape, output[1:2] if of_channels else (math.prod(output),))
             if one.dtype != wide:
                 raise TypeError(f"{name} must be {wide}, got {one.dtype}")
-            dense.append(one.contiguous() if of_channels else one.contiguous(memory_format=memory_format))
+            dense.append(one.contiguous())
         return tuple(dense)
 
     def _dense(self, tensors: Tensors) -> tuple[Tensors, tuple[bool, ...]]:

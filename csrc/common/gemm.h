@@ -21,6 +21,7 @@ template <class S>
 struct Multiply {  // plain numbers
   using Unit = S;
   using Sum = S;
+  using Element = S;               // what a unit is made of
   static constexpr int depth = 1;  // numbers along k in a unit
   static CELLOPS_INLINE void add(Vec<S>& sum, Vec<Unit> a, Vec<Unit> b) { sum += a * b; }
 };
@@ -29,12 +30,27 @@ struct Multiply {  // plain numbers
 struct MultiplyPairs {  // pairs of bfloat16, summed in float32
   using Unit = float;   // as bits
   using Sum = float;
+  using Element = bfloat16;
   static constexpr int depth = 2;
   static CELLOPS_INLINE void add(Vec<float>& sum, Vec<float> a, Vec<float> b) {
     sum = bit_cast<Vec<float>>(_mm512_dpbf16_ps(bit_cast<__m512>(sum), bit_cast<__m512bh>(a), bit_cast<__m512bh>(b)));
   }
 };
 #endif
+
+// The product for tensors of a type.
+template <class T>
+struct ChooseMultiply {
+  using type = Multiply<Compute<T>>;
+};
+#if defined(__AVX512BF16__)
+template <>
+struct ChooseMultiply<bfloat16> {
+  using type = MultiplyPairs;
+};
+#endif
+template <class T>
+using MultiplyFor = typename ChooseMultiply<T>::type;
 
 // sum[r][n] += sum_k A[r][k] * B[k][n] of a block in registers. The rows of A lie a_row units apart and its columns
 // a_step: a_step == 1 reads rows (A as it lies), a_row == 1 reads columns (A transposed). Three rows share a pointer:
@@ -139,29 +155,31 @@ inline constexpr int kTileVectors = 3, kDotColumns = 4;
 
 // The product of A[rows][depth] and B[depth][columns] as they lie, in blocks of at most Rows rows and Vectors vectors;
 // no row is computed in vain, be they few. Calls finish(row, column, sum) for every block of it, sum[r][v] of vectors.
-// Rows of A lie a_row apart and its columns a_step. `columns` is a multiple of the lanes.
-template <class S, int Rows, int Vectors, class Finish>
-inline void multiply_blocks(int64_t rows, int64_t columns, int64_t depth, const S* a, int64_t a_row, int64_t a_step,
-                            const S* b, int64_t b_step, const Finish& finish, int64_t row = 0, int64_t column = 0) {
+// Rows of A lie a_row units apart and its columns a_step. `columns` is a multiple of the lanes.
+template <class M, int Rows, int Vectors, class Finish>
+inline void multiply_blocks(int64_t rows, int64_t columns, int64_t depth, const typename M::Unit* a, int64_t a_row,
+                            int64_t a_step, const typename M::Unit* b, int64_t b_step, const Finish& finish,
+                            int64_t row = 0, int64_t column = 0) {
+  using S = typename M::Sum;
   constexpr int64_t lanes = kLanes<S>, panel = Vectors * lanes;
   int64_t n = 0;
   for (; n + panel <= columns; n += panel) {
     for (int64_t r = 0; r + Rows <= rows; r += Rows) {
       Vec<S> sum[Rows][Vectors] = {};
-      multiply_block<Multiply<S>>(depth, a + r * a_row, a_row, a_step, b + n, b_step, sum);
+      multiply_block<M>(depth, a + r * a_row, a_row, a_step, b + n, b_step, sum);
       finish(row + r, column + n, sum);
     }
   }
   if constexpr (Vectors > 1) {
     if (n < columns) {
-      multiply_blocks<S, Rows, 1>(rows / Rows * Rows, columns - n, depth, a, a_row, a_step, b + n, b_step, finish, row,
+      multiply_blocks<M, Rows, 1>(rows / Rows * Rows, columns - n, depth, a, a_row, a_step, b + n, b_step, finish, row,
                                   column + n);
     }
   }
   if constexpr (Rows > 1) {
     const int64_t done = rows / Rows * Rows;
     if (done < rows) {
-      multiply_blocks<S, Rows / 2, Vectors>(rows - done, columns, depth, a + done * a_row, a_row, a_step, b, b_step,
+      multiply_blocks<M, Rows / 2, Vectors>(rows - done, columns, depth, a + done * a_row, a_row, a_step, b, b_step,
                                             finish, row + done, column);
     }
   }
@@ -193,20 +211,28 @@ CELLOPS_INLINE auto adding_to(S* c, int64_t c_row) {
   });
 }
 
-// C[r][j] += the product of row r of A and row j of B, each `depth` numbers long, a multiple of the lanes.
-template <class S, int Rows, int Columns>
-inline void dot_kernel(int64_t depth, const S* a, int64_t a_row, const S* b, int64_t b_row, S* c, int64_t c_row) {
+// C[r][j] += the product of row r of A and row j of B, each `depth` units long: of plain numbers whole vectors.
+template <class M, int Rows, int Columns>
+inline void dot_kernel(int64_t depth, const typename M::Unit* a, int64_t a_row, const typename M::Unit* b,
+                       int64_t b_row, typename M::Sum* c, int64_t c_row) {
+  using S = typename M::Sum;
+  constexpr int64_t lanes = kLanes<S>;
   Vec<S> sum[Rows][Columns] = {};
-  for (int64_t k = 0; k < depth; k += kLanes<S>) {
+  const auto add = [&](const auto& from) CELLOPS_INLINE_LAMBDA {
     Vec<S> column[Columns];
 #pragma GCC unroll 4
-    for (int j = 0; j < Columns; ++j) column[j] = load(b + j * b_row + k);
+    for (int j = 0; j < Columns; ++j) column[j] = from(b + j * b_row);
 #pragma GCC unroll 4
     for (int r = 0; r < Rows; ++r) {
-      const Vec<S> row = load(a + r * a_row + k);
+      const Vec<S> row = from(a + r * a_row);
 #pragma GCC unroll 4
-      for (int j = 0; j < Columns; ++j) sum[r][j] += row * column[j];
+      for (int j = 0; j < Columns; ++j) M::add(sum[r][j], row, column[j]);
     }
+  };
+  int64_t k = 0;
+  for (; k + lanes <= depth; k += lanes) add([k](const S* row) CELLOPS_INLINE_LAMBDA { return load(row + k); });
+  if constexpr (M::depth > 1) {
+    if (k < depth) add([=](const S* row) CELLOPS_INLINE_LAMBDA { return load_first<S>(row + k, depth - k); });
   }
 #pragma GCC unroll 4
   for (int r = 0; r < Rows; ++r) {
@@ -220,23 +246,23 @@ inline void dot_kernel(int64_t depth, const S* a, int64_t a_row, const S* b, int
   }
 }
 
-// C[rows][columns] += A[rows][depth] * B[columns][depth]^T, all as they lie; `depth` is a multiple of the lanes.
-template <class S, int Rows = kDotRows>
-inline void multiply_dots(int64_t rows, int64_t columns, int64_t depth, const S* a, int64_t a_row, const S* b,
-                          int64_t b_row, S* c, int64_t c_row) {
+// C[rows][columns] += A[rows][depth] * B[columns][depth]^T, all as they lie.
+template <class M, int Rows = kDotRows>
+inline void multiply_dots(int64_t rows, int64_t columns, int64_t depth, const typename M::Unit* a, int64_t a_row,
+                          const typename M::Unit* b, int64_t b_row, typename M::Sum* c, int64_t c_row) {
   int64_t r = 0;
   for (; r + Rows <= rows; r += Rows) {
     int64_t j = 0;
     for (; j + kDotColumns <= columns; j += kDotColumns) {
-      dot_kernel<S, Rows, kDotColumns>(depth, a + r * a_row, a_row, b + j * b_row, b_row, c + r * c_row + j, c_row);
+      dot_kernel<M, Rows, kDotColumns>(depth, a + r * a_row, a_row, b + j * b_row, b_row, c + r * c_row + j, c_row);
     }
     for (; j < columns; ++j) {
-      dot_kernel<S, Rows, 1>(depth, a + r * a_row, a_row, b + j * b_row, b_row, c + r * c_row + j, c_row);
+      dot_kernel<M, Rows, 1>(depth, a + r * a_row, a_row, b + j * b_row, b_row, c + r * c_row + j, c_row);
     }
   }
   if constexpr (Rows > 1) {
     if (r < rows) {
-      multiply_dots<S, 1>(rows - r, columns, depth, a + r * a_row, a_row, b, b_row, c + r * c_row, c_row);
+      multiply_dots<M, 1>(rows - r, columns, depth, a + r * a_row, a_row, b, b_row, c + r * c_row, c_row);
     }
   }
 }

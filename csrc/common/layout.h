@@ -95,6 +95,20 @@ inline void pair_rows(int64_t rows, int64_t columns, const float* from, int64_t 
   }
 }
 
+// The same of rows that are bfloat16; `columns` is a multiple of the lanes.
+inline void pair_rows(int64_t rows, int64_t columns, const bfloat16* from, int64_t from_stride, float* pairs,
+                      int64_t to_stride) {
+  const auto bits = [](const bfloat16* row) CELLOPS_INLINE_LAMBDA {
+    return __builtin_convertvector(*(const Half::unaligned*)row, Vec<uint32_t>);
+  };
+  for (int64_t i = 0; i < rows; i += 2, from += 2 * from_stride, pairs += to_stride) {
+    for (int64_t c = 0; c < columns; c += kLanes<float>) {
+      const Vec<uint32_t> odd = i + 1 < rows ? bits(from + from_stride + c) : Vec<uint32_t>{};
+      store(pairs + c, bit_cast<Vec<float>>(odd << 16 | bits(from + c)));
+    }
+  }
+}
+
 // Zeros behind the pairs of `rows` rows, up to a whole number of tiles; returns the pairs with these.
 inline int64_t zero_last_pairs(int64_t rows, int64_t columns, float* pairs, int64_t stride) {
   const int64_t end = round_up(div_up(rows, 2), kTilePairs);

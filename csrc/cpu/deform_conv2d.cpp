@@ -59,7 +59,7 @@ void sample_columns(const Input<T>& input, const Tile<Compute<T>>& tile, const C
 template <class T, class M>
 class Forward {
   using S = Compute<T>;
-  using E = Element<M>;
+  using E = typename M::Element;
 
  public:
   Forward(const DeformConv2dParams& p, const DeformConv2dForward& io, int threads)
@@ -264,7 +264,7 @@ class Forward {
 template <class T>
 bool forward(const DeformConv2dParams& p, const DeformConv2dForward& io, int threads) {
   if (is_depthwise(p)) return Forward<T, Multiply<Compute<T>>>(p, io, threads).run();
-  return Forward<T, typename Pick<T>::type>(p, io, threads).run();
+  return Forward<T, MultiplyFor<T>>(p, io, threads).run();
 }
 
 }  // namespace

@@ -29,7 +29,7 @@ struct Range {
 template <class T, class M>
 class Backward {
   using S = Compute<T>;
-  using E = Element<M>;
+  using E = typename M::Element;
   using Unit = typename M::Unit;
 
  public:
@@ -527,7 +527,7 @@ class Backward {
 template <class T>
 bool backward(const DeformConv2dParams& p, const DeformConv2dBackward& io, int threads) {
   if (is_depthwise(p)) return Backward<T, Multiply<Compute<T>>>(p, io, threads).run();
-  return Backward<T, typename Pick<T>::type>(p, io, threads).run();
+  return Backward<T, MultiplyFor<T>>(p, io, threads).run();
 }
 
 }  // namespace

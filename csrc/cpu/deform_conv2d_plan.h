@@ -6,31 +6,6 @@
 
 namespace cellops::CELLOPS_ISA {
 
-// What the left operand of a product is made of: plain sums, or bfloat16 where it multiplies pairs.
-template <class M>
-struct ElementOf {
-  using type = typename M::Sum;
-};
-#if defined(__AVX512BF16__)
-template <>
-struct ElementOf<MultiplyPairs> {
-  using type = bfloat16;
-};
-#endif
-template <class M>
-using Element = typename ElementOf<M>::type;
-
-template <class T>
-struct Pick {
-  using type = Multiply<Compute<T>>;
-};
-#if defined(__AVX512BF16__)
-template <>
-struct Pick<bfloat16> {
-  using type = MultiplyPairs;
-};
-#endif
-
 // The weight's element strides: output channel, channel, tap.
 struct WeightStrides {
   int64_t out, channel, tap;

@@ -1,9 +1,7 @@
 // Grouped 1x1 convolution with what follows it, forward: tile by tile, so that the convolution's result never reaches
 // memory. With batch statistics it waits there for them: where backward will read it, else where the output will be. Of
 // half types, which would round it, it is computed a second time if backward will not.
-#include "group_conv1x1.h"
-#include "group_conv1x1_by_channel.h"
-#include "group_conv1x1_by_position.h"
+#include "group_conv1x1_tiles.h"
 
 namespace cellops::CELLOPS_ISA {
 namespace {
@@ -49,7 +47,7 @@ class Moments {
 template <class Tile, class T, class S>
 void find_moments(const Tiling& t, const Team& team, Tile& tile, const T* input, const Moments& moments, S* means,
                   S* squares, S* kept) {
-  const bool streamed = kept && t.streamed(t.out, kept);
+  const bool streamed = kept && tile.streams_kept(kept);
   t.for_tiles(team, false, [&](const Tiling::Place& place, const Tiling::Place& next) {
     tile.start(place, next, 1);
     tile.read_input(input);
@@ -94,15 +92,15 @@ void find_output(const Tiling& t, const Team& team, Tile& tile, const T* input, 
 template <class Tile, class T>
 bool run_forward(const GroupConv1x1Params& p, const GroupConv1x1Forward& io, int threads) {
   using S = Compute<T>;
-  const Tiling tiling = Tile::tiling(p, {false, false}, threads);
-  const Weights<S> weights(tiling);
+  const Tiling tiling = Tile::tiling(p, {false, Kept::nowhere}, threads);
+  const Weights<typename Tile::Multiplies> weights(tiling);
   const Affine<S> affine(p.out_channels);
   if (weights.failed() || affine.failed()) return false;
   weights.set(static_cast<const T*>(io.weight));
   affine.set(io.scale, io.shift);
   bool failed = false;
   parallel(tiling.threads, [&](const Team& team) {
-    Tile tile(tiling, weights, {false, false});
+    Tile tile(tiling, weights, {false, Kept::nowhere});
     if (!team.all(!tile.failed(), &failed)) return;
     find_output(tiling, team, tile, static_cast<const T*>(io.input), static_cast<const S*>(nullptr), p.activation,
                 affine, static_cast<T*>(io.output));
@@ -115,9 +113,9 @@ bool run_batch_norm_forward(const GroupConv1x1Params& p, const GroupConv1x1Batch
   using S = Compute<T>;
   const bool wide = sizeof(T) == sizeof(S);
   S* kept = static_cast<S*>(io.convolution ? io.convolution : wide ? io.output : nullptr);
-  const Work work{false, kept != nullptr};
+  const Work work{false, io.convolution ? Kept::apart : wide ? Kept::in_output : Kept::nowhere};
   const Tiling tiling = Tile::tiling(p, work, threads);
-  const Weights<S> weights(tiling);
+  const Weights<typename Tile::Multiplies> weights(tiling);
   const Affine<S> affine(p.out_channels);
   const Moments moments(tiling);
   if (weights.failed() || affine.failed() || moments.failed()) return false;
@@ -150,13 +148,13 @@ bool run_batch_norm_forward(const GroupConv1x1Params& p, const GroupConv1x1Batch
 
 template <class T>
 bool forward(const GroupConv1x1Params& p, const GroupConv1x1Forward& io, int threads) {
-  return ByPosition<T>::fits(p) ? run_forward<ByPosition<T>, T>(p, io, threads)
-                                : run_forward<ByChannel<T>, T>(p, io, threads);
+  return with_kind_of_tile<T>(p,
+                              [&](auto kind) { return run_forward<typename decltype(kind)::type, T>(p, io, threads); });
 }
 template <class T>
 bool batch_norm_forward(const GroupConv1x1Params& p, const GroupConv1x1BatchNormForward& io, int threads) {
-  return ByPosition<T>::fits(p) ? run_batch_norm_forward<ByPosition<T>, T>(p, io, threads)
-                                : run_batch_norm_forward<ByChannel<T>, T>(p, io, threads);
+  return with_kind_of_tile<T>(
+      p, [&](auto kind) { return run_batch_norm_forward<typename decltype(kind)::type, T>(p, io, threads); });
 }
 
 }  // namespace

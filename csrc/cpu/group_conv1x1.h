@@ -22,10 +22,10 @@ struct Channels {
 // The batch as tiles and the tiles as units of work, each for one thread.
 struct Tiling {
   // most: positions in a tile, as long as its `channels` stay in half of the second cache, and threads have some tiles.
-  // all_groups: whether a tile has them all, as it should where they share cache lines; the others are read and written
-  // where they lie if they end with their image.
+  // all_groups: whether a tile has them all, as it should where they share cache lines.
+  // of_images: whether tiles end with their image if they may: planes are then read and written where they lie.
   Tiling(const GroupConv1x1Params& p, int64_t most, int64_t channels, int64_t bytes_of_number, bool all_groups,
-         int most_threads)
+         bool of_images, int most_threads)
       : groups(p.groups),
         pixels(p.pixels),
         positions(p.batch * p.pixels),
@@ -33,7 +33,7 @@ struct Tiling {
         out{p.out_channels, p.out_channels / p.groups, p.shuffle ? p.groups : 1},
         rows_of_memory(p.channels_last || p.pixels == 1),
         unit_groups(all_groups ? groups : 1),
-        run(!all_groups && pixels % kWhole == 0 && pixels >= kStep ? pixels : max_of(positions, int64_t(1))) {
+        run(of_images && pixels % kWhole == 0 && pixels >= kStep ? pixels : max_of(positions, int64_t(1))) {
     constexpr int64_t kBytes = 196608;
     const int64_t work = positions * max_of(max_of(in.count, out.count), out.count * in.of_group / 16);
     threads = int(max_of(1, min_of(work / 16384, most_threads)));
@@ -79,8 +79,11 @@ struct Tiling {
   // Whether to write a tensor of this side past the caches; the call touches `bytes`.
   template <class T>
   bool streamed(const Channels& side, const T* tensor) const {
-    return streams(tensor, rows_of_memory ? side.count : pixels,
-                   positions * (in.count + out.count) * int64_t(sizeof(T)));
+    return streamed(side, tensor, rows_of_memory);
+  }
+  template <class T>
+  bool streamed(const Channels& side, const T* tensor, bool in_rows) const {
+    return streams(tensor, in_rows ? side.count : pixels, positions * (in.count + out.count) * int64_t(sizeof(T)));
   }
 
   const int64_t groups, pixels, positions;
@@ -154,44 +157,75 @@ class Ahead {
 };
 
 // The product of A and B as multiply_blocks has it, in blocks between which the next tile is asked for.
-template <class S, int Rows, int Vectors, class Finish>
-CELLOPS_INLINE void multiply_ahead(Ahead& ahead, int64_t rows, int64_t columns, int64_t depth, const S* a,
-                                   int64_t a_row, int64_t a_step, const S* b, int64_t b_step, const Finish& finish) {
+template <class M, int Rows, int Vectors, class Finish>
+CELLOPS_INLINE void multiply_ahead(Ahead& ahead, int64_t rows, int64_t columns, int64_t depth,
+                                   const typename M::Unit* a, int64_t a_row, int64_t a_step, const typename M::Unit* b,
+                                   int64_t b_step, const Finish& finish) {
   if (!ahead.asks()) {
-    multiply_blocks<S, Rows, Vectors>(rows, columns, depth, a, a_row, a_step, b, b_step, finish);
+    multiply_blocks<M, Rows, Vectors>(rows, columns, depth, a, a_row, a_step, b, b_step, finish);
     return;
   }
-  constexpr int64_t panel = Vectors * kLanes<S>;
+  constexpr int64_t panel = Vectors * kLanes<typename M::Sum>;
   for (int64_t n = 0; n < columns; n += panel) {
     const int64_t width = min_of(panel, columns - n);
     for (int64_t r = 0; r < rows; r += Rows) {
       const int64_t height = min_of(int64_t(Rows), rows - r);
-      ahead.during(height * width * depth);
-      multiply_blocks<S, Rows, Vectors>(height, width, depth, a + r * a_row, a_row, a_step, b + n, b_step, finish, r,
+      ahead.during(height * width * depth * M::depth);
+      multiply_blocks<M, Rows, Vectors>(height, width, depth, a + r * a_row, a_row, a_step, b + n, b_step, finish, r,
                                         n);
     }
   }
 }
 
-// The weight [O][C / G], and each group's block transposed.
-template <class S>
+// The weight [O][C / G] in the units of a product, the block of each group on its own.
+template <class M>
 struct Weights {
+  using Unit = typename M::Unit;
+  using S = typename M::Sum;
   explicit Weights(const Tiling& t)
-      : group_in(t.in.of_group), group_out(t.out.of_group), rows(t.out.count * group_in), columns(rows.count()) {}
-  bool failed() const { return rows.failed() || columns.failed(); }
+      : group_in(t.in.of_group),
+        group_out(t.out.of_group),
+        in_units(div_up(group_in, M::depth)),
+        out_units(div_up(group_out, M::depth)),
+        rows_(t.out.count * in_units),
+        columns_(rows_.count()),
+        out_rows_(M::depth > 1 ? t.groups * out_units * group_in + kLanes<S> : 0),
+        block_(M::depth > 1 ? group_out * group_in + kLanes<S> : 0) {}
+  bool failed() const { return rows_.failed() || columns_.failed() || out_rows_.failed() || block_.failed(); }
+
   template <class T>
   void set(const T* weight) const {
-    const int64_t size = group_in * group_out;
-    convert_row(rows.count(), weight, rows.get());
-    for (int64_t at = 0; at < rows.count(); at += size) {
-      transpose(group_out, group_in, rows.get() + at, group_in, columns.get() + at, group_out);
+    for (int64_t group = 0; group * group_out * in_units < rows_.count(); ++group) {
+      const T* from = weight + group * group_out * group_in;
+      Unit* rows = rows_.get() + group * group_out * in_units;
+      if constexpr (M::depth == 1) {
+        convert_row(group_out * group_in, from, rows);
+      } else {
+        T* numbers = reinterpret_cast<T*>(rows);
+        for (int64_t o = 0; o < group_out; ++o, from += group_in, numbers += in_units * M::depth) {
+          __builtin_memcpy(numbers, from, size_t(group_in) * sizeof(T));
+          if (group_in % M::depth != 0) numbers[group_in] = T{};
+        }
+        convert_row(group_out * group_in, from - group_out * group_in, block_.get());
+        pair_rows(group_out, group_in, block_.get(), group_in, out_rows_.get() + group * out_units * group_in,
+                  group_in);  // what is written behind a row, the next one or nobody has there
+      }
+      transpose(group_out, in_units, rows, in_units, columns_.get() + group * group_out * in_units, group_out);
     }
   }
-  const S* of(int64_t group) const { return rows.get() + group * group_in * group_out; }
-  const S* transposed_of(int64_t group) const { return columns.get() + group * group_in * group_out; }
 
-  const int64_t group_in, group_out;
-  const Buffer<S> rows, columns;
+  // [output channel][units of input channels], the same transposed, and [units of output channels][input channel].
+  const Unit* of(int64_t group) const { return rows_.get() + group * group_out * in_units; }
+  const Unit* transposed_of(int64_t group) const { return columns_.get() + group * group_out * in_units; }
+  const Unit* backward_of(int64_t group) const {
+    return M::depth > 1 ? out_rows_.get() + group * out_units * group_in : of(group);
+  }
+
+  const int64_t group_in, group_out, in_units, out_units;
+
+ private:
+  const Buffer<Unit> rows_, columns_, out_rows_;
+  const Buffer<S> block_;  // a group's
 };
 
 // What follows the convolution: act(scale * (convolution - centre) + shift), per output channel.
@@ -233,9 +267,14 @@ struct Chain {
   const Buffer<S> of_apart, constant;
 };
 
-// What a thread's tiles are for, and whether they find the convolution kept by an earlier pass.
+// Where an earlier pass keeps the convolution: where the output will be, or apart, where backward finds it too: by
+// position as the output lies in memory, by channel in planes, that nobody turns them there and back.
+enum class Kept { nowhere, in_output, apart };
+
+// What a thread's tiles are for.
 struct Work {
-  bool backward, kept;
+  bool backward;
+  Kept kept;
 };
 
 // Sums over positions per channel: of grad' and of grad' * (z - centre).

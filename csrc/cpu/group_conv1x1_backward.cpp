@@ -1,9 +1,7 @@
 // Grouped 1x1 convolution with what follows it, backward. Tile by tile the convolution is computed again, with it the
 // activation's slope and the gradient to the convolution; from that the gradients to input and weight. With batch
 // statistics two sums over the batch are needed first, in a pass of its own, and forward kept the convolution for both.
-#include "group_conv1x1.h"
-#include "group_conv1x1_by_channel.h"
-#include "group_conv1x1_by_position.h"
+#include "group_conv1x1_tiles.h"
 
 namespace cellops::CELLOPS_ISA {
 namespace {
@@ -80,10 +78,10 @@ template <class Tile, class T>
 bool with_tiles(const GroupConv1x1Params& p, const Tensors<T>& io, const Chain<Compute<T>>& chain, const Sums& total,
                 const ThroughStatistics<Compute<T>>* statistics, int threads) {
   using S = Compute<T>;
-  const Work work{true, io.convolution != nullptr};
+  const Work work{true, io.convolution ? Kept::apart : Kept::nowhere};
   const Tiling tiling = Tile::tiling(p, work, threads);
-  const Weights<S> weights(tiling);
-  const Buffer<S> grad_weight(io.grad_weight ? weights.rows.count() : 0);
+  const Weights<typename Tile::Multiplies> weights(tiling);
+  const Buffer<S> grad_weight(io.grad_weight ? p.out_channels * tiling.in.of_group : 0);
   if (weights.failed() || grad_weight.failed()) return false;
   weights.set(io.weight);
   grad_weight.zero();
@@ -118,8 +116,9 @@ bool with_tiles(const GroupConv1x1Params& p, const Tensors<T>& io, const Chain<C
 template <class T>
 bool run_backward(const GroupConv1x1Params& p, const Tensors<T>& io, const Chain<Compute<T>>& chain, const Sums& total,
                   const ThroughStatistics<Compute<T>>* statistics, int threads) {
-  return ByPosition<T>::fits(p) ? with_tiles<ByPosition<T>, T>(p, io, chain, total, statistics, threads)
-                                : with_tiles<ByChannel<T>, T>(p, io, chain, total, statistics, threads);
+  return with_kind_of_tile<T>(p, [&](auto kind) {
+    return with_tiles<typename decltype(kind)::type, T>(p, io, chain, total, statistics, threads);
+  });
 }
 
 template <class T>

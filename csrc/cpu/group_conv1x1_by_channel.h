@@ -1,7 +1,8 @@
 // Tiles by channel, of any sizes in either memory format. Planes of float and double are read where they lie; half
-// types and channels_last memory pass through a tile of the compute type.
+// types and channels_last memory pass through a tile of the compute type, and from there, or from planes of bfloat16
+// where they lie, into what a product of pairs takes.
 #pragma once
-#include "group_conv1x1.h"
+#include "group_conv1x1_planes.h"
 
 namespace cellops::CELLOPS_ISA {
 
@@ -38,178 +39,84 @@ __attribute__((noinline)) void chain_row(const ChainLanes<S>& given, const S* ro
   if constexpr (Sum) *grad_sum += sum_of<S>(grads), *product_sum += sum_of<S>(products);
 }
 
-// Numbers between the rows of a tile: an odd number of cache lines, so that rows do not meet in the same sets of it.
-template <class S>
-int64_t row_stride(const Tiling& t) {
-  constexpr int64_t line = kLine / int64_t(sizeof(S));
-  return (div_up(t.tile, line) | 1) * line;
-}
+// A group's channels on one side of a tile as a product of pairs takes them: rows of positions, of which neighbours
+// are pairs, and pairs of channels.
+template <class M>
+struct Paired {
+  using Unit = typename M::Unit;
+  using Element = typename M::Element;
+  Paired(const Tiling& t, const Channels& side, bool has_rows, bool has_pairs)
+      : row_step(row_stride<Element>(t)),
+        pair_step(row_stride<Unit>(t)),
+        rows(has_rows ? side.of_group * row_step : 0),
+        pairs(has_pairs ? div_up(side.of_group, M::depth) * pair_step : 0) {}
+  bool failed() const { return rows.failed() || pairs.failed(); }
 
-// Reads and writes one thread's tiles of one side of the convolution.
-template <class T>
-class PlaneAccess {
- public:
-  using S = Compute<T>;
-  PlaneAccess(const Tiling& t, const Channels& side, bool used = true)
-      : t_(t),
-        side_(side),
-        stride_(row_stride<S>(t)),
-        tile_(used ? (t.rows_of_memory ? side.count : side.of_group) * stride_ : 0),
-        staging_(used && t.rows_of_memory ? kRowsAtOnce * side.count : 0) {}
-  bool failed() const { return tile_.failed() || staging_.failed(); }
-
-  // Where the rows of a group are written, and how far they lie apart.
-  S* row_of(int64_t group) const { return tile_.get() + (t_.rows_of_memory ? side_.first(group) * stride_ : 0); }
-  int64_t row_step() const { return t_.rows_of_memory ? side_.step * stride_ : stride_; }
-  // Where the rows of a group are read after `read`.
-  const S* read_row_of(int64_t group) const { return direct_ ? direct_ : row_of(group); }
-  int64_t read_row_step() const { return direct_ ? place_step() : row_step(); }
-
-  // Takes a tile of the tensor: whole vectors of one image where they lie, others as a copy with zeros at its end.
-  void read(const T* tensor, int64_t group, int64_t position, int64_t count) {
-    direct_ = nullptr;
-    if constexpr (sizeof(T) == sizeof(S)) {
-      direct_ = place(tensor, group, position, count);
-      if (direct_) return;
-    }
-    const int64_t rows = t_.rows_of_memory ? side_.count : side_.of_group, whole = round_up(count, kLanes<S>);
-    if (t_.rows_of_memory) {
-      for (int64_t i = 0; i < count; i += kRowsAtOnce) {
-        const int64_t some = min_of(kRowsAtOnce, count - i);
-        const T* from = tensor + (position + i) * side_.count;
-        if constexpr (sizeof(T) == sizeof(S)) {
-          transpose(some, side_.count, from, side_.count, tile_.get() + i, stride_);
-        } else {
-          convert_row(some * side_.count, from, staging_.get());
-          transpose(some, side_.count, staging_.get(), side_.count, tile_.get() + i, stride_);
-        }
-      }
-    } else {
-      for_images(position, count, [&](int64_t image, int64_t pixel, int64_t offset, int64_t length) {
-        const T* from = plane(tensor, image, group) + pixel;
-        for (int64_t j = 0; j < rows; ++j) {
-          convert_row(length, from + j * side_.step * t_.pixels, tile_.get() + j * stride_ + offset);
-        }
-      });
-    }
-    for (int64_t j = 0; j < rows && count < whole; ++j) {
-      for (int64_t i = count; i < whole; ++i) tile_.get()[j * stride_ + i] = 0;
-    }
-  }
-
-  // The first row of a tile in a tensor, if it consists of whole vectors of one image; the others follow at place_step.
-  template <class Pointer>
-  Pointer place(Pointer tensor, int64_t group, int64_t position, int64_t count) const {
-    const int64_t image = position / t_.pixels, pixel = position % t_.pixels;
-    if (t_.rows_of_memory || count % kLanes<S> != 0 || pixel + count > t_.pixels) return nullptr;
-    return plane(tensor, image, group) + pixel;
-  }
-  int64_t place_step() const { return side_.step * t_.pixels; }
-
-  // Has a tile asked for; of images that are parts of it all that it has channels of, where they lie in one piece.
-  void fetch(const T* tensor, const Tiling::Place& tile, Ahead& ahead) const {
-    if (t_.rows_of_memory) {
-      ahead.add(tensor + tile.position * side_.count, 1, tile.count * side_.count * int64_t(sizeof(T)), 0);
-    } else {
-      const int64_t image = tile.position / t_.pixels, pixel = tile.position % t_.pixels;
-      const int64_t size = t_.pixels * int64_t(sizeof(T)), images = div_up(pixel + tile.count, t_.pixels);
-      if (images > 1 && side_.step == 1) {
-        ahead.add(plane(tensor, image, tile.group), images, side_.of_group * size, side_.count * size);
-      } else {
-        ahead.add(plane(tensor, image, tile.group) + pixel, side_.of_group,
-                  min_of(tile.count, t_.pixels - pixel) * int64_t(sizeof(T)), place_step() * int64_t(sizeof(T)));
-      }
-    }
-  }
-
-  template <class Number>
-  void write(int64_t group, int64_t position, int64_t count, bool streamed, Number* tensor) const {
-    if (t_.rows_of_memory) {
-      for (int64_t i = 0; i < count; i += kRowsAtOnce) {
-        const int64_t some = min_of(kRowsAtOnce, count - i);
-        transpose(side_.count, some, tile_.get() + i, stride_, staging_.get(), side_.count);
-        store_run(some * side_.count, staging_.get(), tensor + (position + i) * side_.count, streamed);
-      }
-      return;
-    }
-    for_images(position, count, [&](int64_t image, int64_t pixel, int64_t offset, int64_t length) {
-      Number* to = plane(tensor, image, group) + pixel;
-      for (int64_t j = 0; j < side_.of_group; ++j) {
-        store_run(length, tile_.get() + j * stride_ + offset, to + j * side_.step * t_.pixels, streamed);
-      }
-    });
-  }
-
- private:
-  static constexpr int64_t kRowsAtOnce = 16;
-
-  template <class Pointer>
-  Pointer plane(Pointer tensor, int64_t image, int64_t group) const {
-    return tensor + (image * side_.count + side_.first(group)) * t_.pixels;
-  }
-
-  // The parts of a tile that lie in one image each: body(image, pixel, offset in the tile, length).
-  template <class Body>
-  void for_images(int64_t position, int64_t count, const Body& body) const {
-    for (int64_t offset = 0; offset < count;) {
-      const int64_t image = (position + offset) / t_.pixels, pixel = (position + offset) % t_.pixels;
-      const int64_t length = min_of(count - offset, t_.pixels - pixel);
-      body(image, pixel, offset, length);
-      offset += length;
-    }
-  }
-
-  const Tiling& t_;
-  const Channels& side_;
-  const int64_t stride_;
-  const Buffer<S> tile_, staging_;
-  const S* direct_ = nullptr;
+  const int64_t row_step, pair_step;
+  const Buffer<Element> rows;
+  const Buffer<Unit> pairs;
 };
 
-template <class T>
+template <class T, class M>
 class ByChannel {
  public:
+  using Multiplies = M;
   using S = Compute<T>;
+  using Unit = typename M::Unit;
 
   // Long rows backward, as sums over lanes and the first lines of a row cost as much for short ones.
   static Tiling tiling(const GroupConv1x1Params& p, Work work, int threads) {
     const bool all = p.channels_last || p.pixels == 1;
     return Tiling(p, work.backward ? 816 : 240, (p.in_channels + p.out_channels) / (all ? 1 : p.groups), sizeof(S), all,
-                  threads);
+                  true, threads);
   }
 
-  ByChannel(const Tiling& t, const Weights<S>& weights, Work work)
+  ByChannel(const Tiling& t, const Weights<M>& weights, Work work)
       : t_(t),
         weights_(weights),
         work_(work),
-        in_(t, t.in),
-        out_(t, t.out),
-        kept_(t, t.out, work.kept),
+        in_(t, t.in, t.rows_of_memory),
+        out_(t, t.out, t.rows_of_memory),
+        kept_(t, t.out, t.rows_of_memory && (work.kept == Kept::in_output || t.pixels < kWorthAPlane),
+              work.kept != Kept::nowhere),
         stride_(row_stride<S>(t)),
-        convolution_(work.backward && !work.kept ? t.out.of_group * stride_ : 0),
+        convolution_(work.backward && work.kept == Kept::nowhere ? t.out.of_group * stride_ : 0),
         by_channels_(t.in.of_group % kLanes<S> == 0 && (t.out.of_group >= 64 || t.tile < 128)),
-        transposed_(work.backward && by_channels_ && !lies_in_channels(t) ? t.tile * t.in.of_group : 0) {}
+        transposed_(work.backward && by_channels_ && (kPairs || !lies_in_channels(t))
+                        ? div_up(t.tile, M::depth) * t.in.of_group
+                        : 0),
+        paired_in_(t, t.in, kPairs && work.backward, kPairs && !(work.backward && work.kept != Kept::nowhere)),
+        paired_out_(t, t.out, kPairs && work.backward, kPairs && work.backward) {}
   bool failed() const {
-    return in_.failed() || out_.failed() || kept_.failed() || convolution_.failed() || transposed_.failed();
+    return in_.failed() || out_.failed() || kept_.failed() || convolution_.failed() || transposed_.failed() ||
+           paired_in_.failed() || paired_out_.failed();
   }
 
   // Begins a tile, of which the tensors that are wanted are read next; `products` are to be made of it.
   void start(const Tiling::Place& tile, const Tiling::Place& next, int products) {
-    group_ = tile.group, position_ = tile.position, count_ = tile.count, next_ = next, found_ = false;
+    group_ = tile.group, position_ = tile.position, count_ = tile.count, next_ = next;
+    convolution_in_memory_ = nullptr;
     ahead_.start(t_.fetches ? products * round_up(count_, kLanes<S>) * t_.out.of_group * t_.unit_groups * t_.in.of_group
                             : 0);
   }
   void read_input(const T* input) {
-    x_ = input;
-    if (work_.kept && work_.backward && by_channels_ && lies_in_channels(t_)) {
-      in_.fetch(input, next_, ahead_);  // where it lies is enough for the weight's gradient
+    x_ = input, x_rows_ = nullptr;
+    if (kPairs && in_.place_step() % 2 == 0) x_rows_ = in_.place(input, group_, position_, count_);
+    if (x_rows_ || (work_.backward && work_.kept != Kept::nowhere && by_channels_ && lies_in_channels(t_))) {
+      in_.fetch(input, next_, ahead_);  // where it lies is enough, for the weight's gradient or for both products
     } else {
       take(input, in_);
     }
   }
   void read_gradient(const T* grad_output) { take(grad_output, out_); }
-  // The convolution, instead of computing it.
-  void read_convolution(const S* convolution) { take(convolution, kept_), found_ = true; }
+  // The convolution, instead of computing it: of all groups together, or of each when its turn comes.
+  void read_convolution(const S* convolution) {
+    convolution_in_memory_ = convolution;
+    kept_.fetch(convolution, next_, ahead_);
+    if (kept_.in_rows) kept_.read(convolution, group_, position_, count_);
+  }
+
+  bool streams_kept(const S* kept) const { return t_.streamed(t_.out, kept, kept_.in_rows); }
 
   // The convolution of a group: forward in the place of its output.
   void convolve(int64_t group) {
@@ -228,7 +135,11 @@ class ByChannel {
       return;
     }
     convolve(group);
-    if (is_last(group)) out_.write(group_, position_, count_, streamed, kept);
+    if (!kept_.in_rows) {
+      kept_.write_planes(group, position_, count_, out_.row_of(group), out_.row_step(), streamed, kept);
+    } else if (is_last(group)) {
+      out_.write(group_, position_, count_, streamed, kept);
+    }
   }
 
   // Forward: the convolution of a group and what follows it, while it is in registers where that is short enough.
@@ -266,6 +177,7 @@ class ByChannel {
 
   template <Activation A>
   void activate(int64_t group, const Affine<S>& affine, bool streamed, T* output) {
+    find_convolution(group);
     T* place = out_.place(output, group, position_, count_);
     for (int64_t j = 0; j < t_.out.of_group; ++j) {
       const AffineLanes<S> lanes = lanes_of(affine, group * t_.out.of_group + j);
@@ -285,6 +197,7 @@ class ByChannel {
   // The sums and, with Apply, the gradient to the convolution.
   template <Activation A, bool Sum, bool Apply>
   void chain(int64_t group, const Chain<S>& chain, const Sums& sums) {
+    find_convolution(group);
     const S *grads = out_.read_row_of(group), *rows = row_of(group);
     const int64_t step = row_step();
     for (int64_t j = 0; j < t_.out.of_group; ++j) {
@@ -298,27 +211,32 @@ class ByChannel {
 
   // From rows of channels of the input, where groups or tiles make the sums over lanes of its rows of positions dear.
   void add_grad_weight(int64_t group, S* grad_weight) {
-    const int64_t outs = t_.out.of_group, ins = t_.in.of_group, depth = round_up(count_, kLanes<S>);
-    const S *rows = out_.row_of(group), *columns = in_.read_row_of(group);
-    const int64_t row_step = out_.row_step(), column_step = in_.read_row_step();
-    if (by_channels_) {
-      const S* x = transposed_.get();
-      int64_t x_step = ins;
-      if (lies_in_channels(t_)) {
-        x = reinterpret_cast<const S*>(x_) + position_ * t_.in.count + t_.in.first(group), x_step = t_.in.count;
+    const int64_t outs = t_.out.of_group, ins = t_.in.of_group, depth = div_up(count_, M::depth);
+    const Rows grads = rows_to_multiply(paired_out_, outs, out_.row_of(group), out_.row_step());
+    if (by_channels_ && lies_in_channels(t_)) {
+      const T* x = x_ + position_ * t_.in.count + t_.in.first(group);
+      if constexpr (kPairs) {
+        pair_rows(count_, ins, x, t_.in.count, transposed_.get(), ins);
+        add_by_channels(grads, depth, transposed_.get(), ins, grad_weight);
       } else {
-        transpose(ins, count_, columns, column_step, transposed_.get(), ins);
+        add_by_channels(grads, depth, reinterpret_cast<const Unit*>(x), t_.in.count, grad_weight);
       }
-      multiply_ahead<S, kTileRows, kTileVectors>(ahead_, outs, ins, count_, rows, row_step, 1, x, x_step,
-                                                 adding_to(grad_weight, ins));
       return;
     }
+    const Rows x = x_rows_ ? Rows{reinterpret_cast<const Unit*>(x_rows_), in_.place_step() / M::depth}
+                           : rows_to_multiply(paired_in_, ins, in_.read_row_of(group), in_.read_row_step());
+    if (by_channels_) {
+      transpose(ins, depth, x.first, x.step, transposed_.get(), ins);
+      add_by_channels(grads, depth, transposed_.get(), ins, grad_weight);
+      return;
+    }
+    const int64_t whole = round_up(count_, kLanes<S>);
     for (int64_t j = 0; j < outs; j += kDotRows) {
       for (int64_t c = 0; c < ins; c += kDotColumns) {
         const int64_t height = min_of(int64_t(kDotRows), outs - j), width = min_of(int64_t(kDotColumns), ins - c);
-        ahead_.during(height * width * depth);
-        multiply_dots(height, width, depth, rows + j * row_step, row_step, columns + c * column_step, column_step,
-                      grad_weight + j * ins + c, ins);
+        ahead_.during(height * width * whole);
+        multiply_dots<M>(height, width, whole / M::depth, grads.first + j * grads.step, grads.step,
+                         x.first + c * x.step, x.step, grad_weight + j * ins + c, ins);
       }
     }
   }
@@ -326,9 +244,10 @@ class ByChannel {
   // The gradient to the input; may take the input's place.
   void convolve_back(int64_t group, bool streamed, T* grad_input) {
     const int64_t ins = t_.in.of_group, columns = round_up(count_, kLanes<S>);
+    const Rows grads = pairs_to_multiply(paired_out_, t_.out.of_group, out_.row_of(group), out_.row_step());
     const auto product = [&](const auto& finish) {
-      multiply_ahead<S, kTileRows, kTileVectors>(ahead_, ins, columns, t_.out.of_group, weights_.of(group), 1, ins,
-                                                 out_.row_of(group), out_.row_step(), by_vector<S>(finish));
+      multiply_ahead<M, kTileRows, kTileVectors>(ahead_, ins, columns, weights_.out_units, weights_.backward_of(group),
+                                                 1, ins, grads.first, grads.step, by_vector<S>(finish));
     };
     if (T* place = in_.place(grad_input, group, position_, count_)) {
       const int64_t step = in_.place_step();
@@ -343,17 +262,58 @@ class ByChannel {
   }
 
  private:
-  // Whether the input lies in memory as rows of channels of the type that is computed in.
-  static bool lies_in_channels(const Tiling& t) { return sizeof(T) == sizeof(S) && t.rows_of_memory; }
+  static constexpr bool kPairs = M::depth > 1;
+  static constexpr int64_t kWorthAPlane = 16;  // pixels, of which a convolution is kept in planes
+
+  // Whether the input lies in memory as rows of channels that a product takes.
+  static bool lies_in_channels(const Tiling& t) { return sizeof(T) == sizeof(typename M::Element) && t.rows_of_memory; }
+
+  // Rows of units, `step` apart.
+  struct Rows {
+    const Unit* first;
+    int64_t step;
+  };
+  // Rows of a tile's positions, and pairs of them, as products take them; whole vectors, as the tile has.
+  Rows rows_to_multiply(const Paired<M>& side, int64_t rows, const S* from, int64_t step) const {
+    if constexpr (!kPairs) {
+      return {from, step};
+    } else {
+      for (int64_t j = 0; j < rows; ++j) {
+        convert_row(round_up(count_, kLanes<S>), from + j * step, side.rows.get() + j * side.row_step);
+      }
+      return {reinterpret_cast<const Unit*>(side.rows.get()), side.row_step / M::depth};
+    }
+  }
+  template <class From>
+  Rows pairs_to_multiply(const Paired<M>& side, int64_t rows, const From* from, int64_t step) const {
+    if constexpr (!kPairs) {
+      return {from, step};
+    } else {
+      pair_rows(rows, round_up(count_, kLanes<S>), from, step, side.pairs.get(), side.pair_step);
+      return {side.pairs.get(), side.pair_step};
+    }
+  }
+
+  void add_by_channels(Rows grads, int64_t depth, const Unit* x, int64_t x_step, S* grad_weight) {
+    multiply_ahead<M, kTileRows, kTileVectors>(ahead_, t_.out.of_group, t_.in.of_group, depth, grads.first, grads.step,
+                                               1, x, x_step, adding_to(grad_weight, t_.in.of_group));
+  }
 
   // A tile is written when it has all its groups.
   bool is_last(int64_t group) const { return group + 1 == group_ + t_.unit_groups; }
 
   // A group's convolution, that was read or else computed last.
-  const S* row_of(int64_t group) const {
-    return found_ ? kept_.read_row_of(group) : work_.backward ? convolution_.get() : out_.row_of(group);
+  void find_convolution(int64_t group) {
+    if (convolution_in_memory_ && !kept_.in_rows) kept_.read(convolution_in_memory_, group, position_, count_);
   }
-  int64_t row_step() const { return found_ ? kept_.read_row_step() : work_.backward ? stride_ : out_.row_step(); }
+  const S* row_of(int64_t group) const {
+    if (convolution_in_memory_) return kept_.read_row_of(group);
+    return work_.backward ? convolution_.get() : out_.row_of(group);
+  }
+  int64_t row_step() const {
+    if (convolution_in_memory_) return kept_.read_row_step();
+    return work_.backward ? stride_ : out_.row_step();
+  }
 
   template <class Number>
   void take(const Number* tensor, PlaneAccess<Number>& access) {
@@ -364,10 +324,16 @@ class ByChannel {
   // The product of a group's weights and its positions.
   template <class Finish>
   CELLOPS_INLINE void multiply(int64_t group, const Finish& finish) {
-    const int64_t depth = t_.in.of_group;
-    multiply_ahead<S, kTileRows, kTileVectors>(ahead_, t_.out.of_group, round_up(count_, kLanes<S>), depth,
-                                               weights_.of(group), depth, 1, in_.read_row_of(group),
-                                               in_.read_row_step(), finish);
+    const int64_t depth = weights_.in_units, ins = t_.in.of_group;
+    Rows x;
+    if constexpr (kPairs) {
+      x = x_rows_ ? pairs_to_multiply(paired_in_, ins, x_rows_, in_.place_step())
+                  : pairs_to_multiply(paired_in_, ins, in_.read_row_of(group), in_.read_row_step());
+    } else {
+      x = {in_.read_row_of(group), in_.read_row_step()};
+    }
+    multiply_ahead<M, kTileRows, kTileVectors>(ahead_, t_.out.of_group, round_up(count_, kLanes<S>), depth,
+                                               weights_.of(group), depth, 1, x.first, x.step, finish);
   }
 
   static AffineLanes<S> lanes_of(const Affine<S>& affine, int64_t channel) {
@@ -376,17 +342,19 @@ class ByChannel {
   }
 
   const Tiling& t_;
-  const Weights<S>& weights_;
+  const Weights<M>& weights_;
   const Work work_;
   PlaneAccess<T> in_, out_;
   PlaneAccess<S> kept_;
   const int64_t stride_;
   const Buffer<S> convolution_;
   const bool by_channels_;  // how the weights' gradient is summed
-  const Buffer<S> transposed_;
-  const T* x_ = nullptr;  // the whole input
+  const Buffer<Unit> transposed_;
+  const Paired<M> paired_in_, paired_out_;
+  const T* x_ = nullptr;       // the whole input
+  const T* x_rows_ = nullptr;  // the tile's first row in it, where a product takes rows as they lie there
   int64_t group_ = 0, position_ = 0, count_ = 0;
-  bool found_ = false;  // whether the tile's convolution was read
+  const S* convolution_in_memory_ = nullptr;  // where it was kept
   Tiling::Place next_ = {};
   Ahead ahead_;
 };

@@ -1,4 +1,5 @@
 // Tiles by position: channels_last memory, where it lies, of groups that are whole vectors of channels on either side.
+// Pairs of channels, as a product of bfloat16 takes them, lie there as they should; pairs of positions are made.
 #pragma once
 #include "group_conv1x1.h"
 
@@ -24,10 +25,12 @@ __attribute__((noinline)) void chain_column(const ChainLanes<S>& given, const S*
   for (int k = 0; Sum && k < kLanes<S>; ++k) grad_sums[k] += grad_sum[k], product_sums[k] += product_sum[k];
 }
 
-template <class T>
+template <class T, class M>
 class ByPosition {
  public:
+  using Multiplies = M;
   using S = Compute<T>;
+  using Unit = typename M::Unit;
 
   static bool fits(const GroupConv1x1Params& p) {
     const int64_t in = p.in_channels / p.groups, out = p.out_channels / p.groups;
@@ -36,30 +39,45 @@ class ByPosition {
   }
 
   static Tiling tiling(const GroupConv1x1Params& p, Work, int threads) {
-    return Tiling(p, 48, p.in_channels + p.out_channels, sizeof(S), true, threads);
+    return Tiling(p, 48, p.in_channels + p.out_channels, sizeof(S), true, false, threads);
   }
 
-  ByPosition(const Tiling& t, const Weights<S>& weights, Work work)
+  ByPosition(const Tiling& t, const Weights<M>& weights, Work work)
       : t_(t),
         weights_(weights),
-        in_(kWide ? 0 : t.tile * t.in.count),
+        in_(kWide || kPairs ? 0 : t.tile * t.in.count),
         grads_(kWide || !work.backward ? 0 : t.tile * t.out.count),
-        block_(t.tile * t.out.of_group) {}
-  bool failed() const { return in_.failed() || grads_.failed() || block_.failed(); }
+        block_(t.tile * t.out.of_group),
+        rounded_(kPairs && work.backward ? t.tile * t.out.of_group : 0),
+        block_pairs_(kPairs && work.backward ? t.tile / 2 * t.out.of_group : 0),
+        in_pairs_(kPairs && work.backward ? t.tile / 2 * t.in.of_group : 0) {}
+  bool failed() const {
+    return in_.failed() || grads_.failed() || block_.failed() || rounded_.failed() || block_pairs_.failed() ||
+           in_pairs_.failed();
+  }
 
   // Begins a tile, of which the tensors that are wanted are read next; `products` are to be made of it.
   void start(const Tiling::Place& tile, const Tiling::Place& next, int products) {
     position_ = tile.position, count_ = tile.count, next_ = next;
-    x_ = g_ = z_ = nullptr;
+    x_ = nullptr, g_ = z_ = nullptr;
     ahead_.start(t_.fetches ? products * count_ * t_.out.count * t_.in.of_group : 0);
   }
-  void read_input(const T* input) { x_ = take(input, t_.in.count, in_); }
+  void read_input(const T* input) {
+    if constexpr (kPairs) {
+      fetch(input, t_.in.count);
+      x_ = input + position_ * t_.in.count;
+    } else {
+      x_ = take(input, t_.in.count, in_);
+    }
+  }
   void read_gradient(const T* grad_output) { g_ = take(grad_output, t_.out.count, grads_); }
   // The convolution, instead of computing it.
   void read_convolution(const S* convolution) {
     fetch(convolution, t_.out.count);
     z_ = convolution + position_ * t_.out.count;
   }
+
+  bool streams_kept(const S* kept) const { return t_.streamed(t_.out, kept); }
 
   // The convolution of a group, into the block.
   void convolve(int64_t group) {
@@ -139,17 +157,28 @@ class ByPosition {
 
   void add_grad_weight(int64_t group, S* grad_weight) {
     const int64_t outs = t_.out.of_group, ins = t_.in.of_group;
-    multiply_ahead<S, kTileRows, kTileVectors>(ahead_, outs, ins, count_, block_.get(), 1, outs,
-                                               x_ + t_.in.first(group), t_.in.count, adding_to(grad_weight, ins));
+    const auto add = [&](const Unit* grads, const Unit* x, int64_t x_step) {
+      multiply_ahead<M, kTileRows, kTileVectors>(ahead_, outs, ins, div_up(count_, M::depth), grads, 1, outs, x, x_step,
+                                                 adding_to(grad_weight, ins));
+    };
+    if constexpr (kPairs) {
+      pair_rows(count_, outs, block_.get(), outs, block_pairs_.get(), outs);
+      pair_rows(count_, ins, x_ + t_.in.first(group), t_.in.count, in_pairs_.get(), ins);
+      add(block_pairs_.get(), in_pairs_.get(), ins);
+    } else {
+      add(block_.get(), x_ + t_.in.first(group), t_.in.count);
+    }
   }
 
   void convolve_back(int64_t group, bool streamed, T* grad_input) {
-    const int64_t outs = t_.out.of_group, ins = t_.in.of_group, step = t_.in.count;
+    const int64_t outs = weights_.out_units, ins = t_.in.of_group, step = t_.in.count;
     T* to = grad_input + position_ * step + t_.in.first(group);
-    multiply_ahead<S, kRows, kPanelVectors>(ahead_, count_, ins, outs, block_.get(), outs, 1, weights_.of(group), ins,
-                                            by_vector<S>([=](int64_t i, int64_t c, Vec<S> value) CELLOPS_INLINE_LAMBDA {
-                                              put(to + i * step + c, value, streamed);
-                                            }));
+    if constexpr (kPairs) convert_row(count_ * t_.out.of_group, block_.get(), rounded_.get());
+    const void* grads = kPairs ? static_cast<const void*>(rounded_.get()) : block_.get();
+    multiply_ahead<M, kRows, kPanelVectors>(
+        ahead_, count_, ins, outs, static_cast<const Unit*>(grads), outs, 1, weights_.backward_of(group), ins,
+        by_vector<S>([=](int64_t i, int64_t c, Vec<S> value)
+                         CELLOPS_INLINE_LAMBDA { put(to + i * step + c, value, streamed); }));
   }
 
  private:
@@ -167,7 +196,7 @@ class ByPosition {
     }
   }
 
-  static constexpr bool kWide = sizeof(T) == sizeof(S);
+  static constexpr bool kWide = sizeof(T) == sizeof(S), kPairs = M::depth > 1;
 
   template <class Number>
   void fetch(const Number* tensor, int64_t channels) {
@@ -188,8 +217,9 @@ class ByPosition {
   // The product of a group's positions and its weights.
   template <class Finish>
   CELLOPS_INLINE void multiply(int64_t group, const Finish& finish) {
-    const int64_t outs = t_.out.of_group, ins = t_.in.of_group;
-    multiply_ahead<S, kRows, kPanelVectors>(ahead_, count_, outs, ins, x_ + t_.in.first(group), t_.in.count, 1,
+    const int64_t outs = t_.out.of_group;
+    const auto* x = reinterpret_cast<const Unit*>(x_ + t_.in.first(group));
+    multiply_ahead<M, kRows, kPanelVectors>(ahead_, count_, outs, weights_.in_units, x, t_.in.count / M::depth, 1,
                                             weights_.transposed_of(group), outs, finish);
   }
 
@@ -203,10 +233,13 @@ class ByPosition {
   }
 
   const Tiling& t_;
-  const Weights<S>& weights_;
-  const Buffer<S> in_, grads_;  // tiles of the tensors, of half types
-  const Buffer<S> block_;       // a group's convolution, or its gradient
-  const S *x_ = nullptr, *g_ = nullptr, *z_ = nullptr;
+  const Weights<M>& weights_;
+  const Buffer<S> in_, grads_;                 // tiles of the tensors, of half types
+  const Buffer<S> block_;                      // a group's convolution, or its gradient
+  const Buffer<T> rounded_;                    // the gradient in pairs of channels
+  const Buffer<Unit> block_pairs_, in_pairs_;  // it and the group's input in pairs of positions
+  const typename M::Element* x_ = nullptr;
+  const S *g_ = nullptr, *z_ = nullptr;
   int64_t position_ = 0, count_ = 0;
   Tiling::Place next_ = {};
   Ahead ahead_;
