@@ -64,7 +64,7 @@ def _cpu(results: dict[str, Any]) -> str:
         if select(own, kind="time"):
             parts += [_over_peers(op, own), _shapes(op, own)]
         parts += [_speed(op, own), _overhead(own), _memory(own)]
-    parts += [_copies(records), _compiled(records), _models(records), _accelerated(records)]
+    parts += [_copies(records), _layers(records), _compiled(records), _models(records), _accelerated(records)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -267,6 +267,24 @@ def _copies(records: Results) -> str:
     shape = ", ".join(dict.fromkeys(record["case"].split("_")[-1] for record in chosen))
     return (
         f"Time in copies (`x.clone()` of the input in the same turns) at {shape}; forward is evaluation.\n\n"
+        + pages.table(cells)
+    )
+
+
+def _layers(records: Results) -> str:
+    """Layers of networks beside PyTorch's modules: the module, and the op that it may leave out."""
+    chosen = select(records, kind="layer")
+    if not chosen:
+        return ""
+    cells = [["layer", "dtype", "layout", "direction", "cellops, ms", "over composition", "the op alone, over it"]]
+    for record in chosen:
+        medians = {name: timing["median"] for name, timing in record["variants"].items()}
+        cells.append([record["case"], record["dtype"], record["layout"], record["direction"]])
+        cells[-1].append(f"{1e3 * medians['cellops']:.3f}")
+        cells[-1] += [f"{medians['composition'] / medians[name]:.2f}x" for name in ("cellops", "the op alone")]
+    return (
+        f"`{chosen[0]['op']}` as a layer of networks: speed over PyTorch's modules. The module calls them itself where "
+        "it knows them to be faster; the last column is the op nevertheless. Forward is evaluation.\n\n"
         + pages.table(cells)
     )
 
