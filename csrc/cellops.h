@@ -413,7 +413,7 @@ struct GroupConv1x1BatchNormForward {
   void* output;
   void* mean;         // [O]
   void* var;          // [O]
-  void* convolution;  // of the compute type, in an order that backward knows; null where there will be none
+  void* convolution;  // [N * O * H * W + 1] of the compute type, in an order that the last number tells; or null
 };
 
 struct GroupConv1x1BatchNormBackward {

@@ -170,7 +170,9 @@ def test_stands_back_where_plain_modules_are_faster(
 
 
 @pytest.mark.parametrize(
-    ("sizes", "layout", "calls"), [((64, 64, 2), ROWS, 2), ((96, 32, 2), NCHW, 2), ((24, 32, 2), NCHW, 0)], ids=str
+    ("sizes", "layout", "calls"),
+    [((64, 64, 2), ROWS, 2), ((96, 32, 2), NCHW, 2), ((24, 32, 2), NCHW, 0), ((32, 96, 1), NCHW, 2)],
+    ids=str,
 )
 def test_leaves_deep_groups_to_tiles(
     sizes: tuple[int, int, int], layout: torch.memory_format, calls: int, monkeypatch: pytest.MonkeyPatch
@@ -214,8 +216,8 @@ def test_the_convolution_is_saved_and_may_be_missing(dtype: torch.dtype, layout:
     output, mean, var, convolution = torch.ops.cellops.group_conv1x1_batch_norm_for_backward(*tensors, *settings)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     wanted = F.channel_shuffle(F.conv2d(tensors[0].to(wide), tensors[1].to(wide), groups=2), 2)
-    assert convolution.dtype == wide and convolution.shape == (output.numel(),)
-    torch.testing.assert_close(convolution, wanted.flatten())  # in planes, as channels are shuffled
+    assert convolution.dtype == wide and convolution.shape == (output.numel() + 1,)
+    torch.testing.assert_close(convolution[:-1], wanted.flatten())  # in planes, as channels are shuffled
     for one, other in zip(op(*tensors, *settings), (output, mean, var), strict=True):
         assert torch.equal(one, other)
     backward, wants = torch.ops.cellops.group_conv1x1_batch_norm_backward, [True] * 4
@@ -232,12 +234,42 @@ def test_the_convolution_is_saved_and_may_be_missing(dtype: torch.dtype, layout:
         backward(*given[:-2], mean[:1], var, *settings, wants)
 
 
+@pytest.mark.parametrize("other", [torch.contiguous_format, torch.channels_last], ids=str)
+@each_layout
+@pytest.mark.parametrize(
+    ("sizes", "side"), [((64, 64, 2), 8), ((64, 64, 2), 3), ((24, 40, 2), 3), ((24, 40, 2), 9)], ids=str
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.skipif(_native.error is not None, reason=f"no compiled library: {_native.error}")
+def test_what_is_saved_tells_its_order(
+    dtype: torch.dtype, sizes: tuple[int, int, int], side: int, layout: torch.memory_format, other: torch.memory_format
+) -> None:
+    """As `save_on_cpu` with pinned memory does, a hook may return the input in another memory format."""
+    torch.manual_seed(0)
+    channels, outputs, groups = sizes
+    input = torch.randn(5, channels, side, side).to(dtype).contiguous(memory_format=layout).requires_grad_()
+    weight = (torch.randn(outputs, channels // groups, 1, 1) / 4).to(dtype).requires_grad_()
+    grad_output = torch.randn(5, outputs, side, side).to(dtype)
+
+    def gradients(**hooks: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
+        with torch.autograd.graph.saved_tensors_hooks(hooks.get("pack", Tensor.clone), lambda one: one):
+            output = group_conv1x1_batch_norm(input, weight, None, None, 1e-5, groups, "silu", False)[0]
+        return torch.autograd.grad(output, [input, weight], grad_output)
+
+    def turned(one: Tensor) -> Tensor:
+        return one.contiguous(memory_format=other) if one.shape == input.shape else one
+
+    for found, wanted in zip(gradients(pack=turned), gradients(), strict=True):
+        error = (found.double() - wanted.double()).norm() / wanted.double().norm()
+        assert error < (1e-5 if dtype == torch.float32 else 1e-2)
+
+
 @pytest.mark.skipif(_native.error is not None, reason=f"no compiled library: {_native.error}")
 def test_autograd_saves_the_convolution_and_backward_reads_it() -> None:
     tensors, settings = saved_call(torch.float32, torch.contiguous_format)
     leaves = [tensor.requires_grad_() for tensor in tensors]
     output, mean, var = group_conv1x1_batch_norm(*leaves, *settings)
-    saved = [one for one in output.grad_fn.saved_tensors if one is not None and one.shape == (output.numel(),)]
+    saved = [one for one in output.grad_fn.saved_tensors if one is not None and one.shape == (output.numel() + 1,)]
     assert len(saved) == 1
     given = (torch.ones_like(output), *(leaf.detach() for leaf in leaves), mean, var, *settings, [True] * 4, None)
     backward = torch.ops.cellops.group_conv1x1_batch_norm_backward

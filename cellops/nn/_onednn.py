@@ -33,5 +33,5 @@ def multiplies_bfloat16() -> bool:
 
 
 def multiplies_in_tiles() -> bool:
-    """Whether it has those for whole tiles, AMX."""
+    """Whether it has those for whole tiles, AMX, as the variant of the library tells."""
     return _MULTIPLIES_IN_TILES

@@ -134,9 +134,9 @@ def _plain_is_faster(input: Tensor, conv: nn.Conv2d, groups: int, shuffle: bool,
     if dtype != torch.bfloat16:
         return depth >= _DEEP or (of_batch and groups == 1 and rows)
     uneven = bool(depth % _LANES or conv.out_channels // groups % _LANES)
-    if _onednn.multiplies_in_tiles():
-        return depth > _LANES or uneven if rows else depth > _SHALLOW
-    trains = of_batch or torch.is_grad_enabled()
+    if _onednn.multiplies_in_tiles() and (depth > _LANES or uneven if rows else depth > _SHALLOW):
+        return True
+    trains = of_batch or (torch.is_grad_enabled() and (input.requires_grad or conv.weight.requires_grad))
     return depth >= _DEEP or (trains and (groups == 1 or (rows and uneven and not shuffle)))
 
 

@@ -73,8 +73,9 @@ class Operator(Arguments):
             each tensor, None for an absent one. Made of differentiable ops, not of autograd: it runs under functorch.
         statistics: names of what the op returns after its output, each [output channels] in the type that the library
             computes in. Backward gets them after the tensors.
-        saves: names of what `cellops::<name>_for_backward` returns after that, for backward to get as well: each like
-            the output on the CPU, whose library fills it, but of the type that it computes in; else without elements.
+        saves: names of what `cellops::<name>_for_backward` returns after that, for backward to get as well: on the CPU,
+            whose library fills it, in one dimension as many numbers as the output has and one more, in the type that
+            it computes in; else without elements.
         refuses: the reason, a constant, why no kernel can take a valid `Call`; None where one can.
     """
 
@@ -255,7 +256,7 @@ class Operator(Arguments):
         return (output, *statistics, *self._saved(output, config, saves))
 
     def _saved(self, output: Tensor, config: Config, saves: bool) -> list[Tensor]:
-        """Room for what is saved, if it is: as many numbers as the output has, in an order that only the library knows.
+        """Room for what is saved, if it is: as many numbers as the output has and one more, which tells their order.
 
         Its shape follows from the device and the backend that was asked for alone, as what was compiled is kept in
         caches, which know no more. Elsewhere than in the library nobody fills or reads it.
@@ -264,7 +265,7 @@ class Operator(Arguments):
             return []
         if output.device.type != "cpu" or config[-1] not in (None, "cpu"):
             return [output.new_empty(0) for _ in self.saved]
-        return [output.new_empty(output.numel(), dtype=wide_type(output.dtype)) for _ in self.saved]
+        return [output.new_empty(output.numel() + 1, dtype=wide_type(output.dtype)) for _ in self.saved]
 
     def forward_formula(self, tensors: Tensors, config: Config, saves: bool) -> Result:
         """The op as differentiable PyTorch ops, for the derivatives that no kernel has."""

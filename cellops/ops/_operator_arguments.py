@@ -92,7 +92,7 @@ class Arguments:
             if one is None or (not of_channels and one.numel() == 0):
                 dense.append(None)
                 continue
-            expect(name, one.shape, output[1:2] if of_channels else (math.prod(output),))
+            expect(name, one.shape, output[1:2] if of_channels else (math.prod(output) + 1,))
             if one.dtype != wide:
                 raise TypeError(f"{name} must be {wide}, got {one.dtype}")
             dense.append(one.contiguous())

@@ -92,15 +92,16 @@ void find_output(const Tiling& t, const Team& team, Tile& tile, const T* input, 
 template <class Tile, class T>
 bool run_forward(const GroupConv1x1Params& p, const GroupConv1x1Forward& io, int threads) {
   using S = Compute<T>;
-  const Tiling tiling = Tile::tiling(p, {false, Kept::nowhere}, threads);
-  const Weights<typename Tile::Multiplies> weights(tiling);
+  const Work work{false, Kept::nowhere};
+  const Tiling tiling = Tile::tiling(p, work, threads);
+  const Weights<typename Tile::Multiplies> weights(tiling, work, Tile::by_position);
   const Affine<S> affine(p.out_channels);
   if (weights.failed() || affine.failed()) return false;
   weights.set(static_cast<const T*>(io.weight));
   affine.set(io.scale, io.shift);
   bool failed = false;
   parallel(tiling.threads, [&](const Team& team) {
-    Tile tile(tiling, weights, {false, Kept::nowhere});
+    Tile tile(tiling, weights, work);
     if (!team.all(!tile.failed(), &failed)) return;
     find_output(tiling, team, tile, static_cast<const T*>(io.input), static_cast<const S*>(nullptr), p.activation,
                 affine, static_cast<T*>(io.output));
@@ -113,14 +114,15 @@ bool run_batch_norm_forward(const GroupConv1x1Params& p, const GroupConv1x1Batch
   using S = Compute<T>;
   const bool wide = sizeof(T) == sizeof(S);
   S* kept = static_cast<S*>(io.convolution ? io.convolution : wide ? io.output : nullptr);
-  const Work work{false, io.convolution ? Kept::apart : wide ? Kept::in_output : Kept::nowhere};
+  const Work work{false, kept ? Tile::keeps(p, io.convolution != nullptr) : Kept::nowhere};
   const Tiling tiling = Tile::tiling(p, work, threads);
-  const Weights<typename Tile::Multiplies> weights(tiling);
+  const Weights<typename Tile::Multiplies> weights(tiling, work, Tile::by_position);
   const Affine<S> affine(p.out_channels);
   const Moments moments(tiling);
   if (weights.failed() || affine.failed() || moments.failed()) return false;
   weights.set(static_cast<const T*>(io.weight));
   moments.zero();
+  if (io.convolution) write_order(p, work.kept, kept);
   const T* input = static_cast<const T*>(io.input);
   T* output = static_cast<T*>(io.output);
   bool failed = false;

@@ -177,40 +177,65 @@ CELLOPS_INLINE void multiply_ahead(Ahead& ahead, int64_t rows, int64_t columns, 
   }
 }
 
-// The weight [O][C / G] in the units of a product, the block of each group on its own.
+// How the convolution lies in memory that an earlier pass kept: as rows of the output's channels or as planes.
+enum class Kept { nowhere, in_rows, in_planes };
+
+// Forward keeps the convolution where the output will be, and in its order, or apart for backward, in the order that a
+// kind of tile is quickest with. That order stands behind its last number, as the input that backward gets may have
+// come to lie in another memory format: what is saved passes through hooks.
+template <class S>
+inline void write_order(const GroupConv1x1Params& p, Kept kept, S* convolution) {
+  convolution[p.batch * p.pixels * p.out_channels] = kept == Kept::in_rows ? S(1) : S(0);
+}
+template <class S>
+inline Kept read_order(const GroupConv1x1Params& p, const S* convolution) {
+  if (!convolution) return Kept::nowhere;
+  return convolution[p.batch * p.pixels * p.out_channels] == S(1) ? Kept::in_rows : Kept::in_planes;
+}
+
+// What a thread's tiles are for.
+struct Work {
+  bool backward;
+  Kept kept;
+  bool finds_convolution() const { return backward && kept != Kept::nowhere; }
+};
+
+// The weight [O][C / G] in the units of a product, the block of each group on its own, as the work needs it.
 template <class M>
 struct Weights {
   using Unit = typename M::Unit;
   using S = typename M::Sum;
-  explicit Weights(const Tiling& t)
+  Weights(const Tiling& t, Work work, bool by_position)
       : group_in(t.in.of_group),
         group_out(t.out.of_group),
         in_units(div_up(group_in, M::depth)),
         out_units(div_up(group_out, M::depth)),
+        groups_(t.groups),
         rows_(t.out.count * in_units),
-        columns_(rows_.count()),
-        out_rows_(M::depth > 1 ? t.groups * out_units * group_in + kLanes<S> : 0),
-        block_(M::depth > 1 ? group_out * group_in + kLanes<S> : 0) {}
+        columns_(by_position && !work.finds_convolution() ? rows_.count() : 0),
+        out_rows_(M::depth > 1 && work.backward ? t.groups * out_units * group_in + kLanes<S> : 0),
+        block_(out_rows_.count() ? group_out * group_in + kLanes<S> : 0) {}
   bool failed() const { return rows_.failed() || columns_.failed() || out_rows_.failed() || block_.failed(); }
 
   template <class T>
   void set(const T* weight) const {
-    for (int64_t group = 0; group * group_out * in_units < rows_.count(); ++group) {
-      const T* from = weight + group * group_out * group_in;
-      Unit* rows = rows_.get() + group * group_out * in_units;
+    const int64_t size = group_out * group_in, units = group_out * in_units;
+    for (int64_t group = 0; group < groups_; ++group, weight += size) {
+      Unit* rows = rows_.get() + group * units;
       if constexpr (M::depth == 1) {
-        convert_row(group_out * group_in, from, rows);
+        convert_row(size, weight, rows);
       } else {
-        T* numbers = reinterpret_cast<T*>(rows);
-        for (int64_t o = 0; o < group_out; ++o, from += group_in, numbers += in_units * M::depth) {
-          __builtin_memcpy(numbers, from, size_t(group_in) * sizeof(T));
-          if (group_in % M::depth != 0) numbers[group_in] = T{};
+        __builtin_memset(static_cast<void*>(rows), 0, size_t(units) * sizeof(Unit));
+        for (int64_t o = 0; o < group_out; ++o) {
+          __builtin_memcpy(rows + o * in_units, weight + o * group_in, size_t(group_in) * sizeof(T));
         }
-        convert_row(group_out * group_in, from - group_out * group_in, block_.get());
-        pair_rows(group_out, group_in, block_.get(), group_in, out_rows_.get() + group * out_units * group_in,
-                  group_in);  // what is written behind a row, the next one or nobody has there
+        if (out_rows_.count()) {  // what is written behind a row, the next one or nobody has there
+          convert_row(size, weight, block_.get());
+          pair_rows(group_out, group_in, block_.get(), group_in, out_rows_.get() + group * out_units * group_in,
+                    group_in);
+        }
       }
-      transpose(group_out, in_units, rows, in_units, columns_.get() + group * group_out * in_units, group_out);
+      if (columns_.count()) transpose(group_out, in_units, rows, in_units, columns_.get() + group * units, group_out);
     }
   }
 
@@ -224,6 +249,7 @@ struct Weights {
   const int64_t group_in, group_out, in_units, out_units;
 
  private:
+  const int64_t groups_;
   const Buffer<Unit> rows_, columns_, out_rows_;
   const Buffer<S> block_;  // a group's
 };
@@ -265,16 +291,6 @@ struct Chain {
   bool failed() const { return affine.failed() || of_apart.failed() || constant.failed(); }
   const Affine<S> affine;
   const Buffer<S> of_apart, constant;
-};
-
-// Where an earlier pass keeps the convolution: where the output will be, or apart, where backward finds it too: by
-// position as the output lies in memory, by channel in planes, that nobody turns them there and back.
-enum class Kept { nowhere, in_output, apart };
-
-// What a thread's tiles are for.
-struct Work {
-  bool backward;
-  Kept kept;
 };
 
 // Sums over positions per channel: of grad' and of grad' * (z - centre).

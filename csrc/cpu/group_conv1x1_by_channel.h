@@ -64,11 +64,20 @@ class ByChannel {
   using S = Compute<T>;
   using Unit = typename M::Unit;
 
+  static constexpr bool by_position = false;
+  // How it keeps the convolution: apart in planes, unless they are tiny, that nobody turns rows of channels to rows of
+  // positions and back. It finds it in either order.
+  static Kept keeps(const GroupConv1x1Params& p, bool apart) {
+    constexpr int64_t tiny = 16;  // pixels
+    return (p.channels_last || p.pixels == 1) && !(apart && p.pixels >= tiny) ? Kept::in_rows : Kept::in_planes;
+  }
+  static Kept finds(Kept kept) { return kept; }
+
   // Long rows backward, as sums over lanes and the first lines of a row cost as much for short ones.
   static Tiling tiling(const GroupConv1x1Params& p, Work work, int threads) {
     const bool all = p.channels_last || p.pixels == 1;
     return Tiling(p, work.backward ? 816 : 240, (p.in_channels + p.out_channels) / (all ? 1 : p.groups), sizeof(S), all,
-                  true, threads);
+                  !all || work.kept == Kept::in_planes, threads);
   }
 
   ByChannel(const Tiling& t, const Weights<M>& weights, Work work)
@@ -77,15 +86,14 @@ class ByChannel {
         work_(work),
         in_(t, t.in, t.rows_of_memory),
         out_(t, t.out, t.rows_of_memory),
-        kept_(t, t.out, t.rows_of_memory && (work.kept == Kept::in_output || t.pixels < kWorthAPlane),
-              work.kept != Kept::nowhere),
+        kept_(t, t.out, work.kept == Kept::in_rows, work.kept != Kept::nowhere),
         stride_(row_stride<S>(t)),
-        convolution_(work.backward && work.kept == Kept::nowhere ? t.out.of_group * stride_ : 0),
+        convolution_(work.backward && !work.finds_convolution() ? t.out.of_group * stride_ : 0),
         by_channels_(t.in.of_group % kLanes<S> == 0 && (t.out.of_group >= 64 || t.tile < 128)),
         transposed_(work.backward && by_channels_ && (kPairs || !lies_in_channels(t))
                         ? div_up(t.tile, M::depth) * t.in.of_group
                         : 0),
-        paired_in_(t, t.in, kPairs && work.backward, kPairs && !(work.backward && work.kept != Kept::nowhere)),
+        paired_in_(t, t.in, kPairs && work.backward, kPairs && !work.finds_convolution()),
         paired_out_(t, t.out, kPairs && work.backward, kPairs && work.backward) {}
   bool failed() const {
     return in_.failed() || out_.failed() || kept_.failed() || convolution_.failed() || transposed_.failed() ||
@@ -101,8 +109,10 @@ class ByChannel {
   }
   void read_input(const T* input) {
     x_ = input, x_rows_ = nullptr;
-    if (kPairs && in_.place_step() % 2 == 0) x_rows_ = in_.place(input, group_, position_, count_);
-    if (x_rows_ || (work_.backward && work_.kept != Kept::nowhere && by_channels_ && lies_in_channels(t_))) {
+    if (kPairs && in_.place_step() % 2 == 0) {  // else the weight's gradient would meet pairs across two rows
+      x_rows_ = in_.place(input, group_, position_, count_);
+    }
+    if (x_rows_ || (work_.finds_convolution() && by_channels_ && lies_in_channels(t_))) {
       in_.fetch(input, next_, ahead_);  // where it lies is enough, for the weight's gradient or for both products
     } else {
       take(input, in_);
@@ -263,7 +273,6 @@ class ByChannel {
 
  private:
   static constexpr bool kPairs = M::depth > 1;
-  static constexpr int64_t kWorthAPlane = 16;  // pixels, of which a convolution is kept in planes
 
   // Whether the input lies in memory as rows of channels that a product takes.
   static bool lies_in_channels(const Tiling& t) { return sizeof(T) == sizeof(typename M::Element) && t.rows_of_memory; }
@@ -315,8 +324,7 @@ class ByChannel {
     return work_.backward ? stride_ : out_.row_step();
   }
 
-  template <class Number>
-  void take(const Number* tensor, PlaneAccess<Number>& access) {
+  void take(const T* tensor, PlaneAccess<T>& access) {
     access.fetch(tensor, next_, ahead_);
     access.read(tensor, group_, position_, count_);
   }

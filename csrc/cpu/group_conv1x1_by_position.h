@@ -38,6 +38,11 @@ class ByPosition {
            out % kLanes<S> == 0;
   }
 
+  static constexpr bool by_position = true;
+  // How it keeps the convolution, and in which orders it finds it.
+  static Kept keeps(const GroupConv1x1Params&, bool) { return Kept::in_rows; }
+  static Kept finds(Kept kept) { return kept == Kept::in_rows ? kept : Kept::nowhere; }
+
   static Tiling tiling(const GroupConv1x1Params& p, Work, int threads) {
     return Tiling(p, 48, p.in_channels + p.out_channels, sizeof(S), true, false, threads);
   }

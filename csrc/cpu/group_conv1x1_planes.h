@@ -83,7 +83,7 @@ class PlaneAccess {
       const int64_t image = tile.position / t_.pixels, pixel = tile.position % t_.pixels;
       const int64_t size = t_.pixels * int64_t(sizeof(T)), images = div_up(pixel + tile.count, t_.pixels);
       const int64_t channels = t_.unit_groups * side_.of_group, step = t_.unit_groups > 1 ? 1 : side_.step;
-      if (images > 1 && step == 1) {
+      if (images > 1 && step == 1 && (t_.unit_groups == 1 || t_.pixels <= tile.count)) {
         ahead.add(plane(tensor, image, tile.group), images, channels * size, side_.count * size);
       } else {
         ahead.add(plane(tensor, image, tile.group) + pixel, channels,
