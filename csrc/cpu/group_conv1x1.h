@@ -23,9 +23,9 @@ struct Channels {
 struct Tiling {
   // most: positions in a tile, as long as its `channels` stay in half of the second cache, and threads have some tiles.
   // all_groups: whether a tile has them all, as it should where they share cache lines.
-  // of_images: whether tiles end with their image if they may: planes are then read and written where they lie.
+  // whole_from: pixels from which on tiles end with their image, that planes are read and written where they lie.
   Tiling(const GroupConv1x1Params& p, int64_t most, int64_t channels, int64_t bytes_of_number, bool all_groups,
-         bool of_images, int most_threads)
+         int64_t whole_from, int most_threads)
       : groups(p.groups),
         pixels(p.pixels),
         positions(p.batch * p.pixels),
@@ -33,7 +33,7 @@ struct Tiling {
         out{p.out_channels, p.out_channels / p.groups, p.shuffle ? p.groups : 1},
         rows_of_memory(p.channels_last || p.pixels == 1),
         unit_groups(all_groups ? groups : 1),
-        run(of_images && pixels % kWhole == 0 && pixels >= kStep ? pixels : max_of(positions, int64_t(1))) {
+        run(pixels % kWhole == 0 && pixels >= whole_from ? pixels : max_of(positions, int64_t(1))) {
     constexpr int64_t kBytes = 196608;
     const int64_t work = positions * max_of(max_of(in.count, out.count), out.count * in.of_group / 16);
     threads = int(max_of(1, min_of(work / 16384, most_threads)));
@@ -86,6 +86,7 @@ struct Tiling {
     return streams(tensor, in_rows ? side.count : pixels, positions * (in.count + out.count) * int64_t(sizeof(T)));
   }
 
+  static constexpr int64_t kStep = 48;  // positions in a panel of the product
   const int64_t groups, pixels, positions;
   const Channels in, out;
   const bool rows_of_memory;  // memory is [positions][channels]
@@ -98,8 +99,7 @@ struct Tiling {
   bool fetches;  // whether the next tile is worth asking for: in the cache it is near enough
 
  private:
-  static constexpr int64_t kStep = 48;   // positions in a panel of the product
-  static constexpr int64_t kWhole = 16;  // in the longest vector
+  static constexpr int64_t kWhole = 16;  // positions in the longest vector
 
   int64_t first_tile(int64_t unit) const { return unit / (groups / unit_groups) * unit_tiles; }
   int64_t unit_size(int64_t unit) const { return min_of(unit_tiles, tiles - first_tile(unit)); }

@@ -73,11 +73,12 @@ class ByChannel {
   }
   static Kept finds(Kept kept) { return kept; }
 
-  // Long rows backward, as sums over lanes and the first lines of a row cost as much for short ones.
+  // Long rows backward, as sums over lanes and the first lines of a row cost as much for short ones. The same tiles
+  // whether the convolution is kept or not: moments, and so outputs, are the same bit for bit.
   static Tiling tiling(const GroupConv1x1Params& p, Work work, int threads) {
     const bool all = p.channels_last || p.pixels == 1;
     return Tiling(p, work.backward ? 816 : 240, (p.in_channels + p.out_channels) / (all ? 1 : p.groups), sizeof(S), all,
-                  !all || work.kept == Kept::in_planes, threads);
+                  all ? 4 * Tiling::kStep : Tiling::kStep, threads);
   }
 
   ByChannel(const Tiling& t, const Weights<M>& weights, Work work)

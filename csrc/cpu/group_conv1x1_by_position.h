@@ -44,7 +44,7 @@ class ByPosition {
   static Kept finds(Kept kept) { return kept == Kept::in_rows ? kept : Kept::nowhere; }
 
   static Tiling tiling(const GroupConv1x1Params& p, Work, int threads) {
-    return Tiling(p, 48, p.in_channels + p.out_channels, sizeof(S), true, false, threads);
+    return Tiling(p, 48, p.in_channels + p.out_channels, sizeof(S), true, INT64_MAX, threads);
   }
 
   ByPosition(const Tiling& t, const Weights<M>& weights, Work work)
