@@ -84,8 +84,8 @@ CELLOPS_INLINE __m512i weave(Vec<float> even, Vec<float> odd) {
   return _mm512_permutexvar_epi16(_mm512_load_si512(kOrder), both);
 }
 
-// Rows in pairs: pairs[i][c] holds bfloat16 of rows 2i and 2i + 1 at column c, zero past the last row. Whole vectors are
-// read and written, past the last column too.
+// Rows in pairs: pairs[i][c] holds bfloat16 of rows 2i and 2i + 1 at column c, zero past the last row. Whole vectors
+// are read and written, past the last column too.
 inline void pair_rows(int64_t rows, int64_t columns, const float* from, int64_t from_stride, float* pairs,
                       int64_t to_stride) {
   for (int64_t i = 0; i < rows; i += 2, from += 2 * from_stride, pairs += to_stride) {
