@@ -22,7 +22,6 @@ def lines(results: Results) -> list[str]:
         + _training(results)
         + _compiled(results)
         + _copies(results)
-        + _layers(results)
         + _skipped(results)
         + _overhead(results)
         + _memory(results)
@@ -65,7 +64,8 @@ def _time_table(records: Results) -> list[str]:
 
 def _speed(results: Results) -> list[str]:
     text = []
-    for op, group in groupby([record for record in results if record["kind"] == "speed"], key=lambda one: one["op"]):
+    chosen = [record for record in results if record["kind"] in ("speed", "layer")]
+    for op, group in groupby(chosen, key=lambda one: one["op"]):
         records = list(group)
         peers = [name for name in _union(records, "variants") if name != "cellops"]
         rows = [[f"{op}: milliseconds (times ours)", "cellops", *peers]]
@@ -154,20 +154,6 @@ def _copies(results: Results) -> list[str]:
         label = " ".join(record[key] for key in ("case", "dtype", "layout", "direction"))
         times = [f"{record['copies'][name]:.2f}" if name in record["copies"] else "-" for name in names]
         rows.append([label, *times, f"{record['copy_gigabytes_per_second']:.1f} GB/s"])
-    return ["", *table(rows)]
-
-
-def _layers(results: Results) -> list[str]:
-    records = [record for record in results if record["kind"] == "layer"]
-    if not records:
-        return []
-    peers = [name for name in _union(records, "variants") if name != "cellops"]
-    rows = [["layers: milliseconds (times ours)", "cellops", *peers]]
-    for record in records:
-        medians = {name: timing["median"] for name, timing in record["variants"].items()}
-        label = " ".join(record[key] for key in ("case", "dtype", "layout", "direction"))
-        figures = [f"{1e3 * medians[name]:.3f} ({medians[name] / medians['cellops']:.2f}x)" for name in peers]
-        rows.append([label, f"{1e3 * medians['cellops']:.3f}", *figures])
     return ["", *table(rows)]
 
 

@@ -84,29 +84,25 @@ CELLOPS_INLINE __m512i weave(Vec<float> even, Vec<float> odd) {
   return _mm512_permutexvar_epi16(_mm512_load_si512(kOrder), both);
 }
 
-// Rows in pairs: pairs[i][c] holds bfloat16 of rows 2i and 2i + 1 at column c, zero past the last row. Whole vectors
-// are read and written, past the last column too.
-inline void pair_rows(int64_t rows, int64_t columns, const float* from, int64_t from_stride, float* pairs,
-                      int64_t to_stride) {
-  for (int64_t i = 0; i < rows; i += 2, from += 2 * from_stride, pairs += to_stride) {
-    for (int64_t c = 0; c < columns; c += kLanes<float>) {
-      const Vec<float> even = load(from + c), odd = i + 1 < rows ? load(from + from_stride + c) : Vec<float>{};
-      store(pairs + c, bit_cast<Vec<float>>(weave(even, odd)));
-    }
-  }
+// A vector of pairs from the numbers at `even` and `odd`, which may be null: zeros.
+CELLOPS_INLINE Vec<float> pair_at(const float* even, const float* odd) {
+  return bit_cast<Vec<float>>(weave(load(even), odd ? load(odd) : Vec<float>{}));
 }
-
-// The same of rows that are bfloat16; `columns` is a multiple of the lanes.
-inline void pair_rows(int64_t rows, int64_t columns, const bfloat16* from, int64_t from_stride, float* pairs,
-                      int64_t to_stride) {
+CELLOPS_INLINE Vec<float> pair_at(const bfloat16* even, const bfloat16* odd) {
   const auto bits = [](const bfloat16* row) CELLOPS_INLINE_LAMBDA {
     return __builtin_convertvector(*(const Half::unaligned*)row, Vec<uint32_t>);
   };
+  return bit_cast<Vec<float>>((odd ? bits(odd) : Vec<uint32_t>{}) << 16 | bits(even));
+}
+
+// Rows in pairs: pairs[i][c] holds bfloat16 of rows 2i and 2i + 1 at column c, zero past the last row. Whole vectors
+// are read and written, past the last column too.
+template <class T>
+inline void pair_rows(int64_t rows, int64_t columns, const T* from, int64_t from_stride, float* pairs,
+                      int64_t to_stride) {
   for (int64_t i = 0; i < rows; i += 2, from += 2 * from_stride, pairs += to_stride) {
-    for (int64_t c = 0; c < columns; c += kLanes<float>) {
-      const Vec<uint32_t> odd = i + 1 < rows ? bits(from + from_stride + c) : Vec<uint32_t>{};
-      store(pairs + c, bit_cast<Vec<float>>(odd << 16 | bits(from + c)));
-    }
+    const T* odd = i + 1 < rows ? from + from_stride : nullptr;
+    for (int64_t c = 0; c < columns; c += kLanes<float>) store(pairs + c, pair_at(from + c, odd ? odd + c : nullptr));
   }
 }
 

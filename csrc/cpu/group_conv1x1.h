@@ -13,6 +13,9 @@
 
 namespace cellops::CELLOPS_ISA {
 
+// Whether memory is [positions][channels].
+inline bool lies_in_rows(const GroupConv1x1Params& p) { return p.channels_last || p.pixels == 1; }
+
 // The channels on one side of the convolution; those of group i are first(i), first(i) + step, ...
 struct Channels {
   int64_t count, of_group, step;
@@ -31,7 +34,7 @@ struct Tiling {
         positions(p.batch * p.pixels),
         in{p.in_channels, p.in_channels / p.groups, 1},
         out{p.out_channels, p.out_channels / p.groups, p.shuffle ? p.groups : 1},
-        rows_of_memory(p.channels_last || p.pixels == 1),
+        rows_of_memory(lies_in_rows(p)),
         unit_groups(all_groups ? groups : 1),
         run(pixels % kWhole == 0 && pixels >= whole_from ? pixels : max_of(positions, int64_t(1))) {
     constexpr int64_t kBytes = 196608;

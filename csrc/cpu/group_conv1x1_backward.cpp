@@ -20,11 +20,6 @@ struct Tensors {
         convolution(static_cast<const Compute<T>*>(kept)),
         grad_input(static_cast<T*>(io.grad_input)),
         grad_weight(static_cast<T*>(io.grad_weight)) {}
-  Tensors without_convolution() const {
-    Tensors others = *this;
-    others.convolution = nullptr;
-    return others;
-  }
   const T *weight, *input, *grad_output;
   const Compute<T>* convolution;
   T *grad_input, *grad_weight;
@@ -80,11 +75,11 @@ struct ThroughStatistics {
 
 // Buffers for the call, the passes, and the gradient to the weight. A null `statistics` stands for a single pass.
 template <class Tile, class T>
-bool with_tiles(const GroupConv1x1Params& p, const Tensors<T>& given, const Chain<Compute<T>>& chain, const Sums& total,
+bool with_tiles(const GroupConv1x1Params& p, Tensors<T> io, const Chain<Compute<T>>& chain, const Sums& total,
                 const ThroughStatistics<Compute<T>>* statistics, int threads) {
   using S = Compute<T>;
-  const Work work{true, Tile::finds(read_order(p, given.convolution))};
-  const Tensors<T> io = work.kept == Kept::nowhere ? given.without_convolution() : given;
+  const Work work{true, Tile::finds(read_order(p, io.convolution))};
+  if (work.kept == Kept::nowhere) io.convolution = nullptr;
   const Tiling tiling = Tile::tiling(p, work, threads);
   const Weights<typename Tile::Multiplies> weights(tiling, work, Tile::by_position);
   const Buffer<S> grad_weight(io.grad_weight ? p.out_channels * tiling.in.of_group : 0);

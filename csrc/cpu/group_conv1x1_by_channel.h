@@ -69,14 +69,14 @@ class ByChannel {
   // positions and back. It finds it in either order.
   static Kept keeps(const GroupConv1x1Params& p, bool apart) {
     constexpr int64_t tiny = 16;  // pixels
-    return (p.channels_last || p.pixels == 1) && !(apart && p.pixels >= tiny) ? Kept::in_rows : Kept::in_planes;
+    return lies_in_rows(p) && !(apart && p.pixels >= tiny) ? Kept::in_rows : Kept::in_planes;
   }
   static Kept finds(Kept kept) { return kept; }
 
   // Long rows backward, as sums over lanes and the first lines of a row cost as much for short ones. The same tiles
   // whether the convolution is kept or not: moments, and so outputs, are the same bit for bit.
   static Tiling tiling(const GroupConv1x1Params& p, Work work, int threads) {
-    const bool all = p.channels_last || p.pixels == 1;
+    const bool all = lies_in_rows(p);
     return Tiling(p, work.backward ? 816 : 240, (p.in_channels + p.out_channels) / (all ? 1 : p.groups), sizeof(S), all,
                   all ? 4 * Tiling::kStep : Tiling::kStep, threads);
   }

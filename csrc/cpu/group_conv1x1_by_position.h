@@ -34,8 +34,7 @@ class ByPosition {
 
   static bool fits(const GroupConv1x1Params& p) {
     const int64_t in = p.in_channels / p.groups, out = p.out_channels / p.groups;
-    return (p.channels_last || p.pixels == 1) && !(p.shuffle && p.groups > 1) && in % kLanes<S> == 0 &&
-           out % kLanes<S> == 0;
+    return lies_in_rows(p) && !(p.shuffle && p.groups > 1) && in % kLanes<S> == 0 && out % kLanes<S> == 0;
   }
 
   static constexpr bool by_position = true;
